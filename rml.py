@@ -178,7 +178,7 @@ def rectify(features, p0, prototypes, seen):
     B, C, h, w = features.shape
     z = features.float().flatten(2).transpose(1, 2)  # (B, hw, C)
     distance = torch.cdist(z, prototypes, compute_mode="donot_use_mm_for_euclid_dist")  # (B, hw, K)
-    distance = distance.masked_fill(~seen & seen.any(), torch.inf)  # a class never seen gets 0; if none was seen, omega is flat
+    distance = distance.masked_fill(~seen, 1e4)  # far away: a class never seen gets exactly 0, and if none was seen all get the same
     omega = torch.softmax(-distance, 2)  # Eq. 9
     return omega.transpose(1, 2).view(B, -1, h, w) * p0  # Eq. 6
 
