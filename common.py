@@ -23,6 +23,7 @@ import pickle
 import re
 import resource
 import shutil
+import struct
 import subprocess
 import sys
 import time
@@ -121,7 +122,7 @@ class Dataset:
         with contextlib.suppress(OSError):
             if kept.stat().st_mtime >= Path(path).stat().st_mtime:
                 with Image.open(kept) as picture:
-                    return np.asarray(picture)
+                    return np.array(picture)
         array = read(path)
         if array.shape[:2] == tuple(self.size):
             return array
@@ -129,7 +130,7 @@ class Dataset:
         if array.shape[0] > self.size[0]:
             with contextlib.suppress(OSError):  # a full disk only means decoding again
                 write_atomically(kept, partial(small.save, format="PNG", compress_level=1))
-        return np.asarray(small)
+        return np.array(small)
 
 
 def open_picture(path, load=True):
@@ -178,7 +179,7 @@ def draw_street(id, height=64, width=128):
 
     def shape(name, *palette):
         names.append(list(STREETS).index(name))
-        colors.append(np.clip(np.array(pick(*palette)) + r.normal(0, .08, 3), .02, .98))
+        colors.append(np.clip(np.array(pick(*palette)) + r.normal(0, .05, 3), .02, .98))
         return len(names) - 1
 
     # The far end: sky, then houses and trees along the horizon.
@@ -215,8 +216,8 @@ def draw_street(id, height=64, width=128):
 
     # Things that stand on it, from far to near.
     paints = (.8, .1, .1), (.1, .2, .6), (.9, .9, .9), (.1, .1, .12), (.5, .5, .52), (.85, .7, .2), (.2, .4, .3)
-    things = [("car", u(.05, 1)) for _ in range(r.randint(1, 5))] + [("bus", u(.1, .8)) for _ in range(r.randint(4) // 3)]
-    things += [("person", u(.1, 1)) for _ in range(r.randint(4))] + [("pole", u(.05, .9)) for _ in range(r.randint(4))]
+    things = [("car", u(.15, 1)) for _ in range(r.randint(1, 5))] + [("bus", u(.1, .8)) for _ in range(r.randint(4) // 3)]
+    things += [("person", u(.2, 1)) for _ in range(r.randint(4))] + [("pole", u(.2, .9)) for _ in range(r.randint(4))]
     for name, depth in sorted(things, key=lambda thing: thing[1]):
         foot, s = horizon + 2 + .8 * depth * (height - horizon), 3 + 17 * depth  # s: the height of a car, in pixels
         if name in ("car", "bus"):
@@ -238,22 +239,22 @@ def draw_street(id, height=64, width=128):
             pen.ellipse((x - .09 * h, foot - h, x + .09 * h, foot - .8 * h), fill=shape("person", (.75, .55, .45)))
         else:
             x, h = u(0, width), s * u(2, 3.2)
-            pen.rectangle((x - .05 * s, foot - h, x + .05 * s, foot), fill=shape("pole", (.4, .4, .42), (.3, .28, .25), (.6, .6, .6)))
+            pen.rectangle((x - .07 * s, foot - h, x + .07 * s, foot), fill=shape("pole", (.4, .4, .42), (.3, .28, .25), (.6, .6, .6)))
             if u() < .5:
-                plate, a = shape("sign", (.8, .15, .1), (.1, .3, .7), (.9, .8, .2), (.9, .9, .9), (.1, .5, .3)), s * u(.2, .35) + .5
+                plate, a = shape("sign", (.8, .15, .1), (.1, .3, .7), (.9, .8, .2), (.9, .9, .9), (.1, .5, .3)), s * u(.17, .3) + .5
                 pick(pen.ellipse, pen.rectangle)((x - a, foot - h - a, x + a, foot - h + a), fill=plate)
 
     # Texture (noise at three scales, its strength differs by shape), then light, shadow, fog and the noise of a camera.
     shapes = np.asarray(canvas)
     noise = [Image.fromarray(r.normal(0, 1, grid).astype(np.float32)).resize((width, height), Image.Resampling.BILINEAR)
              for grid in ((6, 12), (16, 64), (64, 128))]
-    texture = .6 * u(.02, .22, len(names))[shapes] * sum(map(np.asarray, noise))
+    texture = u(.01, .09, len(names))[shapes] * sum(map(np.asarray, noise))
     image = np.array(colors)[shapes] * (1 + texture[..., None])
     y, x = np.mgrid[:height, :width]
-    image *= u(.45, 1.25) * (1 + r.normal(0, .1, 3))
+    image *= u(.5, 1.25) * (1 + r.normal(0, .08, 3))
     image *= (1 - u(0, .45) * (x * u(-1, 1) + y * u(-1, 1) + u(-60, 60) > 0))[..., None]
-    fog = (u(0, .6) * np.exp(-abs(y - horizon) / u(5, 25)))[..., None]
-    image = image * (1 - fog) + fog * u(.5, .85) + r.normal(0, u(.01, .06), image.shape)
+    fog = (u(0, .5) * np.exp(-abs(y - horizon) / u(5, 25)))[..., None]
+    image = image * (1 - fog) + fog * u(.5, .85) + r.normal(0, u(.005, .03), image.shape)
     return (image.clip(0, 1) * 255).astype(np.uint8), np.array(names, np.uint8)[shapes]
 
 
@@ -285,8 +286,11 @@ def open_cityscapes(root, size, cache):
                      ["leftImg8bit/train", "leftImg8bit/val", "gtFine/train", "gtFine/val"])
     files, ids, train_ids_seen, label_ids_seen = {}, {}, False, False
     for part, full in (("train", 2975), ("val", 500)):
-        listing = torchvision.datasets.Cityscapes(root, split=part, mode="fine", target_type="semantic")
-        pairs = sorted(zip(listing.images, (target[0] for target in listing.targets)))
+        try:
+            listing = torchvision.datasets.Cityscapes(root, split=part, mode="fine", target_type="semantic")
+        except NotADirectoryError as error:
+            raise UserError(f"{error.filename}: a file among the folders of the cities; remove it") from None
+        pairs = sorted(pair for pair in zip(listing.images, (t[0] for t in listing.targets)) if pair[0].endswith("_leftImg8bit.png"))
         ids[part] = []
         for image, mask in pairs:
             train_ids = mask.replace("_labelIds.png", "_labelTrainIds.png")
@@ -322,6 +326,8 @@ def open_dataset(args):
     """The Dataset that the arguments name."""
     cache = Path(args.cache, args.dataset)
     if args.dataset == "streets":
+        if tuple(args.size) != (64, 128):
+            raise UserError(f"--size {args.size[0]} {args.size[1]}: streets are drawn at 64 128")
         return Streets()
     if args.dataset == "camvid":
         return open_camvid(args.data_root, args.size, cache)
@@ -395,7 +401,7 @@ def read_split(paths, data):
     lists = []
     for path in paths:
         try:
-            lines = Path(path).read_text().splitlines()
+            lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"--split {path}: cannot be read as a text list ({error})") from None
         ids = {}
@@ -469,19 +475,21 @@ class Stream(torch.utils.data.Dataset):
         self.data, self.ids, self.name, self.labeled, self.soft_labels = data, ids, name, labeled, soft_labels
         self.seed, self.crop, self.scale = args.seed, args.crop, args.scale
         self.map_size = [math.ceil(n / stride) for n in args.crop]
-        self.order = lru_cache(maxsize=2)(self._order)
-
-    def _order(self, epoch):
-        return rng(self.seed, self.name, "order", epoch).permutation(len(self.ids))
 
     def __getitem__(self, position):
         epoch, place = divmod(position, len(self.ids))
-        id = self.ids[self.order(epoch)[place]]
+        id = self.ids[picture_order(self.seed, self.name, epoch, len(self.ids))[place]]
         image, label, valid, view = weak_view(self.data.image(id), self.data.label(id), rng(self.seed, self.name, "view", position), self.crop, self.scale)
         sample = {"image": image, "label" if self.labeled else "truth": label, "valid": valid, "position": position}
         for i, folder in enumerate(self.soft_labels):
             sample[f"soft_{i}"] = crop_map(torch.from_numpy(read_soft_label(folder, id)), view, self.map_size)
         return sample
+
+
+@lru_cache(maxsize=16)
+def picture_order(seed, name, epoch, n):
+    """The permutation of n pictures that a stream shows in an epoch."""
+    return rng(seed, name, "order", epoch).permutation(n)
 
 
 def soft_label_path(folder, id):
@@ -493,7 +501,7 @@ def write_soft_label(folder, id, p):
     try:
         write_atomically(soft_label_path(folder, id), partial(np.save, arr=p.half().cpu().numpy()))
     except OSError as error:
-        raise UserError(f"{soft_label_path(folder, id)}: cannot be written ({error.strerror}); free some space, then the same command goes on") from None
+        raise UserError(f"{soft_label_path(folder, id)}: cannot be written ({error}); free some space, then the same command goes on") from None
 
 
 def read_soft_label(folder, id):
@@ -598,7 +606,7 @@ class FrozenBatchNorm(nn.BatchNorm2d):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.requires_grad_(False)
+        self.requires_grad_(False).eval()
 
     def train(self, mode=True):
         return super().train(False)
@@ -764,6 +772,8 @@ def read_weights(args):
         if args.backbone == "tiny":
             raise UserError(f"--weights {args.weights}: there are none for the tiny backbone; use --weights none, or --backbone resnet50 or resnet101")
         if args.weights == "coco":
+            if args.backbone != "resnet101":
+                raise UserError(f"--weights coco: is for --backbone resnet101, not {args.backbone}")
             url = COCO_URL
         else:
             url = getattr(torchvision.models, f"ResNet{args.backbone[6:]}_Weights").IMAGENET1K_V1.url
@@ -783,7 +793,7 @@ def read_weights(args):
         if not path.is_file():
             raise UserError(f"--weights {args.weights}: no such file; expected imagenet, coco, none, or the path of a checkpoint")
     state = load_torch(path)
-    if "models" in state:  # a last.pt of this project
+    if {"models", "networks", "headline"} <= state.keys():  # a last.pt of this project
         return {k: v for k, v in state["models"][state["headline"]].items()}, state["networks"][state["headline"]]["style"], path
     for key in ("state_dict", "model", "model_state"):
         state = state[key] if isinstance(state.get(key), dict) else state
@@ -798,8 +808,8 @@ def load_torch(path):
     """torch.load of tensors and plain values only. A UserError names a file that is truncated or something else."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, TypeError, AttributeError, pickle.UnpicklingError) as error:
-        raise UserError(f"{path}: not a readable checkpoint ({str(error).splitlines()[0][:120]}); is it truncated? download or copy it again") from None
+    except (OSError, RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError, struct.error, pickle.UnpicklingError) as error:
+        raise UserError(f"{path}: not a readable checkpoint ({(str(error) or type(error).__name__).splitlines()[0][:120]}); is it truncated? download or copy it again") from None
     if not isinstance(state, dict):
         raise UserError(f"{path}: holds a {type(state).__name__}, not a dict of weights")
     return state
@@ -814,7 +824,7 @@ def convert_weights(state):
     kazuto1011      [base.]layer1.conv1.conv.weight, layer2.block1.reduce.bn.bias,
                     aspp.c0.weight                                                  caffe-bgr
     The prefix module. (DataParallel) is dropped from any."""
-    state = {re.sub(r"^(module\.)+", "", key): value for key, value in state.items() if torch.is_tensor(value)}
+    state = {re.sub(r"^(module\.)+", "", key): value for key, value in state.items() if isinstance(key, str) and torch.is_tensor(value)}
     style = "torchvision"
     if any(key.startswith("Scale.") for key in state):
         state, style = {key.removeprefix("Scale."): value for key, value in state.items()}, "caffe-bgr"
@@ -922,23 +932,28 @@ def parse_args(parser, paper, argv=None):
         args.preset = "gpu" if torch.cuda.is_available() else "cpu"
     values = paper.get(f"{args.dataset}-{args.preset}") or paper[args.dataset]
     for name, value in values.items():
-        if getattr(args, name) is None:
+        if getattr(args, name) is None and not (name == "labels" and args.split):
             setattr(args, name, value)
     if args.precision is None:
         args.precision = "bf16" if torch.cuda.is_available() else "fp32"
-    for name, value in vars(args).items():
-        option = "--" + name.replace("_", "-")
-        if name in ("size", "crop", "scale", "scales") and value is not None and min(value) <= 0:
-            raise UserError(f"{option} {' '.join(map(str, value))}: must be above 0")
-        if name in ("batch_size", "log_every", "eval_every", "save_every", "lr") and value <= 0:
-            raise UserError(f"{option} {value}: must be above 0")
-        if name in ("workers", "seed", "iterations", "weight_decay") and value < 0:
-            raise UserError(f"{option} {value}: must not be negative")
+    check_range(args, 1, math.inf, "batch_size", "log_every", "eval_every", "save_every", "size", "crop")
+    check_range(args, 0, math.inf, "workers", "seed", "iterations", "weight_decay")
+    check_range(args, 1e-12, math.inf, "lr", "scale", "scales")
     if args.scale[0] > args.scale[1]:
         raise UserError(f"--scale {args.scale[0]} {args.scale[1]}: expected LOW HIGH")
     if (args.evaluate or args.predict) and not args.checkpoint:
         raise UserError("--evaluate and --predict need --checkpoint FILE, the last.pt of a run")
     return args
+
+
+def check_range(args, low, high, *names):
+    """A UserError for the first of these arguments that lies outside low..high."""
+    for name in names:
+        value = getattr(args, name)
+        for x in value if isinstance(value, (list, tuple)) else [value]:
+            if x is not None and not low <= x <= high:
+                bound = f"from {low} to {high}" if high < math.inf else "above 0" if 0 < low < 1 else f"{low} or more"
+                raise UserError(f"--{name.replace('_', '-')} {x}: must be {bound}")
 
 
 # ---- processes -------------------------------------------------------------------------------------------------------
@@ -1088,8 +1103,8 @@ class Run:
         self.method, self.args, self.data, self.device, self.total = method, args, data, device, total
         self.folder = Path(args.out or f"runs/{method}-{args.dataset}-{args.labels}-s{args.seed}")
         checksum = hashlib.sha256("\n".join(labeled + ["--"] + unlabeled).encode()).hexdigest()
-        free = {"out", "overwrite", "workers", "cache", "data_root", "log_every"}  # may differ when a run is resumed
-        fixed = {key: value for key, value in vars(args).items() if key not in free} | {"split_sha256": checksum, "processes": world_size()}
+        free = {"out", "overwrite", "workers", "cache", "data_root", "log_every", "eval_every", "save_every"}  # may differ when a run is resumed
+        fixed = {key: value for key, value in vars(args).items() if key not in free} | {"method": method, "split_sha256": checksum, "processes": world_size()}
         fixed = json.loads(json.dumps(fixed))
         if is_main():
             try:
@@ -1214,6 +1229,10 @@ class Run:
             self.peak = max(self.peak, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
         if not is_main():
             return
+        weights = [value for network in networks.values() for value in network.state_dict().values() if value.is_floating_point()]
+        if not all(torch.stack([value.isfinite().all() for value in weights]).tolist()):
+            raise UserError(f"weights are not finite after iteration {self.step} of {self.total}; {self.folder}/last.pt is as the last checkpoint left it. "
+                            "Try a lower --lr, or --precision fp32")
         checkpoint = {"method": self.method, "headline": headline, "step": self.step, "seconds": self.elapsed(), "peak_memory_mb": self.peak,
                       "classes": {name: list(color) for name, color in self.data.classes.items()}, "dataset": self.data.name, "size": self.args.size,
                       "models": {name: network.state_dict() for name, network in networks.items()},
@@ -1263,7 +1282,10 @@ class Run:
                   "iterations": self.step, "seconds": round(self.elapsed(), 1), "peak_memory_mb": round(self.peak), "device": device_name(self.device),
                   "processes": world_size(), "torch": torch.__version__, "commit": git_commit(), **extra}
         if is_main():
-            write_atomically(self.folder / "result.json", lambda file: file.write(json.dumps(result, indent=1).encode()))
+            try:
+                write_atomically(self.folder / "result.json", lambda file: file.write(json.dumps(result, indent=1).encode()))
+            except OSError as error:
+                raise UserError(f"{self.folder}/result.json: cannot be written ({error}); free some space, then the same command writes it") from None
             shutil.rmtree(self.folder / "soft_labels", ignore_errors=True)
             report(tables, headline, self.data, paper)
             print(f"\n{self.step} iterations in {duration(result['seconds'])} on {result['device']}, peak memory {result['peak_memory_mb']} MB\n"
@@ -1361,7 +1383,10 @@ def use_checkpoint(args, device):
     networks = {}
     for name in state["models"] if args.evaluate else [state["headline"]]:
         networks[name] = make_network(state["networks"][name]).to(device).eval()
-        networks[name].load_state_dict(state["models"][name])
+        try:
+            networks[name].load_state_dict(state["models"][name])
+        except RuntimeError as error:
+            raise UserError(f"--checkpoint {path}: does not fit its own description ({str(error).splitlines()[-1].strip()})") from None
     if args.evaluate:
         data = open_dataset(args)
         if list(state["classes"]) != data.names:
@@ -1385,8 +1410,13 @@ def predict_pictures(network, state, args, device):
     paths = sorted(p for p in source.iterdir() if p.suffix.lower() in (".png", ".jpg", ".jpeg")) if source.is_dir() else [source]
     if not paths:
         raise UserError(f"--predict {source}: no .png, .jpg or .jpeg in this folder")
-    colors, bad = np.array(list(state["classes"].values()), np.uint8), []
-    out.mkdir(parents=True, exist_ok=True)
+    if out.resolve() == paths[0].parent.resolve():
+        raise UserError(f"--out {out}: is the folder of the pictures themselves, which would be overwritten; choose another")
+    stems, colors, bad = [path.stem for path in paths], np.array(list(state["classes"].values()), np.uint8), []
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {out}: cannot be written ({error.strerror})") from None
     for number, path in enumerate(paths, 1):
         try:
             with open_picture(path) as picture:
@@ -1400,8 +1430,12 @@ def predict_pictures(network, state, args, device):
         label = predict(network, image, args, (picture.height, picture.width)).argmax(1)[0].to("cpu", torch.uint8).numpy()
         index = Image.fromarray(label)
         index.putpalette(colors.flatten().tolist())
-        index.save(out / f"{path.stem}.png")
-        Image.blend(picture, Image.fromarray(colorize(label, colors)), .5).save(out / f"{path.stem}_overlay.png")
+        name = path.stem if stems.count(path.stem) == 1 else path.name  # a.jpg and a.png do not share a result
+        try:
+            index.save(out / f"{name}.png")
+            Image.blend(picture, Image.fromarray(colorize(label, colors)), .5).save(out / f"{name}_overlay.png")
+        except OSError as error:
+            raise UserError(f"{out / name}.png: cannot be written ({error.strerror or error})") from None
         if sys.stdout.isatty():
             print(f"\r{number}/{len(paths)} {path.name}\x1b[K", end="", flush=True)
     print(("\n" if sys.stdout.isatty() else "") + f"{len(paths) - len(bad)} of {len(paths)} pictures: {out}/NAME.png (class ids) and {out}/NAME_overlay.png")

@@ -44,9 +44,7 @@ Choices that the paper leaves open, and why
 import argparse
 import copy
 import math
-import shutil
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -179,8 +177,10 @@ def rectify(features, p0, prototypes, seen):
     z = features.float().flatten(2).transpose(1, 2)  # (B, hw, C)
     distance = torch.cdist(z, prototypes, compute_mode="donot_use_mm_for_euclid_dist")  # (B, hw, K)
     distance = distance.masked_fill(~seen, 1e4)  # far away: a class never seen gets exactly 0, and if none was seen all get the same
-    omega = torch.softmax(-distance, 2)  # Eq. 9
-    return omega.transpose(1, 2).view(B, -1, h, w) * p0  # Eq. 6
+    omega = torch.softmax(-distance, 2).transpose(1, 2).view(B, -1, h, w)  # Eq. 9
+    if p0.shape[2:] != (h, w):  # Caffe-style networks round up: one row and column more
+        p0 = F.interpolate(p0, (h, w), mode="bilinear", align_corners=False)
+    return omega * p0  # Eq. 6
 
 
 def hard_label(p, size, valid, threshold=0.):
@@ -215,6 +215,8 @@ def start_stage(networks, data, labeled, unlabeled, folders, args, device):
     K, pictures = len(data.names), (labeled + unlabeled)[common.rank()::common.world_size()]
     sums = [torch.zeros(K, network.feature_channels + 1, device=device) for network in networks]
     wanted = set(unlabeled)
+    for network in networks:
+        network.eval()
     for number, id in enumerate(pictures, 1):
         image = torch.from_numpy(data.image(id).transpose(2, 0, 1).copy())[None].to(device)
         for network, total, folder in zip(networks, sums, folders):
@@ -250,9 +252,8 @@ def train(args, data, labeled, unlabeled, device):
     stages += [(s, args.iterations, args.lr, 1.) for s in range(1, args.stages + 1)]
     if args.supervised:  # the baseline is stage 0 alone, one network, as many steps as a student takes in all stages
         stages = [(0, sum(s[1] for s in stages), args.stage0_lr, args.stage0_head_lr)]
-    run = common.Run("rml-supervised" if args.supervised else "rml", args, data, labeled, unlabeled, device, sum(s[1] for s in stages))
-
     students = [common.build_network(args, data, device, member) for member in range(1 if args.supervised else 2)]
+    run = common.Run("rml-supervised" if args.supervised else "rml", args, data, labeled, unlabeled, device, sum(s[1] for s in stages))
     teachers = [copy.deepcopy(student).requires_grad_(False).eval() for student in students]
     networks = {f"student_{i}": s for i, s in enumerate(students, 1)} | {f"teacher_{i}": t for i, t in enumerate(teachers, 1)}
     learners = [common.parallel(student, device) for student in students]
@@ -260,6 +261,7 @@ def train(args, data, labeled, unlabeled, device):
     learns_from = [[1], [0]] if args.peer_only else learns_from
     sources = teachers if predictor == "teacher" else students
     headline = "student_1" if args.supervised or predictor == "student" else "teacher_1"
+    paper = (PAPER_SUPERVISED if args.supervised else PAPER_MIOU).get((args.dataset, args.labels))
     B, K, members = args.batch_size // common.world_size(), len(data.names), range(len(students))
 
     for stage, iterations, stage_lr, head_lr in stages:
@@ -268,7 +270,7 @@ def train(args, data, labeled, unlabeled, device):
         optimizers = [common.make_optimizer(args, stage_lr, s.backbone.parameters(), s.head_parameters()) for s in students]
         scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
         folders = [run.folder / "soft_labels" / f"stage_{stage}_model_{i + 1}" for i in members] if stage and args.rectify else []
-        prototypes, begin = [], 0
+        prototypes, begin, tables = [], 0, None
 
         def save(iteration):
             run.save(headline, networks, stage=stage, iteration=iteration, optimizers=[o.state_dict() for o in optimizers],
@@ -399,7 +401,7 @@ def train(args, data, labeled, unlabeled, device):
             if done % args.save_every == 0 or last:
                 save(done)
 
-    run.finish(headline, tables)
+    run.finish(headline, tables or common.evaluate(networks, data, args, device), paper)
 
 
 def main():
@@ -408,6 +410,8 @@ def main():
     if args.evaluate or args.predict:
         return common.use_checkpoint(args, device)
     args.rectify = args.mutual == "indirect" if args.rectify is None else args.rectify
+    common.check_range(args, 0, math.inf, "stages", "stage0_iterations", "prototype_min_cells")
+    common.check_range(args, 0, 1, "dropout", "drop_path", "threshold", "ema_decay", "prototype_decay")
     data = common.open_dataset(args)
     labeled, unlabeled = common.split(args, data)
     train(args, data, labeled, unlabeled, device)

