@@ -648,7 +648,7 @@ class ResNet(resnet.ResNet):
         self.slim = slim
         super().__init__(block, depths, norm_layer=norm)
         del self.avgpool, self.fc
-        self.channels = 512 * block.expansion // slim
+        self.channels, self.stride = 512 * block.expansion // slim, 8
         if caffe:
             self.maxpool.ceil_mode = True
             self.layer2[0].conv1.stride, self.layer2[0].conv2.stride = (2, 2), (1, 1)
@@ -667,12 +667,12 @@ class ResNet(resnet.ResNet):
 
 
 def make_backbone(name, batch_norm="frozen", caffe=False):
-    """resnet50, resnet101, or tiny: a quarter-width ResNet-18 with group norm, to train from scratch on a CPU.
+    """resnet50, resnet101, or tiny: a ResNet-18 of an eighth of the width at stride 4, to train from scratch on a CPU.
 
-    Group norm has no running statistics, so nothing depends on how a batch is cut among processes."""
+    Its group norm has no running statistics, so nothing depends on how a batch is cut among processes."""
     if name == "tiny":
-        tiny = ResNet(BasicBlock, [2, 2, 2, 2], partial(nn.GroupNorm, 8), slim=4)
-        tiny.conv1 = nn.Conv2d(3, 64, 3, stride=2, padding=1, bias=False)
+        tiny = ResNet(BasicBlock, [2, 2, 2, 2], lambda channels: nn.GroupNorm(channels // 8, channels), slim=8)
+        tiny.conv1, tiny.maxpool, tiny.stride = nn.Conv2d(3, 64, 3, stride=2, padding=1, bias=False), nn.Identity(), 4
         return tiny
     depths = {"resnet50": [3, 4, 6, 3], "resnet101": [3, 4, 23, 3]}[name]
     return ResNet(Bottleneck, depths, FrozenBatchNorm if batch_norm == "frozen" else nn.BatchNorm2d, caffe=caffe)
@@ -684,10 +684,8 @@ class DeepLabV2(nn.Module):
     head "plain": the classifier is the sum of 3x3 convs at the rates, straight to classes; features = layer4 (2048).
     head "bottleneck" (ProDA): 1x1 and dilated 3x3 convs with group norm, concatenated, weighted by squeeze-and-excitation,
     3x3 conv to width; features = that (256); the classifier is a 1x1 conv.
-    forward: (B, 3, H, W) float RGB in [0, 1] -> logits (B, K, H / 8, W / 8).
+    forward: (B, 3, H, W) float RGB in [0, 1] -> logits (B, K, h, w) at the backbone's stride: 8, tiny 4.
     dropout, before the last classifier, is an Identity that a method may replace."""
-
-    stride = 8
 
     def __init__(self, backbone, classes, head="bottleneck", rates=(6, 12, 18, 24), width=256, style="torchvision"):
         super().__init__()
@@ -695,7 +693,7 @@ class DeepLabV2(nn.Module):
         self.channels = list(style["channels"])
         self.register_buffer("mean", torch.tensor(style["mean"]).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(style["std"]).view(3, 1, 1), persistent=False)
-        self.backbone, self.head, self.dropout = backbone, head, nn.Identity()
+        self.backbone, self.head, self.dropout, self.stride = backbone, head, nn.Identity(), backbone.stride
         c = backbone.channels
         if head == "plain":
             self.feature_channels = c
@@ -714,7 +712,7 @@ class DeepLabV2(nn.Module):
             nn.init.normal_(self.last.weight, 0, .01)
 
     def features(self, image):
-        """(B, 3, H, W) float RGB in [0, 1] -> (B, C, H / 8, W / 8)."""
+        """(B, 3, H, W) float RGB in [0, 1] -> (B, C, h, w)."""
         x = self.backbone((image[:, self.channels] - self.mean) / self.std)
         if self.head == "plain":
             return x
@@ -737,8 +735,8 @@ def make_network(spec):
     """The network that a description (as saved in every checkpoint) names, with random weights."""
     tiny = spec["backbone"] == "tiny"
     backbone = make_backbone(spec["backbone"], spec["batch_norm"], caffe=STYLES[spec["style"]]["caffe"])
-    rates = (1, 2, 4, 6) if tiny else (6, 12, 18, 24)  # tiny: for feature maps of 8 x 16
-    return DeepLabV2(backbone, spec["classes"], spec["head"], rates[:spec["aspp_branches"]], 64 if tiny else 256, spec["style"])
+    rates = (2, 4, 8, 12) if tiny else (6, 12, 18, 24)  # tiny: for feature maps of 16 x 32
+    return DeepLabV2(backbone, spec["classes"], spec["head"], rates[:spec["aspp_branches"]], 32 if tiny else 256, spec["style"])
 
 
 def build_network(args, data, device, member=0):

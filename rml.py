@@ -61,13 +61,13 @@ PAPER = {
     "cityscapes": dict(labels="372", size=(512, 1024), crop=(256, 512), scale=(1., 1.), batch_size=4, workers=4,
                        network="deeplabv2", backbone="resnet101", head="bottleneck", weights="imagenet", batch_norm="frozen",
                        optimizer="sgd", lr=1e-4, weight_decay=2e-4, iterations=90_000,
-                       stage0_iterations=40_000, stage0_lr=2.5e-4, stage0_head_lr=10.,
+                       stage0_iterations=40_000, stage0_lr=2.5e-4, stage0_head_lr=10., dropout=.5, drop_path=.2,
                        ema_decay=.999, prototype_decay=.9999, prototype_min_cells=10, log_every=50, eval_every=5000, save_every=1000),
-    "streets": dict(labels="4", size=(64, 128), crop=(64, 128), scale=(1., 1.), batch_size=4, workers=0,
+    "streets": dict(labels="8", size=(64, 128), crop=(64, 128), scale=(1., 1.), batch_size=4, workers=0,
                     network="deeplabv2", backbone="tiny", head="bottleneck", weights="none", batch_norm="frozen",
-                    optimizer="adamw", lr=1e-3, weight_decay=1e-2, iterations=800,
-                    stage0_iterations=500, stage0_lr=3e-3, stage0_head_lr=1.,
-                    ema_decay=.99, prototype_decay=.999, prototype_min_cells=1, log_every=50, eval_every=400, save_every=200),
+                    optimizer="adamw", lr=3e-3, weight_decay=1e-2, iterations=900,
+                    stage0_iterations=400, stage0_lr=3e-3, stage0_head_lr=1., dropout=.1, drop_path=.05,
+                    ema_decay=.99, prototype_decay=.999, prototype_min_cells=1, log_every=50, eval_every=300, save_every=100),
 }
 PAPER["camvid-cpu"] = PAPER["streets"] | dict(labels="1/8", size=(180, 240), crop=(128, 160))
 PAPER["camvid-gpu"] = PAPER["cityscapes"] | dict(labels="1/8", size=(360, 480), crop=(256, 352), iterations=20_000, stage0_iterations=10_000,
@@ -96,8 +96,8 @@ def get_parser():
     a("--threshold", type=float, default=0., help="pseudo-labels below this confidence are ignored (tau of Eq. 2)")
     a("--photometric", action=argparse.BooleanOptionalAction, default=True, help="RandAugment's photometric operations (Table 4, input noises)")
     a("--cutmix", action=argparse.BooleanOptionalAction, default=True, help="CutMix (Sect. 4.1)")
-    a("--dropout", type=float, default=.5, help="before the last classifier (Sect. 5.2, model noises)")
-    a("--drop-path", type=float, default=.2, help="stochastic depth: share of residual branches dropped (Sect. 5.2)")
+    a("--dropout", type=float, help="before the last classifier (Sect. 5.2, model noises)")
+    a("--drop-path", type=float, help="stochastic depth: share of residual branches dropped (Sect. 5.2)")
     a("--linear-drop-path", action="store_true", help="the share grows linearly with depth up to --drop-path")
     a("--ema-decay", type=float, help="of the mean teachers (Sect. 4.1)")
     a("--prototype-decay", type=float, help="lambda of Eq. 11")
@@ -303,7 +303,7 @@ def train(args, data, labeled, unlabeled, device):
             loaders = [stream(f"labeled {i}", labeled) for i in members]
         else:
             loaders = [stream("labeled", labeled)]
-            loaders += [stream(name, unlabeled, labeled=False, soft_labels=folders) for name in ("unlabeled", "partner")[:1 + args.cutmix]]
+            loaders += [stream(name, unlabeled, labeled=False, soft_labels=folders, stride=students[0].stride) for name in ("unlabeled", "partner")[:1 + args.cutmix]]
         pseudo_tables, covered = [torch.zeros(K, K, dtype=torch.int64, device=device) for _ in members], 0
 
         for iteration, batch in enumerate(zip(*loaders), begin):
