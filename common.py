@@ -457,6 +457,8 @@ def weak_view(image, label, generator, crop, scale=(1., 1.)):
 def crop_map(soft, view, size):
     """The part of a whole picture's map that a weak view shows. soft (K, h, w) at any stride, size (h', w') -> (K, h', w')."""
     top, left, bottom, right, flip = view
+    if (top, left, bottom, right) == (0, 0, 1, 1) and list(soft.shape[1:]) == list(size):  # the whole picture: nothing to sample
+        return soft.flip(-1).float() if flip else soft.float()
     y = top + (torch.arange(size[0]) + .5) / size[0] * (bottom - top)  # centres of the cells, as fractions of the picture
     x = left + (torch.arange(size[1]) + .5) / size[1] * (right - left)
     x = x.flip(0) if flip else x
@@ -966,7 +968,7 @@ def setup(args):
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True
     if "RANK" in os.environ:
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(minutes=30), device_id=device if cuda else None)
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(minutes=10), device_id=device if cuda else None)
     if args.batch_size % world_size():
         raise UserError(f"--batch-size {args.batch_size} is not divisible by the {world_size()} processes")
     return device
@@ -1034,8 +1036,8 @@ def make_optimizer(args, lr, *groups):
     """SGD with momentum .9, or AdamW, over groups of parameters; those without gradient are left out."""
     groups = [{"params": [p for p in group if p.requires_grad], "lr": lr} for group in groups]
     if args.optimizer == "sgd":
-        return torch.optim.SGD(groups, momentum=.9, weight_decay=args.weight_decay, foreach=True)
-    return torch.optim.AdamW(groups, weight_decay=args.weight_decay, foreach=True)
+        return torch.optim.SGD(groups, momentum=.9, weight_decay=args.weight_decay, fused=True)
+    return torch.optim.AdamW(groups, weight_decay=args.weight_decay, fused=True)
 
 
 def say(text):

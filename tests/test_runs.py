@@ -1,6 +1,5 @@
 """Whole runs of rml.py: that the work happened, that nothing is lost, that processes and restarts do not change the result."""
 
-import copy
 import json
 import os
 import re
@@ -48,7 +47,7 @@ def command(camvid, out, *more, torchrun=()):
 
 def launch(tmp_path, *args, **options):
     """One thread, so that CI's two cores serve two processes; runs happen in a folder of the test's own."""
-    return subprocess.Popen(command(*args, **options), cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE,
+    return subprocess.Popen(command(*args, **options), cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}, stdout=subprocess.PIPE,
                             stderr=subprocess.STDOUT, text=True, start_new_session=True)
 
 
@@ -102,10 +101,9 @@ def test_the_work_happened(whole, camvid):
         values = [r[term] for r in log if term in r]
         assert all(np.isfinite(values)) and max(values) > 0
     rates = [r["lr"] for r in log if r["stage"] == 1 and "lr" in r]
-    assert rates == pytest.approx([1e-3 * (1 - t / 9) ** .9 for t in range(9)])
+    assert rates == pytest.approx([rml.PAPER["streets"]["lr"] * (1 - t / 9) ** .9 for t in range(9)])
     assert all(0 < r["pseudo_miou_1"] <= 100 and r["pseudo_coverage"] == 1 for r in log if r["stage"] and "pseudo_miou_1" in r)
     state = torch.load(folder / "last.pt", weights_only=True)
-    start = common.make_network(state["networks"]["student_1"])
     names = ["student_1", "student_2", "teacher_1", "teacher_2"]
     assert list(state["models"]) == names
     with torch.random.fork_rng(devices=[]):
@@ -233,16 +231,18 @@ def test_killed_at_any_point_and_resumed_ends_with_the_same_bits(whole, camvid, 
 
 
 def test_two_processes_give_one_processs_losses(camvid, tmp_path):
-    run(tmp_path, camvid, tmp_path / "one", *QUIET)
-    run(tmp_path, camvid, tmp_path / "two", *QUIET, torchrun=["--standalone", "--nproc_per_node=2"])
+    """With SGD: AdamW divides by gradients near zero, which makes rounding visible."""
+    flags = [*QUIET, "--optimizer", "sgd", "--stage0-lr", ".02", "--lr", ".01"]
+    run(tmp_path, camvid, tmp_path / "one", *flags)
+    run(tmp_path, camvid, tmp_path / "two", *flags, torchrun=["--standalone", "--nproc_per_node=2"])
     one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
-    assert one.keys() == two.keys()
-    for key in one:  # rounding grows with the steps, and a pseudo-label on the edge may flip: the first of every stage counts
-        if key[:2] in ((0, 1), (0, 2), (0, 3), (1, 1)):
-            assert one[key] == pytest.approx(two[key], abs=1e-5), key
-        assert one[key] == pytest.approx(two[key], abs=.05), key
-    counts = [sum(r["val"]["teacher_1"] > 0 for r in records(tmp_path / name) if "val" in r) for name in ("one", "two")]
-    assert counts == [3, 3]
+    assert one.keys() == two.keys() and len(one) == 7 * 2 + 18 * 6
+    for key in one:  # all of stage 0, and stage 1 until a pseudo-label on the edge flips
+        assert one[key] == pytest.approx(two[key], abs=1e-5 if key[0] == 0 or key[:2] <= (1, 2) else 1e-2), key
+    first, last = one[1, 1, "loss_pseudo_1_from_2"], one[2, 9, "loss_pseudo_1_from_2"]
+    assert abs(first - last) > .01  # the losses did move
+    results = [json.loads((tmp_path / name / "result.json").read_text())["miou"] for name in ("one", "two")]
+    assert results[0] == pytest.approx(results[1], abs=.1)  # each val picture counted once: a pixel on the edge may differ
 
 
 def test_one_of_two_processes_is_killed_and_the_run_ends_by_itself(camvid, tmp_path):
