@@ -10,7 +10,7 @@ Conventions everywhere:
     image   uint8 RGB, (3, H, W) as a tensor; a network takes float RGB in [0, 1] and normalises it itself
     label   class ids 0..K-1, and 255 (IGNORE) for whatever is unknown: void classes, padding
     ids     strings that name a picture within its dataset, stable over machines
-Randomness never comes from a global generator: rng(seed, "labeled", 7) is the same stream on every machine.
+Randomness comes from rng(seed, "labeled", 7), which is the same on every machine; model noise from a torch seed set before the forward pass.
 """
 
 import argparse
@@ -481,7 +481,14 @@ class Stream(torch.utils.data.Dataset):
     def __getitem__(self, position):
         epoch, place = divmod(position, len(self.ids))
         id = self.ids[picture_order(self.seed, self.name, epoch, len(self.ids))[place]]
-        image, label, valid, view = weak_view(self.data.image(id), self.data.label(id), rng(self.seed, self.name, "view", position), self.crop, self.scale)
+        image = self.data.image(id)
+        try:
+            label = self.data.label(id)
+        except UserError:
+            if self.labeled:
+                raise
+            label = np.full(image.shape[:2], IGNORE, np.uint8)  # an unlabeled picture's mask is for the log alone: it may be broken
+        image, label, valid, view = weak_view(image, label, rng(self.seed, self.name, "view", position), self.crop, self.scale)
         sample = {"image": image, "label" if self.labeled else "truth": label, "valid": valid, "position": position}
         for i, folder in enumerate(self.soft_labels):
             sample[f"soft_{i}"] = crop_map(torch.from_numpy(read_soft_label(folder, id)), view, self.map_size)
@@ -598,9 +605,9 @@ def evaluate(networks, data, args, device):
 # ======================================================================================================================
 
 # How the pictures go in, and where a block's stride sits, depends on where the weights come from.
-STYLES = {"torchvision": dict(mean=(.485, .456, .406), std=(.229, .224, .225), channels=(0, 1, 2), caffe=False),
-          "caffe-rgb": dict(mean=(122.679 / 255, 116.669 / 255, 104.007 / 255), std=(1 / 255,) * 3, channels=(0, 1, 2), caffe=True),
-          "caffe-bgr": dict(mean=(104.007 / 255, 116.669 / 255, 122.679 / 255), std=(1 / 255,) * 3, channels=(2, 1, 0), caffe=True)}
+STYLES = {"torchvision": dict(mean=(.485, .456, .406), std=(.229, .224, .225), bgr=False, caffe=False),
+          "caffe-rgb": dict(mean=(122.679 / 255, 116.669 / 255, 104.007 / 255), std=(1 / 255,) * 3, bgr=False, caffe=True),
+          "caffe-bgr": dict(mean=(104.007 / 255, 116.669 / 255, 122.679 / 255), std=(1 / 255,) * 3, bgr=True, caffe=True)}
 
 
 class FrozenBatchNorm(nn.BatchNorm2d):
@@ -692,7 +699,7 @@ class DeepLabV2(nn.Module):
     def __init__(self, backbone, classes, head="bottleneck", rates=(6, 12, 18, 24), width=256, style="torchvision"):
         super().__init__()
         style = STYLES[style]
-        self.channels = list(style["channels"])
+        self.bgr = style["bgr"]
         self.register_buffer("mean", torch.tensor(style["mean"]).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(style["std"]).view(3, 1, 1), persistent=False)
         self.backbone, self.head, self.dropout, self.stride = backbone, head, nn.Identity(), backbone.stride
@@ -715,7 +722,7 @@ class DeepLabV2(nn.Module):
 
     def features(self, image):
         """(B, 3, H, W) float RGB in [0, 1] -> (B, C, h, w)."""
-        x = self.backbone((image[:, self.channels] - self.mean) / self.std)
+        x = self.backbone(((image.flip(1) if self.bgr else image) - self.mean) / self.std)
         if self.head == "plain":
             return x
         return self.bottleneck(self.attention(torch.cat([branch(x) for branch in self.branches], 1)))
@@ -779,15 +786,14 @@ def read_weights(args):
             url = getattr(torchvision.models, f"ResNet{args.backbone[6:]}_Weights").IMAGENET1K_V1.url
         folder = Path(torch.hub.get_dir(), "checkpoints")
         path = folder / url.split("/")[-1]
-        if not path.exists():
-            with one_after_another():  # the first process downloads, the others find the file
-                try:
-                    if not path.exists():
-                        folder.mkdir(parents=True, exist_ok=True)
-                        torch.hub.download_url_to_file(url, str(path), hash_prefix=path.stem.split("-")[-1], progress=is_main())
-                except (OSError, RuntimeError) as error:
-                    raise UserError(f"--weights {args.weights}: cannot download {url} ({error}); fetch it on another machine and put it at {path}, "
-                                    "or pass its path with --weights FILE, or train from --weights none") from None
+        with one_after_another():  # the main process downloads, the others find the file
+            try:
+                if not path.exists():
+                    folder.mkdir(parents=True, exist_ok=True)
+                    torch.hub.download_url_to_file(url, str(path), hash_prefix=path.stem.split("-")[-1], progress=is_main())
+            except (OSError, RuntimeError) as error:
+                raise UserError(f"--weights {args.weights}: cannot download {url} ({error}); fetch it on another machine and put it at {path}, "
+                                "or pass its path with --weights FILE, or train from --weights none") from None
     else:
         path = Path(args.weights)
         if not path.is_file():
@@ -931,6 +937,9 @@ def parse_args(parser, paper, argv=None):
     if args.preset is None:
         args.preset = "gpu" if torch.cuda.is_available() else "cpu"
     values = paper.get(f"{args.dataset}-{args.preset}") or paper[args.dataset]
+    harmless = {"dataset", "data_root", "labels", "seed", "supervised", "precision", "workers", "out", "overwrite", "cache", "log_every", "eval_every", "save_every"}
+    args.changed = [name for name, value in vars(args).items() if name not in harmless and value != parser.get_default(name)]
+    args.size_given = args.size is not None
     for name, value in values.items():
         if getattr(args, name) is None and not (name == "labels" and args.split):
             setattr(args, name, value)
@@ -964,6 +973,8 @@ def setup(args):
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     if args.precision == "fp16" and not cuda:
         raise UserError("--precision fp16 needs a GPU; use fp32 or bf16")
+    if cuda and device.index >= torch.cuda.device_count():
+        raise UserError(f"process {device.index} of this machine has no GPU: there are {torch.cuda.device_count()}; lower --nproc_per_node")
     if cuda:
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True
@@ -1061,6 +1072,10 @@ def run_main(main):
         message = str(error).rsplit("UserError: ", 1)[-1].strip()  # a loader process wraps it into its traceback
     except torch.cuda.OutOfMemoryError:
         message = "the GPU's memory is full; use a smaller --batch-size or --crop, or --precision bf16"
+    except RuntimeError as error:
+        if world_size() == 1 or "closed by peer" not in str(error):
+            raise
+        message = "another process ended first, and says why"
     except KeyboardInterrupt:
         message = "interrupted; the same command goes on from the last checkpoint"
     if not is_main():
@@ -1087,7 +1102,11 @@ def write_atomically(path, write):
 
 
 def git_commit():
-    result = subprocess.run(["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty", "--abbrev=40"], capture_output=True, text=True)
+    """The commit of these scripts, or None outside a git checkout or without git."""
+    try:
+        result = subprocess.run(["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty", "--abbrev=40"], capture_output=True, text=True)
+    except OSError:
+        return None
     return result.stdout.strip() or None
 
 
@@ -1121,6 +1140,9 @@ class Run:
         self.seconds = self.state["seconds"] if self.state else 0.
         self.peak = self.state["peak_memory_mb"] if self.state else 0.
         self.step = self.state["step"] if self.state else 0
+        steps = all_reduce(torch.eye(world_size(), dtype=torch.int64, device=device)[rank()] * (self.step + 1)).tolist()
+        if len(set(steps)) > 1 or not (self.folder / "args.json").exists():
+            raise UserError(f"{self.folder}: the processes do not see the same files there; all machines must share the run folder (--out)")
         self._trim_log()
         self.started = self.interval = time.time()
         self.spoken, self.left = 0., None
@@ -1129,7 +1151,9 @@ class Run:
         say(f"run       {self.folder}" + (f", resumed after iteration {self.step} of {total}" if self.step else ""))
 
     def _prepare(self, fixed):
-        if self.args.overwrite:
+        for left_over in self.folder.glob("*.tmp"):  # of a process that was killed while it wrote
+            left_over.unlink()
+        if self.args.overwrite and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":  # not when torchrun repeats the command
             for name in self.OURS:
                 path = self.folder / name
                 shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
@@ -1189,7 +1213,7 @@ class Run:
             means = (all_reduce(self.sums) / world_size() / self.count).tolist()
             pace = (time.time() - self.interval) / self.count
             self.left = pace * (self.total - self.step)
-            record |= dict(zip(self.names, means)) | {"images_per_second": round(2 * self.args.batch_size / pace, 2)}
+            record |= dict(zip(self.names, means)) | {"images_per_second": round(self.args.batch_size * (1 if self.args.supervised else 2) / pace, 2)}
         record |= extra
         self.sums, self.count, self.interval = 0, 0, time.time()
         if is_main():
@@ -1222,6 +1246,7 @@ class Run:
 
     def save(self, headline, networks, **state):
         """Write last.pt: networks {name: module} with their descriptions, and the method's own state. One process writes."""
+        began = time.time()
         self.check()
         if self.device.type == "cuda":
             self.peak = max(self.peak, torch.cuda.max_memory_allocated() / 2 ** 20)
@@ -1242,6 +1267,7 @@ class Run:
         except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
             raise UserError(f"{self.folder}/last.pt: cannot be written ({str(error).splitlines()[0]}; {shutil.disk_usage(self.folder).free / 2 ** 30:.1f} GB "
                             "free on this disk); the checkpoint before is intact. Free some space, then the same command goes on") from None
+        self.interval = self.interval + time.time() - began if self.count else time.time()  # the pace is that of iterations
 
     def forget_soft_labels(self, keep):
         """Delete the soft labels of stages before."""
@@ -1388,6 +1414,7 @@ def use_checkpoint(args, device):
         except RuntimeError as error:
             raise UserError(f"--checkpoint {path}: does not fit its own description ({str(error).splitlines()[-1].strip()})") from None
     if args.evaluate:
+        args.size = args.size if args.size_given else state["size"]
         data = open_dataset(args)
         if list(state["classes"]) != data.names:
             raise UserError(f"--checkpoint {path}: was trained on {state['dataset']} with {len(state['classes'])} classes, --dataset {args.dataset} has "

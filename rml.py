@@ -82,16 +82,16 @@ MUTUAL = {
     "none": ("student", [[0], [1]]),          # each from itself: Eq. 2
     "mean-teacher": ("teacher", [[0], [1]]),  # each from its own mean teacher
     "direct": ("student", [[1], [0]]),        # Eq. 3
+    "peer": ("teacher", [[1], [0]]),          # Eq. 3 with the labels of Eq. 4
     "indirect": ("teacher", [[0, 1], [0, 1]]),  # Eqs. 4 and 5
 }
 
 
 def get_parser():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[1], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[1], epilog="What is left out comes from the table PAPER in this file, by dataset.")
     a = parser.add_argument_group("robust mutual learning").add_argument
     a("--mutual", choices=list(MUTUAL), default="indirect", help="who teaches whom (Sect. 3, 4.1; Fig. 4)")
-    a("--peer-only", action="store_true", help="indirect: learn from the peer's teacher alone (Eq. 3 with the labels of Eq. 4)")
-    a("--rectify", action=argparse.BooleanOptionalAction, help="rectify pseudo-labels by prototypes (Sect. 4.2); default: only if indirect")
+    a("--rectify", action=argparse.BooleanOptionalAction, help="rectify pseudo-labels by prototypes (Sect. 4.2); default: for peer and indirect")
     a("--stages", type=int, default=2, help="stages after stage 0 (Table 4)")
     a("--threshold", type=float, default=0., help="pseudo-labels below this confidence are ignored (tau of Eq. 2)")
     a("--photometric", action=argparse.BooleanOptionalAction, default=True, help="RandAugment's photometric operations (Table 4, input noises)")
@@ -111,6 +111,13 @@ def get_parser():
 
 # ---- perturbations ---------------------------------------------------------------------------------------------------
 
+def sharpness(image, factor):
+    """PIL's Sharpness: blend with a smoothed picture, 0 smooth, 1 as it is. (torchvision's copies its kernel to the GPU each time: a sync.)"""
+    x, smooth = image.float(), image.float()
+    smooth[:, 1:-1, 1:-1] = ((9 * F.avg_pool2d(x, 3, 1) + 4 * x[:, 1:-1, 1:-1]) / 13).round()  # 3x3 of ones with 5 in the middle
+    return (factor * x + (1 - factor) * smooth).clamp(0, 255).to(torch.uint8)
+
+
 # RandAugment's photometric operations, level v = 1..9.  image (3, H, W) uint8 -> the same.
 PHOTOMETRIC = (
     lambda image, v: image,
@@ -119,7 +126,7 @@ PHOTOMETRIC = (
     lambda image, v: V.adjust_brightness(image, .09 * v + .05),
     lambda image, v: V.adjust_saturation(image, .09 * v + .05),
     lambda image, v: V.adjust_contrast(image, .09 * v + .05),
-    lambda image, v: V.adjust_sharpness(image, .09 * v + .05),
+    lambda image, v: sharpness(image, .09 * v + .05),
     lambda image, v: V.posterize(image, int(.4 * v) + 4),
     lambda image, v: V.solarize(image, 256 - int(25.6 * v)),
 )
@@ -138,13 +145,13 @@ def photometric(images, generators):
     return torch.stack(strong)
 
 
-def cutmix_mask(size, generator):
+def cutmix_mask(size, generator, device="cpu"):
     """(H, W) bool, True inside one box of half the area, at any place (French et al.)."""
     height, width = size
     h = math.exp(generator.uniform() * math.log(.5))  # side lengths as fractions: h in [.5, 1], w = .5 / h
     box_h, box_w = round(h * height), round(.5 / h * width)
     top, left = generator.randint(height - box_h + 1), generator.randint(width - box_w + 1)
-    mask = torch.zeros(size, dtype=torch.bool)
+    mask = torch.zeros(size, dtype=torch.bool, device=device)
     mask[top:top + box_h, left:left + box_w] = True
     return mask
 
@@ -163,14 +170,13 @@ def add_model_noise(network, dropout, drop_path, linear=False):
 def update_teacher(teacher, student, decay):
     """teacher <- decay teacher + (1 - decay) student; buffers are copied."""
     torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - decay)
-    for ours, theirs in zip(teacher.buffers(), student.buffers()):
-        ours.copy_(theirs)
+    torch._foreach_copy_(list(teacher.buffers()), list(student.buffers()))
 
 
 # ---- pseudo-labels ---------------------------------------------------------------------------------------------------
 
 def rectify(features, p0, prototypes, seen):
-    """Rectified class probabilities, up to a factor for each pixel.
+    """Rectified class probabilities: omega_k p_k^0, divided by their sum over the classes.
 
     features (B, C, h, w) of the mean teacher, p0 (B, K, h, w), prototypes (K, C), seen (K,) bool -> (B, K, h, w)."""
     B, C, h, w = features.shape
@@ -180,26 +186,28 @@ def rectify(features, p0, prototypes, seen):
     omega = torch.softmax(-distance, 2).transpose(1, 2).view(B, -1, h, w)  # Eq. 9
     if p0.shape[2:] != (h, w):  # Caffe-style networks round up: one row and column more
         p0 = F.interpolate(p0, (h, w), mode="bilinear", align_corners=False)
-    return omega * p0  # Eq. 6
+    p = omega * p0  # Eq. 6
+    return p / p.sum(1, keepdim=True).clamp(min=1e-30)
 
 
 def hard_label(p, size, valid, threshold=0.):
-    """One-hot of Eqs. 2, 4, 6, as class ids: p (B, K, h, w) is upsampled, argmax (B, H, W); 255 where not valid or not confident."""
-    p = F.interpolate(p, size, mode="bilinear", align_corners=False)
-    confidence, label = (p / p.sum(1, keepdim=True)).max(1) if threshold else p.max(1)
-    keep = valid & (confidence > threshold) if threshold else valid  # Eq. 2
-    return label.where(keep, IGNORE)
+    """Pseudo-labels as class ids: p (B, K, h, w) is upsampled to size; 255 where valid (B, H, W) is False or p is at most threshold."""
+    confidence, label = F.interpolate(p, size, mode="bilinear", align_corners=False).max(1)  # one_hot of Eqs. 4, 6
+    return label.where(valid & (confidence > threshold), IGNORE)  # Eq. 2; with threshold 0, what has no probability at all is unknown
 
 
 def class_sums(features, label, classes):
-    """Sum of the features of each class and number of its cells: (B, C, h, w), (B, h, w) -> (K, C), (K,). A K x pixels x C product."""
-    one_hot = F.one_hot(label.flatten(), classes).float()  # (Bhw, K)
+    """Sum of the features of each class and number of its cells: (B, C, h, w), (B, h, w) with K for unknown -> (K, C), (K,)."""
+    one_hot = F.one_hot(label.flatten(), classes + 1)[:, :classes].float()  # (Bhw, K)
     return one_hot.T @ features.float().transpose(0, 1).flatten(1).T, one_hot.sum(0)
 
 
-def update_prototypes(prototypes, seen, features, logits, decay):
-    """In place: prototypes (K, C) and seen (K,) from the teacher's features (B, C, h, w) and logits (B, K, h, w) of this batch."""
-    sums, counts = class_sums(features, logits.argmax(1), len(seen))
+def update_prototypes(prototypes, seen, features, logits, valid, decay):
+    """In place: prototypes (K, C) and seen (K,) from the teacher's features (B, C, h, w) and logits (B, K, h, w) of this batch.
+
+    valid (B, H, W) bool: cells of padding do not count."""
+    known = F.interpolate(valid[:, None].float(), features.shape[2:], mode="nearest-exact")[:, 0] > 0
+    sums, counts = class_sums(features, logits.argmax(1).where(known, len(seen)), len(seen))
     sums, counts = common.all_reduce(torch.cat([sums, counts[:, None]], 1)).split([sums.shape[1], 1], 1)
     mean = sums / counts.clamp(min=1)  # eta', (K, C)
     eta = torch.where(seen[:, None], decay * prototypes + (1 - decay) * mean, mean)  # Eq. 11
@@ -226,11 +234,12 @@ def start_stage(networks, data, labeled, unlabeled, folders, args, device):
             if id in wanted:
                 common.write_soft_label(folder, id, logits[0].float().softmax(0))  # p^0 of Eq. 6, (K, h, w)
             sums_of_picture, counts = class_sums(features, logits.argmax(1), K)
-            enough = counts >= args.prototype_min_cells
-            total[enough] += torch.cat([sums_of_picture / counts.clamp(min=1)[:, None], torch.ones(K, 1, device=device)], 1)[enough]
+            mean = sums_of_picture / counts.clamp(min=1)[:, None]  # mean_i^HW of Eq. 10, (K, C)
+            total += torch.cat([mean, torch.ones_like(mean[:, :1])], 1) * (counts >= args.prototype_min_cells)[:, None]
         common.progress("pseudo-labels and prototypes of all pictures", number, len(pictures))
     for total in sums:
         common.all_reduce(total)
+    common.barrier()  # every p^0 is on disk before any process reads one
     return [(total[:, :-1] / total[:, -1:].clamp(min=1), total[:, -1] > 0) for total in sums]  # Eq. 10
 
 
@@ -258,10 +267,9 @@ def train(args, data, labeled, unlabeled, device):
     networks = {f"student_{i}": s for i, s in enumerate(students, 1)} | {f"teacher_{i}": t for i, t in enumerate(teachers, 1)}
     learners = [common.parallel(student, device) for student in students]
     predictor, learns_from = MUTUAL[args.mutual]
-    learns_from = [[1], [0]] if args.peer_only else learns_from
     sources = teachers if predictor == "teacher" else students
     headline = "student_1" if args.supervised or predictor == "student" else "teacher_1"
-    paper = (PAPER_SUPERVISED if args.supervised else PAPER_MIOU).get((args.dataset, args.labels))
+    paper = None if args.changed else (PAPER_SUPERVISED if args.supervised else PAPER_MIOU).get((args.dataset, args.labels))
     B, K, members = args.batch_size // common.world_size(), len(data.names), range(len(students))
 
     for stage, iterations, stage_lr, head_lr in stages:
@@ -287,7 +295,7 @@ def train(args, data, labeled, unlabeled, device):
             run.state = None
         else:
             if stage and args.rectify:  # p^0 and prototypes from the stage before: its students after stage 0, else its teachers
-                prototypes = start_stage(students if stage == 1 else teachers, data, labeled, unlabeled, folders, args, device)
+                prototypes = start_stage(students if stage == 1 else sources, data, labeled, unlabeled, folders, args, device)
             if stage:
                 for teacher, student in zip(teachers, students):
                     teacher.load_state_dict(student.state_dict())
@@ -312,7 +320,7 @@ def train(args, data, labeled, unlabeled, device):
             unlabeled_batches = batch[1:] if stage else []
 
             # 2 pseudo-labels: of both models, for the unlabeled batch and its CutMix partners
-            pseudo_labels, seen_by_source = [], []
+            pseudo_labels, outputs = [], []
             if stage:
                 weak = torch.cat([u["image"] for u in unlabeled_batches])  # (2B, 3, H, W), or B without CutMix
                 valid = torch.cat([u["valid"] for u in unlabeled_batches])
@@ -325,7 +333,7 @@ def train(args, data, labeled, unlabeled, device):
                         if args.rectify:
                             p = rectify(features, torch.cat([u[f"soft_{i}"] for u in unlabeled_batches]), *prototypes[i])
                         pseudo_labels.append(hard_label(p, args.crop, valid, args.threshold))  # (2B, H, W)
-                        seen_by_source.append((features, logits))
+                        outputs.append((features, logits))
 
             # 3 losses: each student with perturbations and noise of its own
             losses, strong = {}, []
@@ -334,12 +342,12 @@ def train(args, data, labeled, unlabeled, device):
                 if stage:
                     view = weak
                     if args.photometric:
-                        places = [(name, p) for name, u in zip("up", unlabeled_batches) for p in u["position"]]
+                        places = [(name, place) for name, u in zip("up", unlabeled_batches) for place in u["position"]]
                         view = photometric(weak, [common.rng(args.seed, "photometric", stage, j, *place) for place in places])
-                    mask = torch.zeros(B, *args.crop, dtype=torch.bool)
+                    mask = torch.zeros(B, *args.crop, dtype=torch.bool, device=device)  # (B, H, W): True where the partner is pasted
                     if args.cutmix:
-                        mask = torch.stack([cutmix_mask(args.crop, common.rng(args.seed, "cutmix", stage, j, p)) for p in unlabeled_batches[0]["position"]])
-                    mask = mask.to(device, non_blocking=True)  # (B, H, W): True where the partner is pasted
+                        boxes = [common.rng(args.seed, "cutmix", stage, j, place) for place in unlabeled_batches[0]["position"]]
+                        mask = torch.stack([cutmix_mask(args.crop, box, device) for box in boxes])
                     view = view[:B].where(~mask[:, None], view[-B:])
                     targets = [y[:B].where(~mask, y[-B:]) for y in pseudo_labels]
                     image = torch.cat([image, view])  # (2B, 3, H, W)
@@ -366,8 +374,8 @@ def train(args, data, labeled, unlabeled, device):
 
             # 5 EMA: prototypes, then teachers
             if stage and args.rectify:
-                for (eta, seen), (features, logits) in zip(prototypes, seen_by_source):
-                    update_prototypes(eta, seen, features, logits, args.prototype_decay)
+                for (eta, seen), (features, logits) in zip(prototypes, outputs):
+                    update_prototypes(eta, seen, features, logits, valid, args.prototype_decay)
             for teacher, student in zip(teachers, students):
                 update_teacher(teacher, student, args.ema_decay)
 
@@ -379,7 +387,7 @@ def train(args, data, labeled, unlabeled, device):
                 for table, y in zip(pseudo_tables, pseudo_labels):
                     table += common.confusion_matrix(truth, y, K)
                 covered = covered + torch.stack([(y != IGNORE).float().mean() for y in pseudo_labels]).mean()
-            if done % args.log_every == 0 or last:
+            if done % args.log_every == 0 or done % args.eval_every == 0 or last:
                 extra = {"lr": optimizers[0].param_groups[0]["lr"]}
                 if stage:
                     extra |= {f"pseudo_miou_{i + 1}": common.mean_iou(common.all_reduce(pseudo_tables[i])) for i in members}
@@ -391,13 +399,13 @@ def train(args, data, labeled, unlabeled, device):
                 run.log(stage, done, val={name: common.mean_iou(table) for name, table in tables.items()})
                 run.predictions(f"val_stage_{stage}_{done:06d}", networks)
                 if stage:
-                    raw = [hard_label(logits.float().softmax(1), args.crop, valid) for _, logits in seen_by_source]
-                    run.panel(f"pseudo_stage_{stage}_{done:06d}", {
-                        "unlabeled picture": unlabeled_batches[0]["image"][:4], "truth (not used)": unlabeled_batches[0]["truth"][:4],
-                        "model 1 raw": raw[0][:min(4, B)], "model 1 pseudo-label": pseudo_labels[0][:min(4, B)],
-                        "model 2 raw": raw[1][:min(4, B)], "model 2 pseudo-label": pseudo_labels[1][:min(4, B)],
-                        "student 1 sees": strong[0][0][:4], "student 1 learns": strong[0][1][learns_from[0][0]][:4],
-                        "student 2 sees": strong[1][0][:4], "student 2 learns": strong[1][1][learns_from[1][0]][:4]})
+                    columns = {"unlabeled picture": weak, "truth (not used)": truth}
+                    for i in members:
+                        raw = hard_label(outputs[i][1].float().softmax(1), args.crop, valid)
+                        predicted = common.predict(students[i].eval(), weak[:4], args, args.crop).argmax(1)
+                        columns |= {f"teacher {i + 1}, raw": raw, f"pseudo-label {i + 1}": pseudo_labels[i], f"student {i + 1} predicts": predicted,
+                                    f"student {i + 1} sees": strong[i][0], f"student {i + 1} learns": strong[i][1][learns_from[i][0]]}
+                    run.panel(f"pseudo_stage_{stage}_{done:06d}", {title: cells[:min(4, B)] for title, cells in columns.items()})
             if done % args.save_every == 0 or last:
                 save(done)
 
@@ -409,8 +417,10 @@ def main():
     device = common.setup(args)
     if args.evaluate or args.predict:
         return common.use_checkpoint(args, device)
-    args.rectify = args.mutual == "indirect" if args.rectify is None else args.rectify
-    common.check_range(args, 0, math.inf, "stages", "stage0_iterations", "prototype_min_cells")
+    args.rectify = args.mutual in ("peer", "indirect") if args.rectify is None else args.rectify
+    common.check_range(args, 0, math.inf, "stages", "stage0_iterations")
+    common.check_range(args, 1e-12, math.inf, "stage0_lr", "stage0_head_lr")
+    common.check_range(args, 1, math.inf, "prototype_min_cells")
     common.check_range(args, 0, 1, "dropout", "drop_path", "threshold", "ema_decay", "prototype_decay")
     data = common.open_dataset(args)
     labeled, unlabeled = common.split(args, data)

@@ -76,11 +76,9 @@ def test_eq_2_and_4_hard_label_with_threshold():
     assert torch.equal(free == 255, ~valid) and torch.equal(free[valid], p.argmax(1)[valid])
 
 
-def test_threshold_sees_probabilities_after_rectification():
-    """omega p0 does not sum to 1: the confidence is taken after dividing by the sum."""
-    p = torch.tensor([.03, .01, .0]).view(1, 3, 1, 1)
-    everywhere = torch.ones(1, 1, 1, dtype=torch.bool)
-    assert rml.hard_label(p, (1, 1), everywhere, .7).item() == 0 and rml.hard_label(p, (1, 1), everywhere, .8).item() == 255
+def test_a_pixel_without_any_probability_is_unknown():
+    p = torch.tensor([[.7, .3], [0., 0.]]).T.reshape(1, 2, 1, 2)
+    assert rml.hard_label(p, (1, 2), torch.ones(1, 1, 2, dtype=torch.bool)).tolist() == [[[0, 255]]]
 
 
 def naive_rectify(features, p0, prototypes, seen):
@@ -91,8 +89,9 @@ def naive_rectify(features, p0, prototypes, seen):
             for x in range(w):
                 distance = [math.sqrt(sum(float(features[b, c, y, x] - prototypes[k, c]) ** 2 for c in range(C))) for k in range(K)]
                 weight = [math.exp(-distance[k]) if seen[k] else 0. for k in range(K)]
+                p = [(weight[k] / sum(weight) if any(seen) else 1 / K) * float(p0[b, k, y, x]) for k in range(K)]
                 for k in range(K):
-                    out[b, k, y, x] = (weight[k] / sum(weight) if any(seen) else 1 / K) * p0[b, k, y, x]
+                    out[b, k, y, x] = p[k] / sum(p)
     return out
 
 
@@ -115,12 +114,15 @@ def test_eq_11_prototypes_move_by_the_batch_mean_of_each_class():
     features, logits = torch.randn(3, C, 4, 4), torch.randn(3, K, 4, 4)
     logits[:, 0] = logits[:, 4] = -9.  # classes 0 and 4 are absent from the batch
     expected, prediction = prototypes.clone(), logits.argmax(1)
+    valid = torch.ones(3, 32, 32, dtype=torch.bool)
+    valid[1, :, 16:] = False  # padding: the right half of the second picture
+    prediction[1, :, 2:] = K
     for k in range(K):
         cells = [features[b, :, y, x] for b in range(3) for y in range(4) for x in range(4) if prediction[b, y, x] == k]
         if cells:
             mean = sum(cells) / len(cells)
             expected[k] = .9 * prototypes[k] + .1 * mean if seen[k] else mean
-    rml.update_prototypes(prototypes, seen, features, logits, .9)
+    rml.update_prototypes(prototypes, seen, features, logits, valid, .9)
     assert torch.allclose(prototypes, expected, atol=1e-6)
     assert seen.tolist() == [True, True, True, True, False]
 
@@ -180,14 +182,14 @@ class Stop(Exception):
     (["--mutual", "none"], {"1_from_1", "2_from_2"}),
     (["--mutual", "mean-teacher"], {"1_from_1", "2_from_2"}),
     (["--mutual", "direct"], {"1_from_2", "2_from_1"}),  # Eq. 3
-    (["--peer-only", "--no-rectify"], {"1_from_2", "2_from_1"}),
+    (["--mutual", "peer"], {"1_from_2", "2_from_1"}),
     (["--no-rectify"], {"1_from_1", "1_from_2", "2_from_1", "2_from_2"}),  # Eq. 5
     ([], {"1_from_1", "1_from_2", "2_from_1", "2_from_2"}),
 ])
 def test_eqs_3_and_5_each_student_learns_from_the_right_labels(flags, expected, tmp_path, monkeypatch):
     """The pseudo-labels of model 1 are made class 1 everywhere, model 2's class 2; then the loss terms are recomputed."""
     args = common.parse_args(rml.get_parser(), rml.PAPER, flags + ["--stage0-iterations", "0", "--iterations", "1", "--stages", "1", "--out", str(tmp_path)])
-    args.rectify = args.mutual == "indirect" if args.rectify is None else args.rectify
+    args.rectify = args.mutual in ("peer", "indirect") if args.rectify is None else args.rectify
     data = common.Streets()
     data.train = data.train[:12]
     labeled, unlabeled = data.train[:8], data.train[8:]
@@ -232,6 +234,14 @@ def test_photometric_operations_follow_the_table():
     assert any(torch.equal(levels[8], solarize) for levels in results)
     dark = next(levels for levels in results if torch.equal(levels[0], (image.float() * .14).to(torch.uint8)))  # brightness .09 v + .05
     assert torch.equal(dark[8], (image.float() * .86).to(torch.uint8))
+
+
+@pytest.mark.parametrize("factor", [.14, .5, .86])
+def test_sharpness_is_that_of_torchvision(factor):
+    image = torch.randint(0, 256, (3, 16, 20), dtype=torch.uint8)
+    ours, theirs = rml.sharpness(image, factor).int(), rml.V.adjust_sharpness(image, factor).int()
+    assert (ours - theirs).abs().max() <= 1 and (ours != theirs).float().mean() < .01  # rounding
+    assert torch.equal(rml.sharpness(image, 1.), image)
 
 
 def test_photometric_draws_two_operations_each_with_probability_half():

@@ -162,7 +162,7 @@ def test_predict_a_picture_and_a_folder(whole, camvid, tmp_path, monkeypatch, ca
 # ---- every flag does its work ----------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("flags", [
-    ["--mutual", "none", "--threshold", ".3"], ["--mutual", "mean-teacher"], ["--mutual", "direct"], ["--mutual", "direct", "--rectify"], ["--peer-only"],
+    ["--mutual", "none", "--threshold", ".3"], ["--mutual", "mean-teacher"], ["--mutual", "direct"], ["--mutual", "direct", "--rectify"], ["--mutual", "peer"],
     ["--no-rectify"], ["--no-cutmix"], ["--no-photometric"], ["--no-cutmix", "--no-photometric", *QUIET], ["--linear-drop-path"],
     ["--head", "plain"], ["--aspp-branches", "2"], ["--optimizer", "sgd"], ["--precision", "bf16"], ["--workers", "1"], ["--scale", ".5", "1.5"],
     ["--threshold", ".9"], ["--supervised"]], ids=" ".join)
