@@ -5,7 +5,7 @@ Two students learn side by side from few labeled and many unlabeled pictures. Ea
 pseudo-labels of both teachers: its peer's and its own. So that the two do not become one, each student sees strong
 perturbations of its own (photometric RandAugment, CutMix) through a noisy network (dropout, stochastic depth). Before a teacher's
 pseudo-label is used it is rectified by what the teacher knows of itself: a class is trusted where the features lie near its
-prototype. When a stage ends, its teachers predict the pseudo-labels that the next stage starts from.
+prototype. When a stage ends, new pseudo-labels are predicted, and the next stage starts from those.
 
     python rml.py                                                                        drawn streets, a CPU, minutes
     torchrun --nproc_per_node=4 rml.py --dataset cityscapes --data-root DIR --labels 372
@@ -14,31 +14,37 @@ paper -> code
     Eq. 1   supervised loss                     train(), step 3: loss_labeled
     Eq. 2   pseudo-label over a threshold       hard_label(), --mutual none --threshold
     Eq. 3   direct mutual learning              MUTUAL["direct"]
-    Eq. 4   pseudo-labels of mean teachers      MUTUAL["indirect"] and --no-rectify (IML of Table 4)
+    Eq. 4   pseudo-labels of mean teachers      train(), step 2; MUTUAL["indirect"] with --no-rectify is the IML of Table 4
     Eq. 5   peer and self supervision           train(), step 3: loss_pseudo
-    Eq. 6   rectified pseudo-label              rectify()
-    Eq. 7-9 class-wise confidence               rectify(); 7 and 8 are its derivation, with equal weights pi
+    Eq. 6   rectified pseudo-label              rectify(), hard_label()
+    Eq. 9   class-wise confidence               rectify(); the equations 7 and 8 before it are its derivation, with equal weights pi
     Eq. 10  prototypes over all pictures        start_stage()
     Eq. 11  prototypes, moving average          update_prototypes()
-    Sect. 4.1, 5.2  input and model noise       photometric(), cutmix_mask(), add_model_noise()
-    Table 4 ablations                           see README.md; Fig. 4: pseudo_miou_1, pseudo_miou_2 in log.jsonl
+    Sect. 4.1, 5.2  input and model noise       strong_view(), add_model_noise()
+    Table 4 ablations                           flags, see README.md;  Fig. 4: pseudo_miou_1, pseudo_miou_2 in log.jsonl
 
 Choices that the paper leaves open, and why
-    Stage 0. Eqs. 1 and 6 need supervised models to begin with: both students are trained on labels alone (without noise,
-        with a higher rate for the head), from different head initialisations and picture orders.       --stage0-iterations
-    p^0, "the initial state" (Eq. 6): softmax of the model before the stage on the whole, unaugmented picture, kept on
-        disk at output stride in fp16, as in ProDA, where this rectification comes from.
-    Distance (Eq. 9): plain Euclidean, features not normalised, temperature 1. The feature is what the last 1x1 conv sees
-        (256-d, ProDA's head), since DeepLabv2's own head has no linear classifier.                      --head plain
+    Stage 0. Eqs. 1 and 6 need supervised models to begin with: both students are trained on labels alone, without noise, with a
+        higher rate for the head, from different initialisations of the head, in different picture orders.   --stage0-iterations
+    Start of a stage. Teachers restart as copies of the students; students go on; optimizer and schedule start anew.
+    p^0, "the initial state" (Eq. 6): softmax on the whole, unaugmented picture, kept on disk at output stride in fp16, as in ProDA,
+        where this rectification comes from. It and the prototypes come from the students of stage 0, later from the teachers of
+        the stage before; the features f~ that they are compared with are those of the teachers of this stage.
+    Distance (Eq. 9): plain Euclidean, features not normalised, temperature 1. The feature is what the last 1x1 conv sees (256-d,
+        ProDA's head), since DeepLabv2's own head has no linear classifier: there it is layer4.              --head plain
     Eq. 10 as printed divides by HW|D| and is no centroid: here the mean over pictures of the class's mean feature, where the
-        class has at least 10 cells.                                                                     --prototype-min-cells
-    Eq. 11: labels of eta' are the teacher's own argmax; absent class: no update; never seen: probability 0.
-    Rectification happens at output stride; the product is upsampled to the crop, then argmax. No threshold. --threshold
-    CutMix: one box, half of the area, always; the partner comes from a second, independent batch, and the hard labels
-        are mixed after rectification.                                                                   --no-cutmix
-    Order of a step: optimizer, prototypes, EMA. Stage 2 continues the students; optimizer and schedule start anew.
-    Batch norm stays frozen as loaded.                                                                   --batch-norm train
-    Reported: the four networks at the last iteration; the headline is teacher 1. --mutual none, direct: student 1.
+        class has at least 10 cells.                                                                         --prototype-min-cells
+    Eq. 11: eta' is the mean over the unlabeled batch and its CutMix partners (weak views, by the teacher's own argmax, without
+        padding). An absent class is not updated; one never seen before takes eta' at once, until then its probability is 0.
+    Rectification happens at output stride; the product is divided by its sum, upsampled to the crop, then argmax. No threshold;
+        with one, the mean is over the confident pixels, where Eq. 2 as printed is over all.                 --threshold
+    CutMix: one box, half of the area, always; the partner comes from a second, independent batch; the hard labels are mixed, after
+        rectification.                                                                                       --no-cutmix
+    "Batch size 4" is 4 labeled and 4 unlabeled pictures. Both students get the same weak views; only noise tells them apart.
+    Order of a step: optimizer, prototypes, EMA. Batch norm is frozen as loaded; --batch-norm train has statistics per process,
+        averaged after each step.
+    The baseline (--supervised) is stage 0 for as many steps as a student takes in all: no noise, and stage 0's learning rate.
+    Reported: all networks at the last iteration; the headline is teacher 1; student 1 for --mutual none, direct and --supervised.
 """
 
 import argparse
@@ -56,22 +62,23 @@ from common import IGNORE
 
 # ---- arguments -------------------------------------------------------------------------------------------------------
 
-# Per dataset: the paper's values (Sect. 5), or ours where it has none. Every key is an argument of the same name.
+# Per dataset, by the argument's name. Cityscapes: the paper's values first (Sect. 5), then its lineage's and ours, where it has none.
 PAPER = {
-    "cityscapes": dict(labels="372", size=(512, 1024), crop=(256, 512), scale=(1., 1.), batch_size=4, workers=4,
-                       network="deeplabv2", backbone="resnet101", head="bottleneck", weights="imagenet", batch_norm="frozen",
-                       optimizer="sgd", lr=1e-4, weight_decay=2e-4, iterations=90_000,
-                       stage0_iterations=40_000, stage0_lr=2.5e-4, stage0_head_lr=10., dropout=.5, drop_path=.2,
-                       ema_decay=.999, prototype_decay=.9999, prototype_min_cells=10, log_every=50, eval_every=5000, save_every=1000),
-    "streets": dict(labels="8", size=(64, 128), crop=(64, 128), scale=(1., 1.), batch_size=4, workers=0,
-                    network="deeplabv2", backbone="tiny", head="bottleneck", weights="none", batch_norm="frozen",
-                    optimizer="adamw", lr=3e-3, weight_decay=1e-2, iterations=900,
-                    stage0_iterations=400, stage0_lr=3e-3, stage0_head_lr=1., dropout=.1, drop_path=.05,
-                    ema_decay=.99, prototype_decay=.999, prototype_min_cells=1, log_every=50, eval_every=300, save_every=100),
+    "cityscapes": dict(
+        labels="372", size=(512, 1024), crop=(256, 512), batch_size=4, network="deeplabv2", backbone="resnet101", weights="imagenet",
+        optimizer="sgd", lr=1e-4, iterations=90_000, dropout=.5, drop_path=.2, prototype_decay=.9999,
+        head="bottleneck", batch_norm="frozen", scale=(1., 1.), weight_decay=2e-4, ema_decay=.999, prototype_min_cells=10,
+        stage0_iterations=40_000, stage0_lr=2.5e-4, stage0_head_lr=10., workers=4, log_every=50, eval_every=5000, save_every=1000),
+    # A small network from scratch, minutes on a CPU: AdamW, faster averages, and less noise, since it has little capacity to lose.
+    "streets": dict(
+        labels="8", size=(64, 128), crop=(64, 128), batch_size=4, network="deeplabv2", backbone="tiny", weights="none",
+        optimizer="adamw", lr=3e-3, iterations=900, dropout=.1, drop_path=.05, prototype_decay=.999,
+        head="bottleneck", batch_norm="frozen", scale=(1., 1.), weight_decay=1e-2, ema_decay=.99, prototype_min_cells=1,
+        stage0_iterations=400, stage0_lr=3e-3, stage0_head_lr=1., workers=0, log_every=50, eval_every=300, save_every=100),
 }
-PAPER["camvid-cpu"] = PAPER["streets"] | dict(labels="1/8", size=(180, 240), crop=(128, 160))
+PAPER["camvid-cpu"] = PAPER["streets"] | dict(labels="1/8", size=(180, 240), crop=(96, 128), iterations=600)
 PAPER["camvid-gpu"] = PAPER["cityscapes"] | dict(labels="1/8", size=(360, 480), crop=(256, 352), iterations=20_000, stage0_iterations=10_000,
-                                                eval_every=2000)
+                                                 eval_every=2000)
 
 # The paper's mIoU (Table 1), and of its supervised baseline.
 PAPER_MIOU = {("cityscapes", 100): 58.25, ("cityscapes", 372): 63.97, ("cityscapes", 744): 66.15}
@@ -154,6 +161,22 @@ def cutmix_mask(size, generator, device="cpu"):
     mask = torch.zeros(size, dtype=torch.bool, device=device)
     mask[top:top + box_h, left:left + box_w] = True
     return mask
+
+
+def strong_view(weak, positions, args, stage, student):
+    """Gamma of one student: photometric operations on every picture, then CutMix with the partners.
+
+    weak (2B, 3, H, W) uint8, the unlabeled batch and its partners (without CutMix B); positions: those of each batch in its stream,
+    which seed the draws -> the view (B, 3, H, W) uint8 and the mask (B, H, W), True where the partner is pasted."""
+    B = len(positions[0])
+    if args.photometric:
+        places = [(name, place) for name, batch in zip("up", positions) for place in batch]
+        weak = photometric(weak, [common.rng(args.seed, "photometric", stage, student, *place) for place in places])
+    if not args.cutmix:
+        return weak, torch.zeros(B, *weak.shape[2:], dtype=torch.bool, device=weak.device)
+    boxes = [common.rng(args.seed, "cutmix", stage, student, place) for place in positions[0]]
+    mask = torch.stack([cutmix_mask(tuple(weak.shape[2:]), box, weak.device) for box in boxes])
+    return weak[:B].where(~mask[:, None], weak[B:]), mask
 
 
 def add_model_noise(network, dropout, drop_path, linear=False):
@@ -310,8 +333,9 @@ def train(args, data, labeled, unlabeled, device):
         if stage == 0:  # each student sees the labeled pictures in an order of its own
             loaders = [stream(f"labeled {i}", labeled) for i in members]
         else:
+            names = ["unlabeled", "partner"] if args.cutmix else ["unlabeled"]
             loaders = [stream("labeled", labeled)]
-            loaders += [stream(name, unlabeled, labeled=False, soft_labels=folders, stride=students[0].stride) for name in ("unlabeled", "partner")[:1 + args.cutmix]]
+            loaders += [stream(name, unlabeled, labeled=False, soft_labels=folders, stride=students[0].stride) for name in names]
         pseudo_tables, covered = [torch.zeros(K, K, dtype=torch.int64, device=device) for _ in members], 0
 
         for iteration, batch in enumerate(zip(*loaders), begin):
@@ -340,16 +364,8 @@ def train(args, data, labeled, unlabeled, device):
             for j in members:
                 image, label = labeled_batches[j]["image"], labeled_batches[j]["label"]
                 if stage:
-                    view = weak
-                    if args.photometric:
-                        places = [(name, place) for name, u in zip("up", unlabeled_batches) for place in u["position"]]
-                        view = photometric(weak, [common.rng(args.seed, "photometric", stage, j, *place) for place in places])
-                    mask = torch.zeros(B, *args.crop, dtype=torch.bool, device=device)  # (B, H, W): True where the partner is pasted
-                    if args.cutmix:
-                        boxes = [common.rng(args.seed, "cutmix", stage, j, place) for place in unlabeled_batches[0]["position"]]
-                        mask = torch.stack([cutmix_mask(args.crop, box, device) for box in boxes])
-                    view = view[:B].where(~mask[:, None], view[-B:])
-                    targets = [y[:B].where(~mask, y[-B:]) for y in pseudo_labels]
+                    view, mask = strong_view(weak, [u["position"] for u in unlabeled_batches], args, stage, j)  # Gamma_j
+                    targets = [y[:B].where(~mask, y[-B:]) for y in pseudo_labels]  # cut like the picture
                     image = torch.cat([image, view])  # (2B, 3, H, W)
                     strong.append((view, targets))
                 torch.manual_seed(int(common.rng(args.seed, "noise", stage, iteration, common.rank(), j).randint(2 ** 31)))

@@ -30,6 +30,7 @@ def main(tmp_path, monkeypatch):
             super().__init__()
             self.train, self.val = self.train[:6], self.val[:2]
     monkeypatch.setattr(common, "Streets", FewStreets)
+    monkeypatch.setitem(rml.PAPER["streets"], "labels", "4")
     monkeypatch.chdir(tmp_path)
 
     def run(*argv):

@@ -1,5 +1,6 @@
 """Evaluation against naive counts, the networks as the papers state them, and weights in every layout that people have."""
 
+import math
 import re
 import sys
 import urllib.error
@@ -8,6 +9,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+
 import torch
 import torch.nn.functional as F
 import torchvision
@@ -231,8 +233,8 @@ def spec(**changes):
 
 
 def test_parameters_of_tiny():
-    assert parameters(common.make_network(spec())) == 1_211_892
-    assert parameters(common.make_network(spec(head="plain"))) == parameters(common.make_backbone("tiny")) + 4 * (128 * 10 * 9 + 10)
+    assert parameters(common.make_network(spec())) == 308_058
+    assert parameters(common.make_network(spec(head="plain"))) == parameters(common.make_backbone("tiny")) + 4 * (64 * 10 * 9 + 10)
 
 
 @pytest.mark.parametrize("caffe", [False, True])
@@ -273,10 +275,12 @@ def test_a_dilated_block_is_the_undilated_one_on_every_fourth_cell(resnets):
 
 @pytest.mark.parametrize("name", ["resnet50", "tiny"])
 @pytest.mark.parametrize("head", ["plain", "bottleneck"])
-def test_output_stride_is_8_and_logits_are_the_classifier_of_the_features(resnets, name, head):
+def test_output_stride_is_8_or_4_and_logits_are_the_classifier_of_the_features(resnets, name, head):
     backbone = common.make_backbone("tiny") if name == "tiny" else resnets[name, False]
     network = common.DeepLabV2(backbone, 5, head, (1, 2, 4, 6), width=64).eval()
+    assert network.stride == (4 if name == "tiny" else 8)
     for size, expected in (((64, 96), (8, 12)), ((33, 65), (5, 9))):
+        expected = {8: expected, 4: tuple(math.ceil(n / 4) for n in size)}[network.stride]
         image = torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(0))
         with torch.no_grad():
             features = network.features(image)
@@ -284,7 +288,7 @@ def test_output_stride_is_8_and_logits_are_the_classifier_of_the_features(resnet
             assert features.shape == (2, network.feature_channels, *expected) and logits.shape == (2, 5, *expected)
             assert torch.equal(logits, network.classifier(features))
             assert torch.equal(logits, network(image))  # nothing random in eval mode
-    assert network.feature_channels == (64 if head == "bottleneck" else {"tiny": 128, "resnet50": 2048}[name])
+    assert network.feature_channels == (64 if head == "bottleneck" else {"tiny": 64, "resnet50": 2048}[name])
 
 
 @pytest.mark.parametrize("size, expected", [((65, 65), (9, 9)), ((64, 128), (9, 17)), ((321, 17), (41, 3))])
@@ -297,7 +301,7 @@ def test_caffe_style_rounds_up_in_max_pooling(resnets, size, expected):
 def test_heads_as_the_papers_have_them():
     plain = common.make_network(spec(backbone="tiny", head="plain", classes=7))
     assert [conv.dilation for conv in plain.branches] == [conv.padding for conv in plain.branches]
-    x = torch.randn(1, 128, 8, 8, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(1, 64, 8, 8, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected = sum(F.conv2d(x, c.weight, c.bias, padding=c.padding, dilation=c.dilation) for c in plain.branches)
         torch.testing.assert_close(plain.classifier(x), expected)
@@ -348,7 +352,7 @@ def test_every_parameter_is_the_backbones_or_the_heads():
 
 class Seen(nn.Module):
     """A backbone that gives back what it is shown."""
-    channels = 3
+    channels, stride = 3, 8
 
     def forward(self, x):
         return x
@@ -493,7 +497,7 @@ def test_every_layout_loads_every_value(layout, slim, tmp_path, capsys):
         for key, value in aspp().items():
             assert torch.equal(own[key.replace("layer5.conv2d_list", "branches")], value), key
     assert network.spec["style"] == style
-    assert network.channels == ([2, 1, 0] if style == "caffe-bgr" else [0, 1, 2])
+    assert network.bgr == (style == "caffe-bgr")
     assert network.backbone.layer2[0].conv1.stride == ((1, 1) if style == "torchvision" else (2, 2))
     assert loaded == len(expected) - 2 + 8 * has_head
     assert (skipped, missing) == ((0, 0) if has_head else (2, 8))
@@ -522,7 +526,7 @@ def test_fewer_branches_and_the_other_head_take_what_they_have(slim, tmp_path, c
 def test_the_input_style_can_be_set_where_the_layout_does_not_tell(slim, tmp_path):
     torch.save(torchvision_layout(), tmp_path / "caffe_resnet.pth")
     network = build(tmp_path / "caffe_resnet.pth", input_style="caffe-bgr")
-    assert network.channels == [2, 1, 0] and network.backbone.layer2[0].conv1.stride == (2, 2)
+    assert network.bgr and network.backbone.layer2[0].conv1.stride == (2, 2)
     assert torch.equal(network.backbone.conv1.weight, torchvision_layout()["conv1.weight"])
 
 
