@@ -145,7 +145,7 @@ def test_masks_of_every_mode_give_their_indices(tmp_path, mode):
     kind = {"L": np.uint8, "P": np.uint8, "I;16": np.uint16, "I": np.int32}[mode]
     path = save(tmp_path / ("mask.tif" if mode == "I" else "mask.png"), label.astype(kind), mode)
     with Image.open(path) as picture:
-        assert picture.mode == mode
+        assert picture.mode in (mode, "I")  # Pillow before 11 opens 16-bit PNGs as I
     read = dataset(save(tmp_path / "a.png", noise(20, 30)), path).label("a")
     assert read.dtype == np.uint8
     np.testing.assert_array_equal(read, label)
