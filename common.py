@@ -979,7 +979,13 @@ def setup(args):
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True
     if "RANK" in os.environ:
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(minutes=10), device_id=device if cuda else None)
+        # torchrun keeps its store over restarts, with the addresses of processes that are gone: on one machine each start gets names of its own.
+        # (Machines count restarts each for itself; there TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 does it, see README.)
+        store, number, total = next(dist.rendezvous("env://"))
+        if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
+            store = dist.PrefixStore("start " + os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=number, world_size=total, timeout=timedelta(minutes=10),
+                                device_id=device if cuda else None)
     if args.batch_size % world_size():
         raise UserError(f"--batch-size {args.batch_size} is not divisible by the {world_size()} processes")
     return device
