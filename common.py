@@ -27,6 +27,7 @@ import struct
 import subprocess
 import sys
 import time
+import warnings
 import zlib
 from datetime import timedelta
 from functools import lru_cache, partial
@@ -1019,8 +1020,10 @@ def parallel(network, device):
     """DistributedDataParallel where there are several processes, else the network itself."""
     if world_size() == 1:
         return network
-    return nn.parallel.DistributedDataParallel(network, device_ids=[device.index] if device.type == "cuda" else None,
-                                               broadcast_buffers=False, gradient_as_bucket_view=True)
+    with warnings.catch_warnings():  # torch 2.15 renames broadcast_buffers; earlier versions do not know the new name
+        warnings.simplefilter("ignore", FutureWarning)
+        return nn.parallel.DistributedDataParallel(network, device_ids=[device.index] if device.type == "cuda" else None,
+                                                   broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
 def average_buffers(networks):
