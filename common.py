@@ -1131,7 +1131,7 @@ class Run:
         self.method, self.args, self.data, self.device, self.total = method, args, data, device, total
         self.folder = Path(args.out or f"runs/{method}-{args.dataset}-{args.labels}-s{args.seed}")
         checksum = hashlib.sha256("\n".join(labeled + ["--"] + unlabeled).encode()).hexdigest()
-        free = {"out", "overwrite", "workers", "cache", "data_root", "log_every", "eval_every", "save_every"}  # may differ when a run is resumed
+        free = {"out", "overwrite", "workers", "cache", "data_root", "log_every", "eval_every", "save_every", "changed", "size_given"}  # may differ when a run is resumed
         fixed = {key: value for key, value in vars(args).items() if key not in free} | {"method": method, "split_sha256": checksum, "processes": world_size()}
         fixed = json.loads(json.dumps(fixed))
         if is_main():
