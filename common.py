@@ -1160,7 +1160,7 @@ class Run:
         say(f"run       {self.folder}" + (f", resumed after iteration {self.step} of {total}" if self.step else ""))
 
     def _prepare(self, fixed):
-        for left_over in self.folder.glob("*.tmp"):  # of a process that was killed while it wrote
+        for left_over in (path for name in self.OURS for path in self.folder.glob(f"{name}.*.tmp")):  # of a process that was killed while it wrote
             left_over.unlink()
         if self.args.overwrite and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":  # not when torchrun repeats the command
             for name in self.OURS:
