@@ -39,7 +39,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import nn
 from torchvision.models import resnet
 from torchvision.transforms import v2
@@ -816,7 +816,7 @@ def load_torch(path):
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError, struct.error, pickle.UnpicklingError) as error:
-        raise UserError(f"{path}: not a readable checkpoint ({(str(error) or type(error).__name__).splitlines()[0][:120]}); is it truncated? download or copy it again") from None
+        raise UserError(f"{path}: not a checkpoint, or a truncated one ({type(error).__name__}); download or copy it again") from None
     if not isinstance(state, dict):
         raise UserError(f"{path}: holds a {type(state).__name__}, not a dict of weights")
     return state
@@ -935,11 +935,13 @@ def add_arguments(parser):
 def parse_args(parser, paper, argv=None):
     """Parse, and fill what was left out from paper[dataset] or paper[dataset-preset]. A UserError names a value out of range."""
     args = parser.parse_args(argv)
-    if args.preset is None:
-        args.preset = "gpu" if torch.cuda.is_available() else "cpu"
-    values = paper.get(f"{args.dataset}-{args.preset}") or paper[args.dataset]
-    harmless = {"dataset", "data_root", "labels", "seed", "supervised", "precision", "workers", "out", "overwrite", "cache", "log_every", "eval_every", "save_every"}
-    args.changed = [name for name, value in vars(args).items() if name not in harmless and value != parser.get_default(name)]
+    preset = args.preset or ("gpu" if torch.cuda.is_available() else "cpu")
+    values = paper.get(f"{args.dataset}-{preset}") or paper[args.dataset]
+    harmless = {"dataset", "data_root", "labels", "seed", "supervised", "precision", "preset", "workers", "out", "overwrite", "cache", "log_every",
+                "eval_every", "save_every"}
+    args.changed = [name for name, value in vars(args).items() if name not in harmless
+                    and value != parser.get_default(name) and value not in (values.get(name), list(values.get(name) or []) if name in ("size", "crop", "scale") else None)]
+    args.preset = preset
     args.size_given = args.size is not None
     for name, value in values.items():
         if getattr(args, name) is None and not (name == "labels" and args.split):
@@ -1123,12 +1125,12 @@ class Run:
     """A run's folder: args.json, log.jsonl, last.pt, pictures/, result.json (and soft_labels/ while it trains).
 
     state is the checkpoint to go on from, or None. A UserError if the folder holds a finished run, or one of another
-    configuration. total is the number of iterations of all stages, for the time that is left."""
+    configuration. lengths: {stage: iterations}, for the progress line."""
 
     OURS = "args.json", "log.jsonl", "last.pt", "result.json", "pictures", "soft_labels"
 
-    def __init__(self, method, args, data, labeled, unlabeled, device, total):
-        self.method, self.args, self.data, self.device, self.total = method, args, data, device, total
+    def __init__(self, method, args, data, labeled, unlabeled, device, lengths):
+        self.method, self.args, self.data, self.device, self.lengths, self.total = method, args, data, device, lengths, sum(lengths.values())
         self.folder = Path(args.out or f"runs/{method}-{args.dataset}-{args.labels}-s{args.seed}")
         checksum = hashlib.sha256("\n".join(labeled + ["--"] + unlabeled).encode()).hexdigest()
         free = {"out", "overwrite", "workers", "cache", "data_root", "log_every", "eval_every", "save_every", "changed", "size_given"}  # may differ when a run is resumed
@@ -1157,7 +1159,7 @@ class Run:
         self.spoken, self.left = 0., None
         self.pending, self.names, self.sums, self.count = None, [], 0, 0
         self.board = tensorboard(self.folder) if is_main() else None
-        say(f"run       {self.folder}" + (f", resumed after iteration {self.step} of {total}" if self.step else ""))
+        say(f"run       {self.folder}" + (f", resumed after iteration {self.step} of {self.total}" if self.step else ""))
 
     def _prepare(self, fixed):
         for left_over in (path for name in self.OURS for path in self.folder.glob(f"{name}.*.tmp")):  # of a process that was killed while it wrote
@@ -1221,7 +1223,7 @@ class Run:
         if self.count:
             means = (all_reduce(self.sums) / world_size() / self.count).tolist()
             pace = (time.time() - self.interval) / self.count
-            self.left = pace * (self.total - self.step)
+            self.left = pace * (self.lengths[stage] - iteration)
             record |= dict(zip(self.names, means)) | {"images_per_second": round(self.args.batch_size * (1 if self.args.supervised else 2) / pace, 2)}
         record |= extra
         self.sums, self.count, self.interval = 0, 0, time.time()
@@ -1239,16 +1241,19 @@ class Run:
 
     def _show(self, record):
         """One live line on a terminal; into a file, a line now and then."""
-        words = [f"{self.step}/{self.total}", f"stage {record['stage']}"]
-        words += [f"{key} {value:.3f}" for key, value in record.items() if key.startswith("loss")]
-        words += [f"{key.replace('_', ' ')} {value:.1f}" for key, value in record.items() if "miou" in key and isinstance(value, float)]
+        terms = {}
+        for key, value in record.items():  # on the screen the mean over the students, in the log each term
+            if key.startswith("loss"):
+                terms.setdefault(re.sub(r"_\d.*", "", key).replace("_", " "), []).append(value)
+        words = [f"{self.step}/{self.total}", f"stage {record['stage']}"] + ([f"{duration(self.left)} left in it"] if self.left is not None else [])
+        words += [f"{name} {sum(values) / len(values):.3f}" for name, values in terms.items()]
+        words += [f"{key.replace('_', ' ').replace('miou', 'mIoU')} {value:.1f}" for key, value in record.items() if "miou" in key and isinstance(value, float)]
         if "val" in record:
             words += ["val mIoU"] + [f"{name} {value:.1f}" for name, value in record["val"].items()]
-        words += [f"{duration(self.left)} left"] if self.left is not None else []
         text = "  ".join(words)
         if sys.stdout.isatty():
             width = shutil.get_terminal_size().columns - 1
-            print("\r" + text[:width].ljust(width), end="\n" if "val" in record else "", flush=True)
+            print("\r" + (text if "val" in record else text[:width]).ljust(width), end="\n" if "val" in record else "", flush=True)
         elif "val" in record or time.time() - self.spoken > 15:
             print(text, flush=True)
             self.spoken = time.time()
@@ -1354,7 +1359,7 @@ def duration(seconds):
 
 
 def device_name(device):
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}" + f" x {world_size()} processes" * (world_size() > 1)
 
 
 def tensorboard(folder):
@@ -1409,7 +1414,7 @@ def draw_panel(columns, data, font=ImageFont.load_default(15)):
 
 def use_checkpoint(args, device):
     """--evaluate: IoU of every network in the checkpoint. --predict: pictures with the headline network."""
-    path = Path(args.checkpoint)
+    path = Path(args.checkpoint, "last.pt") if Path(args.checkpoint).is_dir() else Path(args.checkpoint)
     if not path.is_file():
         raise UserError(f"--checkpoint {path}: no such file; expected the last.pt of a run folder")
     state = load_torch(path)
@@ -1423,6 +1428,8 @@ def use_checkpoint(args, device):
         except RuntimeError as error:
             raise UserError(f"--checkpoint {path}: does not fit its own description ({str(error).splitlines()[-1].strip()})") from None
     if args.evaluate:
+        if state["dataset"] != args.dataset and state["dataset"] != "streets" and args.dataset == "streets":
+            raise UserError(f"--checkpoint {path}: was trained on {state['dataset']}; add --dataset {state['dataset']} --data-root DIR")
         args.size = args.size if args.size_given else state["size"]
         data = open_dataset(args)
         if list(state["classes"]) != data.names:
@@ -1456,7 +1463,7 @@ def predict_pictures(network, state, args, device):
     for number, path in enumerate(paths, 1):
         try:
             with open_picture(path) as picture:
-                picture = picture.convert("RGB")
+                picture = ImageOps.exif_transpose(picture).convert("RGB")  # phones store the direction apart from the pixels
         except UserError as error:
             bad.append(str(error))
             continue
@@ -1474,6 +1481,7 @@ def predict_pictures(network, state, args, device):
             raise UserError(f"{out / name}.png: cannot be written ({error.strerror or error})") from None
         if sys.stdout.isatty():
             print(f"\r{number}/{len(paths)} {path.name}\x1b[K", end="", flush=True)
-    print(("\n" if sys.stdout.isatty() else "") + f"{len(paths) - len(bad)} of {len(paths)} pictures: {out}/NAME.png (class ids) and {out}/NAME_overlay.png")
+    print(("\n" if sys.stdout.isatty() else "") + f"{len(paths) - len(bad)} of {len(paths)} pictures: {out}/NAME.png (class ids) and {out}/NAME_overlay.png\n"
+          f"classes: {', '.join(f'{k} {name}' for k, name in enumerate(state['classes']))}")
     if bad:
         raise UserError(f"{len(bad)} could not be predicted: " + "; ".join(bad))

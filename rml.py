@@ -95,7 +95,7 @@ MUTUAL = {
 
 
 def get_parser():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[1], epilog="What is left out comes from the table PAPER in this file, by dataset.")
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__.split("\n\n")[1], epilog="What is left out comes from the table PAPER in this file, by dataset.")
     a = parser.add_argument_group("robust mutual learning").add_argument
     a("--mutual", choices=list(MUTUAL), default="indirect", help="who teaches whom (Sect. 3, 4.1; Fig. 4)")
     a("--rectify", action=argparse.BooleanOptionalAction, help="rectify pseudo-labels by prototypes (Sect. 4.2); default: for peer and indirect")
@@ -285,7 +285,7 @@ def train(args, data, labeled, unlabeled, device):
     if args.supervised:  # the baseline is stage 0 alone, one network, as many steps as a student takes in all stages
         stages = [(0, sum(s[1] for s in stages), args.stage0_lr, args.stage0_head_lr)]
     students = [common.build_network(args, data, device, member) for member in range(1 if args.supervised else 2)]
-    run = common.Run("rml-supervised" if args.supervised else "rml", args, data, labeled, unlabeled, device, sum(s[1] for s in stages))
+    run = common.Run("rml-supervised" if args.supervised else "rml", args, data, labeled, unlabeled, device, {s[0]: s[1] for s in stages})
     teachers = [copy.deepcopy(student).requires_grad_(False).eval() for student in students]
     networks = {f"student_{i}": s for i, s in enumerate(students, 1)} | {f"teacher_{i}": t for i, t in enumerate(teachers, 1)}
     learners = [common.parallel(student, device) for student in students]
@@ -417,10 +417,11 @@ def train(args, data, labeled, unlabeled, device):
                 if stage:
                     columns = {"unlabeled picture": weak, "truth (not used)": truth}
                     for i in members:
+                        peer = 1 - i if 1 - i in learns_from[i] else i
                         raw = hard_label(outputs[i][1].float().softmax(1), args.crop, valid)
                         predicted = common.predict(students[i].eval(), weak[:4], args, args.crop).argmax(1)
                         columns |= {f"teacher {i + 1}, raw": raw, f"pseudo-label {i + 1}": pseudo_labels[i], f"student {i + 1} predicts": predicted,
-                                    f"student {i + 1} sees": strong[i][0], f"student {i + 1} learns": strong[i][1][learns_from[i][0]]}
+                                    f"student {i + 1} sees": strong[i][0], f"learns from {peer + 1}": strong[i][1][peer]}
                     run.panel(f"pseudo_stage_{stage}_{done:06d}", {title: cells[:min(4, B)] for title, cells in columns.items()})
             if done % args.save_every == 0 or last:
                 save(done)

@@ -15,7 +15,7 @@ COMMANDS = re.findall(r"^    ((?:pip|python|torchrun) .+)$", README, re.M) + re.
 
 
 def test_the_two_commands_stand_on_the_first_screen():
-    first = README.splitlines()[:10]
+    first = README.splitlines()[:12]
     assert "    pip install -r requirements.txt && python rml.py" in first
     assert "    pip install -r requirements.txt && python -m pytest" in first
     assert "pip install -q -r requirements.txt && python -m pytest" in (ROOT / ".ci" / "run").read_text()

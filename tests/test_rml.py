@@ -309,3 +309,9 @@ def test_paper_table_fills_the_arguments():
     assert (args.lr, args.iterations, args.batch_size, tuple(args.crop), tuple(args.size)) == (1e-4, 90_000, 4, (256, 512), (512, 1024))
     assert (args.dropout, args.drop_path, args.prototype_decay, args.stages) == (.5, .2, .9999, 2)
     assert small_args("--dataset", "cityscapes", "--lr", "3").lr == 3
+
+
+def test_the_papers_number_stands_beside_the_papers_settings_alone():
+    base = ["--dataset", "cityscapes", "--data-root", "x", "--labels", "372"]
+    assert small_args(*base).changed == [] and small_args(*base, "--lr", "1e-4", "--crop", "256", "512", "--seed", "3").changed == []
+    assert small_args(*base, "--no-rectify").changed == ["rectify"] and small_args(*base, "--backbone", "resnet50").changed == ["backbone"]
