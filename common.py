@@ -939,8 +939,9 @@ def parse_args(parser, paper, argv=None):
     values = paper.get(f"{args.dataset}-{preset}") or paper[args.dataset]
     harmless = {"dataset", "data_root", "labels", "seed", "supervised", "precision", "preset", "workers", "out", "overwrite", "cache", "log_every",
                 "eval_every", "save_every"}
-    args.changed = [name for name, value in vars(args).items() if name not in harmless
-                    and value != parser.get_default(name) and value not in (values.get(name), list(values.get(name) or []) if name in ("size", "crop", "scale") else None)]
+    plain = lambda value: tuple(value) if isinstance(value, list) else value
+    args.changed = [name for name, value in vars(args).items()  # what makes this another setting than the table's
+                    if name not in harmless and plain(value) not in (plain(parser.get_default(name)), values.get(name))]
     args.preset = preset
     args.size_given = args.size is not None
     for name, value in values.items():
