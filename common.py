@@ -939,7 +939,9 @@ def parse_args(parser, paper, argv=None):
     values = paper.get(f"{args.dataset}-{preset}") or paper[args.dataset]
     harmless = {"dataset", "data_root", "labels", "seed", "supervised", "precision", "preset", "workers", "out", "overwrite", "cache", "log_every",
                 "eval_every", "save_every"}
-    plain = lambda value: tuple(value) if isinstance(value, list) else value
+
+    def plain(value):
+        return tuple(value) if isinstance(value, list) else value
     args.changed = [name for name, value in vars(args).items()  # what makes this another setting than the table's
                     if name not in harmless and plain(value) not in (plain(parser.get_default(name)), values.get(name))]
     args.preset = preset

@@ -95,7 +95,8 @@ MUTUAL = {
 
 
 def get_parser():
-    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__.split("\n\n")[1], epilog="What is left out comes from the table PAPER in this file, by dataset.")
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__.split("\n\n")[1],
+                                     epilog="What is left out comes from the table PAPER in this file, by dataset.")
     a = parser.add_argument_group("robust mutual learning").add_argument
     a("--mutual", choices=list(MUTUAL), default="indirect", help="who teaches whom (Sect. 3, 4.1; Fig. 4)")
     a("--rectify", action=argparse.BooleanOptionalAction, help="rectify pseudo-labels by prototypes (Sect. 4.2); default: for peer and indirect")
@@ -349,9 +350,11 @@ def train(args, data, labeled, unlabeled, device):
                 weak = torch.cat([u["image"] for u in unlabeled_batches])  # (2B, 3, H, W), or B without CutMix
                 valid = torch.cat([u["valid"] for u in unlabeled_batches])
                 for i in members:
+                    if sources[i].training:  # a student predicts without noise too; teachers never train
+                        sources[i].eval()
                     with torch.no_grad():
                         with common.autocast(args, device):
-                            features = sources[i].eval().features(common.to_float(weak))  # (2B, C, h, w)
+                            features = sources[i].features(common.to_float(weak))  # (2B, C, h, w)
                             logits = sources[i].classifier(features)  # (2B, K, h, w)
                         p = logits.float().softmax(1)  # Eq. 4; from a student: Eqs. 2, 3
                         if args.rectify:
@@ -369,8 +372,10 @@ def train(args, data, labeled, unlabeled, device):
                     image = torch.cat([image, view])  # (2B, 3, H, W)
                     strong.append((view, targets))
                 torch.manual_seed(int(common.rng(args.seed, "noise", stage, iteration, common.rank(), j).randint(2 ** 31)))
+                if not students[j].training:
+                    learners[j].train()
                 with common.autocast(args, device):
-                    logits = learners[j].train()(common.to_float(image))
+                    logits = learners[j](common.to_float(image))
                 log_p = F.interpolate(logits.float(), args.crop, mode="bilinear", align_corners=False).log_softmax(1)  # (2B, K, H, W)
                 losses[f"loss_labeled_{j + 1}"] = cross_entropy(log_p[:B], label)  # Eq. 1
                 for i in learns_from[j] if stage else []:
