@@ -28,7 +28,6 @@ import subprocess
 import sys
 import time
 import warnings
-import zlib
 from datetime import timedelta
 from functools import lru_cache, partial
 from pathlib import Path
@@ -52,8 +51,11 @@ class UserError(Exception):
 
 
 def rng(*keys):
-    """A seeded generator for these keys (numbers or words). RandomState is frozen by numpy's policy: it never changes."""
-    return np.random.RandomState([zlib.crc32(str(key).encode()) for key in keys])
+    """A seeded generator for these keys (numbers or words). By numpy's policy neither Philox nor RandomState ever changes its numbers.
+
+    Philox takes any 128 bits as its seed and needs no preparation: 10 microseconds, a tenth of what the Mersenne Twister takes."""
+    key = hashlib.blake2b("/".join(map(str, keys)).encode(), digest_size=16).digest()
+    return np.random.RandomState(np.random.Philox(key=int.from_bytes(key, "little")))
 
 
 # ======================================================================================================================
@@ -934,6 +936,9 @@ def add_arguments(parser):
 
 def parse_args(parser, paper, argv=None):
     """Parse, and fill what was left out from paper[dataset] or paper[dataset-preset]. A UserError names a value out of range."""
+    def complain(message):
+        raise UserError(f"{message}; --help lists the arguments")
+    parser.error = complain
     args = parser.parse_args(argv)
     preset = args.preset or ("gpu" if torch.cuda.is_available() else "cpu")
     values = paper.get(f"{args.dataset}-{preset}") or paper[args.dataset]
@@ -1033,9 +1038,11 @@ def parallel(network, device):
 
 def average_buffers(networks):
     """Mean over processes of running statistics (batch norm in training mode), in one message; without effect where there are none."""
+    if world_size() == 1:
+        return
     buffers = [m for network in networks for norm in network.modules() if isinstance(norm, nn.BatchNorm2d) and norm.training
                for m in (norm.running_mean, norm.running_var)]
-    if buffers and world_size() > 1:
+    if buffers:
         flat = all_reduce(torch.cat(buffers)) / world_size()
         for buffer, mean in zip(buffers, flat.split([len(b) for b in buffers])):
             buffer.copy_(mean)
@@ -1139,6 +1146,9 @@ class Run:
         free = {"out", "overwrite", "workers", "cache", "data_root", "log_every", "eval_every", "save_every", "changed", "size_given"}  # may differ when a run is resumed
         fixed = {key: value for key, value in vars(args).items() if key not in free} | {"method": method, "split_sha256": checksum, "processes": world_size()}
         fixed = json.loads(json.dumps(fixed))
+        if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and (self.folder / "result.json").exists():
+            say(f"run       {self.folder} was finished before torchrun started this process again")
+            raise SystemExit(0)
         if is_main():
             try:
                 self._prepare(fixed)
@@ -1346,8 +1356,7 @@ def report(tables, headline, data, paper=None):
     absent = [name for k, name in enumerate(data.names) if torch.isnan(iou(tables[headline])[k])]
     if absent:
         print(f"nan: in no label and no prediction, so left out of the mean: {', '.join(absent)}")
-    print(f"\nresult    {mean_iou(tables[headline]):.2f} mIoU ({headline}, last iteration); "
-          + (f"the paper reports {paper}" if paper else "the paper has no number for this setting"), flush=True)
+    print(f"\nresult    {mean_iou(tables[headline]):.2f} mIoU ({headline}, last iteration)" + (f"; the paper reports {paper}" if paper else ""), flush=True)
 
 
 def progress(text, done, total, last=[0.]):

@@ -216,6 +216,7 @@ def rectify(features, p0, prototypes, seen):
 
 def hard_label(p, size, valid, threshold=0.):
     """Pseudo-labels as class ids: p (B, K, h, w) is upsampled to size; 255 where valid (B, H, W) is False or p is at most threshold."""
+    p = p.contiguous(memory_format=torch.channels_last)  # upsampling is faster with the classes side by side
     confidence, label = F.interpolate(p, size, mode="bilinear", align_corners=False).max(1)  # one_hot of Eqs. 4, 6
     return label.where(valid & (confidence > threshold), IGNORE)  # Eq. 2; with threshold 0, what has no probability at all is unknown
 
@@ -231,7 +232,7 @@ def update_prototypes(prototypes, seen, features, logits, valid, decay):
 
     valid (B, H, W) bool: cells of padding do not count."""
     known = F.interpolate(valid[:, None].float(), features.shape[2:], mode="nearest-exact")[:, 0] > 0
-    sums, counts = class_sums(features, logits.argmax(1).where(known, len(seen)), len(seen))
+    sums, counts = class_sums(features, logits.max(1).indices.where(known, len(seen)), len(seen))  # on a CPU max is much faster than argmax
     sums, counts = common.all_reduce(torch.cat([sums, counts[:, None]], 1)).split([sums.shape[1], 1], 1)
     mean = sums / counts.clamp(min=1)  # eta', (K, C)
     eta = torch.where(seen[:, None], decay * prototypes + (1 - decay) * mean, mean)  # Eq. 11
@@ -377,18 +378,18 @@ def train(args, data, labeled, unlabeled, device):
                 with common.autocast(args, device):
                     logits = learners[j](common.to_float(image))
                 log_p = F.interpolate(logits.float(), args.crop, mode="bilinear", align_corners=False).log_softmax(1)  # (2B, K, H, W)
-                losses[f"loss_labeled_{j + 1}"] = cross_entropy(log_p[:B], label)  # Eq. 1
+                log_p_labeled, *log_p_unlabeled = log_p.split(B)  # (B, K, H, W) each
+                own = {f"loss_labeled_{j + 1}": cross_entropy(log_p_labeled, label)}  # Eq. 1
                 for i in learns_from[j] if stage else []:
-                    losses[f"loss_pseudo_{j + 1}_from_{i + 1}"] = cross_entropy(log_p[B:], targets[i])  # Eq. 5 (Eqs. 2, 3 by --mutual)
-            loss = sum(losses.values())
+                    own[f"loss_pseudo_{j + 1}_from_{i + 1}"] = cross_entropy(log_p_unlabeled[0], targets[i])  # Eq. 5 (Eqs. 2, 3 by --mutual)
+                losses |= own
 
-            # 4 backward
+                # 4 backward: at once, so that the activations of one student are gone when the next one begins
+                optimizers[j].zero_grad()
+                scaler.scale(sum(own.values())).backward()
             for optimizer in optimizers:
                 for group, base in zip(optimizer.param_groups, (stage_lr, stage_lr * head_lr)):
                     group["lr"] = base * (1 - iteration / iterations) ** .9
-                optimizer.zero_grad()
-            scaler.scale(loss).backward()
-            for optimizer in optimizers:
                 scaler.step(optimizer)
             scaler.update()
             common.average_buffers(students)
@@ -420,14 +421,16 @@ def train(args, data, labeled, unlabeled, device):
                 run.log(stage, done, val={name: common.mean_iou(table) for name, table in tables.items()})
                 run.predictions(f"val_stage_{stage}_{done:06d}", networks)
                 if stage:
-                    columns = {"unlabeled picture": weak, "truth (not used)": truth}
+                    picture = {"unlabeled picture": weak, "truth (not used)": truth}
+                    labels, views, name = {}, {}, f"stage_{stage}_{done:06d}"
                     for i in members:
                         peer = 1 - i if 1 - i in learns_from[i] else i
-                        raw = hard_label(outputs[i][1].float().softmax(1), args.crop, valid)
-                        predicted = common.predict(students[i].eval(), weak[:4], args, args.crop).argmax(1)
-                        columns |= {f"teacher {i + 1}, raw": raw, f"pseudo-label {i + 1}": pseudo_labels[i], f"student {i + 1} predicts": predicted,
-                                    f"student {i + 1} sees": strong[i][0], f"learns from {peer + 1}": strong[i][1][peer]}
-                    run.panel(f"pseudo_stage_{stage}_{done:06d}", {title: cells[:min(4, B)] for title, cells in columns.items()})
+                        labels[f"teacher {i + 1}, raw"] = hard_label(outputs[i][1].float().softmax(1), args.crop, valid)
+                        labels[f"pseudo-label {i + 1}"] = pseudo_labels[i]
+                        labels[f"student {i + 1} predicts"] = common.predict(students[i].eval(), weak[:4], args, args.crop).argmax(1)
+                        views |= {f"student {i + 1} sees": strong[i][0], f"learns from {peer + 1}": strong[i][1][peer]}
+                    run.panel(f"pseudo_{name}", {title: cells[:min(4, B)] for title, cells in (picture | labels).items()})
+                    run.panel(f"strong_{name}", {title: cells[:min(4, B)] for title, cells in (picture | views).items()})
             if done % args.save_every == 0 or last:
                 save(done)
 

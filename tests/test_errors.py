@@ -106,6 +106,12 @@ def test_a_mistake_is_one_line_and_status_2(tmp_path):
     assert str(tmp_path / "nowhere") in line and "trainannot" in line
 
 
+def test_a_misspelt_argument_is_one_line_too(tmp_path):
+    result = command(tmp_path, "--datset", "camvid")
+    assert result.returncode == 2 and result.stdout == ""
+    assert result.stderr.count("\n") == 1 and "--datset" in result.stderr and "--help" in result.stderr
+
+
 def test_a_mistake_met_in_a_loader_process_is_the_same_one_line(tmp_path, camvid):
     """Only a sample is read before the run; this picture is met by a worker, whose traceback is not shown."""
     for i in range(20):
@@ -423,6 +429,16 @@ def test_a_finished_run_is_not_overwritten(error, finished):
     for more in ([], ["--seed", "1"]):
         message = error(*SHORT, "--out", "run", *more)
         assert "run" in message and "--overwrite" in message
+    assert contents(finished) == before
+
+
+def test_torchrun_may_repeat_the_command_of_a_finished_run(main, finished, monkeypatch, capsys):
+    """A process that dies after result.json was written is started again: nothing is left to do, and that is no mistake."""
+    before = contents(finished)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    with pytest.raises(SystemExit) as ended:
+        main(*SHORT, "--out", "run", "--overwrite")
+    assert ended.value.code == 0 and "finished" in capsys.readouterr().out
     assert contents(finished) == before
 
 
