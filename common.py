@@ -44,6 +44,7 @@ from torchvision.models import resnet
 from torchvision.transforms import v2
 
 IGNORE = 255
+MEAN_COLOR = (124, 116, 104)  # of ImageNet: what a picture is padded with, where a method pads
 
 
 class UserError(Exception):
@@ -429,8 +430,10 @@ def read_split(paths, data):
 
 # ---- weak views and streams ------------------------------------------------------------------------------------------
 
-def weak_view(image, label, generator, crop, scale=(1., 1.)):
+def weak_view(image, label, generator, crop, scale=(1., 1.), augment=None):
     """Random scale, crop and horizontal flip, the same for image and label.
+
+    augment(image (3, H, W) uint8, label (H, W) uint8, generator) -> the same: a method's own change between scale and crop.
 
     image (H, W, 3) uint8, label (H, W) uint8 -> image (3, h, w), label (h, w), valid (h, w) bool: False where the crop
     reaches beyond the picture (there the label is 255, never 0), and view = (top, left, bottom, right, flip): the crop as
@@ -441,6 +444,8 @@ def weak_view(image, label, generator, crop, scale=(1., 1.)):
     if (height, width) != image.shape[1:]:
         image = v2.functional.resize(image, [height, width], antialias=True)
         label = v2.functional.resize(label[None], [height, width], v2.InterpolationMode.NEAREST_EXACT)[0]
+    if augment:
+        image, label = augment(image, label, generator)
     top, left = generator.randint(max(height - crop[0], 0) + 1), generator.randint(max(width - crop[1], 0) + 1)
     flip = generator.uniform() < .5
     pad = max(crop[0] - height, 0), max(crop[1] - width, 0)
@@ -448,7 +453,9 @@ def weak_view(image, label, generator, crop, scale=(1., 1.)):
     if any(pad):
         valid = F.pad(valid, (0, pad[1], 0, pad[0]), value=False)
         label = F.pad(label, (0, pad[1], 0, pad[0]), value=IGNORE)
-        image = F.pad(image, (0, pad[1], 0, pad[0]), value=0)
+        mean = torch.tensor(MEAN_COLOR, dtype=torch.uint8)[:, None, None]
+        image = torch.cat([image, mean.expand(3, height, pad[1])], 2)
+        image = torch.cat([image, mean.expand(3, pad[0], image.shape[2])], 1)
     window = slice(top, top + crop[0]), slice(left, left + crop[1])
     image, label, valid = image[:, window[0], window[1]], label[window], valid[window]
     if flip:
@@ -474,28 +481,37 @@ class Stream(torch.utils.data.Dataset):
 
     name tells streams apart: two names never share an order. soft_labels: folders with one .npy map (K, h, w) per picture,
     cropped with the picture and returned at stride as soft_0, soft_1, ..
-    With labeled=False no mask is read for training: the batch has "truth" instead of "label", for the log alone."""
+    With labeled=False no mask is read for training: the batch has "truth" instead of "label", for the log alone.
+    pseudo_labels: the folder whose pseudo-labels take the place of the masks. scale: of the weak view, if not --scale.
+    augment: see weak_view."""
 
-    def __init__(self, data, ids, name, args, labeled=True, soft_labels=(), stride=8):
+    def __init__(self, data, ids, name, args, labeled=True, soft_labels=(), stride=8, pseudo_labels=None, scale=None, augment=None):
         self.data, self.ids, self.name, self.labeled, self.soft_labels = data, ids, name, labeled, soft_labels
-        self.seed, self.crop, self.scale = args.seed, args.crop, args.scale
+        self.pseudo_labels, self.augment = pseudo_labels, augment
+        self.seed, self.crop, self.scale = args.seed, args.crop, scale or args.scale
         self.map_size = [math.ceil(n / stride) for n in args.crop]
 
     def __getitem__(self, position):
         epoch, place = divmod(position, len(self.ids))
         id = self.ids[picture_order(self.seed, self.name, epoch, len(self.ids))[place]]
         image = self.data.image(id)
-        try:
-            label = self.data.label(id)
-        except UserError:
-            if self.labeled:
-                raise
-            label = np.full(image.shape[:2], IGNORE, np.uint8)  # an unlabeled picture's mask is for the log alone: it may be broken
-        image, label, valid, view = weak_view(image, label, rng(self.seed, self.name, "view", position), self.crop, self.scale)
+        if self.pseudo_labels:
+            label = read_pseudo_label(self.pseudo_labels, id)
+        else:
+            label = self.data.label(id) if self.labeled else truth_for_the_log(self.data, id)
+        image, label, valid, view = weak_view(image, label, rng(self.seed, self.name, "view", position), self.crop, self.scale, self.augment)
         sample = {"image": image, "label" if self.labeled else "truth": label, "valid": valid, "position": position}
         for i, folder in enumerate(self.soft_labels):
             sample[f"soft_{i}"] = crop_map(torch.from_numpy(read_soft_label(folder, id)), view, self.map_size)
         return sample
+
+
+def truth_for_the_log(data, id):
+    """The mask of an unlabeled picture, which nothing may learn from: 255 where there is none, or a broken one."""
+    try:
+        return data.label(id)
+    except UserError:
+        return np.full(data.image(id).shape[:2], IGNORE, np.uint8)
 
 
 @lru_cache(maxsize=16)
@@ -523,12 +539,38 @@ def read_soft_label(folder, id):
         raise UserError(f"{soft_label_path(folder, id)}: cannot be read ({error}); begin this run anew with --overwrite") from None
 
 
-def batches(stream, args, device, start, stop):
-    """Batches of iterations start..stop-1 on the device; each process gets its share of the global batch.
+def write_pseudo_label(folder, id, label, colors):
+    """A whole picture's pseudo-label (H, W) uint8 as a palette PNG in the classes' colours; 255 is white."""
+    write_picture(pseudo_label_path(folder, id), label, np.concatenate([colors, np.full((256 - len(colors), 3), 255, np.uint8)]))
+
+
+def write_picture(path, array, palette=None):
+    """A PNG of (H, W) uint8 or uint16 values."""
+    picture = Image.fromarray(array)
+    if palette is not None:
+        picture.putpalette(palette.flatten().tolist())
+    try:
+        write_atomically(path, partial(picture.save, format="PNG", compress_level=1))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error}); free some space, then the same command goes on") from None
+
+
+def read_pseudo_label(folder, id):
+    with open_picture(pseudo_label_path(folder, id)) as picture:
+        return np.array(picture)
+
+
+def pseudo_label_path(folder, id):
+    return Path(folder, id.replace("/", "_") + ".png")
+
+
+def batches(stream, args, device, start, stop, batch_size=None):
+    """Batches of iterations start..stop-1 on the device; each process gets its share of the global batch (default: --batch-size).
 
     label and truth become int64; "position" stays on the host, where augmentations draw from it."""
-    share = args.batch_size // world_size()
-    positions = ([t * args.batch_size + rank() * share + j for j in range(share)] for t in range(start, stop))
+    batch_size = batch_size or args.batch_size
+    share = batch_size // world_size()
+    positions = ([t * batch_size + rank() * share + j for j in range(share)] for t in range(start, stop))
     loader = torch.utils.data.DataLoader(stream, batch_sampler=positions, num_workers=args.workers, pin_memory=device.type == "cuda",
                                          persistent_workers=args.workers > 0)
     for batch in loader:
@@ -567,19 +609,57 @@ def mean_iou(confusion):
 
 
 @torch.no_grad()
-def predict(network, image, args, size):
-    """Class probabilities (B, K, *size) float32 of whole pictures (B, 3, H, W) uint8; averaged over --scales and --flip."""
+def predict(network, image, args, size, logits=False):
+    """Class probabilities (B, K, *size) float32 of whole pictures (B, 3, H, W) uint8; averaged over --scales and --flip.
+
+    With --base-size the pictures are resized until their longer side has that length, and shown window by window (slide).
+    logits: average logits, not probabilities, and return those."""
+    def look(x, size):  # the network's answer to x and, with --flip, to its mirror image
+        answers = []
+        for flip in ([False, True] if args.flip else [False]):
+            with autocast(args, image.device):
+                output = network(x.flip(-1) if flip else x)
+            output = F.interpolate(output.float(), size, mode="bilinear", align_corners=network.align_corners)
+            output = output if logits else output.softmax(1)
+            answers.append(output.flip(-1) if flip else output)
+        return sum(answers) / len(answers)
+
     total = 0
     for scale in args.scales:
         x = to_float(image)
+        if args.base_size:
+            scale = scale * args.base_size / max(image.shape[2:])
         if scale != 1:
-            x = F.interpolate(x, scale_factor=scale, mode="bilinear", align_corners=False)
-        for flip in ([False, True] if args.flip else [False]):
-            with autocast(args, image.device):
-                logits = network(x.flip(-1) if flip else x)
-            logits = F.interpolate(logits.float(), size, mode="bilinear", align_corners=False)
-            total = total + (logits.flip(-1) if flip else logits).softmax(1)
-    return total / (len(args.scales) * (2 if args.flip else 1))
+            x = F.interpolate(x, [round(n * scale) for n in image.shape[2:]], mode="bilinear", align_corners=False)
+        if args.base_size:
+            total = total + F.interpolate(slide(look, x, args.crop), size, mode="bilinear", align_corners=False)
+        else:
+            total = total + look(x, size)
+    return total / len(args.scales)
+
+
+def slide(look, image, window):
+    """The mean over overlapping windows (h, w) of look(part of the image, (h, w)): (B, 3, H, W) -> (B, K, H, W).
+
+    A picture smaller than a window is padded with the mean colour."""
+    (height, width), (h, w) = image.shape[2:], window
+    mean = image.new_tensor(MEAN_COLOR)[:, None, None] / 255
+    image = F.pad(image - mean, (0, max(w - width, 0), 0, max(h - height, 0))) + mean
+    total, count = None, image.new_zeros(image.shape[2:])
+    for y in window_starts(image.shape[2], h):
+        for x in window_starts(image.shape[3], w):
+            answer = look(image[:, :, y:y + h, x:x + w], (h, w))
+            if total is None:
+                total = answer.new_zeros(*answer.shape[:2], *image.shape[2:])
+            total[:, :, y:y + h, x:x + w] += answer
+            count[y:y + h, x:x + w] += 1
+    return (total / count)[:, :, :height, :width]
+
+
+def window_starts(length, window):
+    """Where windows begin along a side: two thirds of a window apart, the last one at the edge."""
+    step = math.ceil(window * 2 / 3)
+    return [min(i * step, length - window) for i in range(math.ceil((length - window) / step) + 1)]
 
 
 @torch.no_grad()
@@ -654,12 +734,17 @@ class ResNet(resnet.ResNet):
 
     layer3 has dilation 2 and layer4 dilation 4 in all their blocks, as DeepLab has them; torchvision's own option leaves the
     first block of each at the dilation before. slim divides the widths of layer1..layer4.
-    caffe: the stride of a bottleneck sits in its 1x1 conv, and max-pooling rounds up."""
+    caffe: the stride of a bottleneck sits in its 1x1 conv, and max-pooling rounds up.
+    deep_stem: three 3x3 convs (64, 64, 128) instead of the 7x7 one, as in semseg's PSPNet."""
 
-    def __init__(self, block, depths, norm, slim=1, caffe=False):
-        self.slim = slim
+    def __init__(self, block, depths, norm, slim=1, caffe=False, deep_stem=False):
+        self.slim, self.deep_stem = slim, deep_stem
         super().__init__(block, depths, norm_layer=norm)
         del self.avgpool, self.fc
+        if deep_stem:
+            self.conv1 = nn.Sequential(nn.Conv2d(3, 64, 3, 2, 1, bias=False), norm(64), nn.ReLU(), nn.Conv2d(64, 64, 3, 1, 1, bias=False), norm(64), nn.ReLU(),
+                                       nn.Conv2d(64, 128, 3, 1, 1, bias=False))
+            self.bn1 = norm(128)
         self.channels, self.stride = 512 * block.expansion // slim, 8
         if caffe:
             self.maxpool.ceil_mode = True
@@ -671,42 +756,75 @@ class ResNet(resnet.ResNet):
                     conv.dilation = conv.padding = (dilation, dilation)
 
     def _make_layer(self, block, planes, blocks, stride=1, dilate=False):
+        if planes == 64 and self.deep_stem:
+            self.inplanes = 128
         return super()._make_layer(block, planes // self.slim, blocks, stride, dilate)
 
+    def layers(self, x):
+        """What layer1, layer2, layer3 and layer4 give."""
+        outputs = [self.maxpool(self.relu(self.bn1(self.conv1(x))))]
+        for layer in (self.layer1, self.layer2, self.layer3, self.layer4):
+            outputs.append(layer(outputs[-1]))
+        return outputs[1:]
+
     def forward(self, x):
-        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
-        return self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        return self.layers(x)[-1]
 
 
-def make_backbone(name, batch_norm="frozen", caffe=False):
+def make_backbone(name, batch_norm="frozen", caffe=False, deep_stem=False):
     """resnet50, resnet101, or tiny: a ResNet-18 of an eighth of the width at stride 4, to train from scratch on a CPU.
 
     Its group norm has no running statistics, so nothing depends on how a batch is cut among processes."""
     if name == "tiny":
-        tiny = ResNet(BasicBlock, [2, 2, 2, 2], lambda channels: nn.GroupNorm(channels // 8, channels), slim=8)
+        tiny = ResNet(BasicBlock, [2, 2, 2, 2], group_norm, slim=8)
         tiny.conv1, tiny.maxpool, tiny.stride = nn.Conv2d(3, 64, 3, stride=2, padding=1, bias=False), nn.Identity(), 4
         return tiny
     depths = {"resnet50": [3, 4, 6, 3], "resnet101": [3, 4, 23, 3]}[name]
-    return ResNet(Bottleneck, depths, FrozenBatchNorm if batch_norm == "frozen" else nn.BatchNorm2d, caffe=caffe)
+    return ResNet(Bottleneck, depths, FrozenBatchNorm if batch_norm == "frozen" else nn.BatchNorm2d, caffe=caffe, deep_stem=deep_stem)
 
 
-class DeepLabV2(nn.Module):
+def group_norm(channels):
+    return nn.GroupNorm(channels // 8, channels)
+
+
+class SegmentationNetwork(nn.Module):
+    """logits = classifier(features(image)), with the pictures' normalisation inside. Networks below add their heads.
+
+    forward: (B, 3, H, W) float RGB in [0, 1] -> logits (B, K, h, w) at the backbone's stride: 8, tiny 4. With aux=True a
+    tuple: the logits, and those of an auxiliary head where the network has one.
+    align_corners: how its logits are to be upsampled."""
+
+    align_corners = False
+
+    def __init__(self, backbone, style):
+        super().__init__()
+        self.backbone, self.stride, self.bgr = backbone, backbone.stride, STYLES[style]["bgr"]
+        self.register_buffer("mean", torch.tensor(STYLES[style]["mean"]).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(STYLES[style]["std"]).view(3, 1, 1), persistent=False)
+
+    def normalize(self, image):
+        return ((image.flip(1) if self.bgr else image) - self.mean) / self.std
+
+    def forward(self, image, aux=False):
+        logits = self.classifier(self.features(image))
+        return (logits,) if aux else logits
+
+    def head_parameters(self):
+        """All parameters but the backbone's."""
+        return [p for name, p in self.named_parameters() if not name.startswith("backbone.")]
+
+
+class DeepLabV2(SegmentationNetwork):
     """DeepLabv2: backbone at stride 8 and atrous spatial pyramid pooling (ASPP).
 
     head "plain": the classifier is the sum of 3x3 convs at the rates, straight to classes; features = layer4 (2048).
     head "bottleneck" (ProDA): 1x1 and dilated 3x3 convs with group norm, concatenated, weighted by squeeze-and-excitation,
     3x3 conv to width; features = that (256); the classifier is a 1x1 conv.
-    forward: (B, 3, H, W) float RGB in [0, 1] -> logits (B, K, h, w) at the backbone's stride: 8, tiny 4.
     dropout, before the last classifier, is an Identity that a method may replace."""
 
     def __init__(self, backbone, classes, head="bottleneck", rates=(6, 12, 18, 24), width=256, style="torchvision"):
-        super().__init__()
-        style = STYLES[style]
-        self.bgr = style["bgr"]
-        self.register_buffer("mean", torch.tensor(style["mean"]).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(style["std"]).view(3, 1, 1), persistent=False)
-        self.backbone, self.head, self.dropout, self.stride = backbone, head, nn.Identity(), backbone.stride
-        c = backbone.channels
+        super().__init__(backbone, style)
+        self.head, self.dropout, c = head, nn.Identity(), backbone.channels
         if head == "plain":
             self.feature_channels = c
             self.branches = nn.ModuleList(nn.Conv2d(c, classes, 3, padding=rate, dilation=rate) for rate in rates)
@@ -725,7 +843,7 @@ class DeepLabV2(nn.Module):
 
     def features(self, image):
         """(B, 3, H, W) float RGB in [0, 1] -> (B, C, h, w)."""
-        x = self.backbone(((image.flip(1) if self.bgr else image) - self.mean) / self.std)
+        x = self.backbone(self.normalize(image))
         if self.head == "plain":
             return x
         return self.bottleneck(self.attention(torch.cat([branch(x) for branch in self.branches], 1)))
@@ -735,18 +853,51 @@ class DeepLabV2(nn.Module):
         features = self.dropout(features)
         return sum(branch(features) for branch in self.branches) if self.head == "plain" else self.last(features)
 
-    def head_parameters(self):
-        """All parameters but the backbone's."""
-        return [p for name, p in self.named_parameters() if not name.startswith("backbone.")]
 
-    def forward(self, image):
-        return self.classifier(self.features(image))
+class PSPNet(SegmentationNetwork):
+    """PSPNet as in semseg: pyramid pooling over 1, 2, 3 and 6 bins, a 3x3 conv to width (the features), dropout and a 1x1 conv.
+
+    An auxiliary head of half the width sits on layer3. Its crops are 8 n + 1 pixels (361, 713): corners of the feature map
+    lie on corners of the picture, hence align_corners."""
+
+    align_corners = True
+
+    def __init__(self, backbone, classes, width=512, style="torchvision", norm=nn.BatchNorm2d):
+        super().__init__(backbone, style)
+        c = backbone.channels
+        self.feature_channels = width
+        self.pyramid = nn.ModuleList(nn.Sequential(nn.AdaptiveAvgPool2d(bins), nn.Conv2d(c, c // 4, 1, bias=False), norm(c // 4), nn.ReLU())
+                                     for bins in (1, 2, 3, 6))
+        self.bottleneck = nn.Sequential(nn.Conv2d(2 * c, width, 3, padding=1, bias=False), norm(width), nn.ReLU())
+        self.dropout = nn.Dropout2d(.1)
+        self.last = nn.Conv2d(width, classes, 1)
+        self.auxiliary = nn.Sequential(nn.Conv2d(c // 2, width // 2, 3, padding=1, bias=False), norm(width // 2), nn.ReLU(), nn.Dropout2d(.1),
+                                       nn.Conv2d(width // 2, classes, 1))
+
+    def features(self, image):
+        """(B, 3, H, W) float RGB in [0, 1] -> (B, C, h, w)."""
+        return self.pool(self.backbone(self.normalize(image)))
+
+    def pool(self, x):
+        context = [F.interpolate(level(x), x.shape[2:], mode="bilinear", align_corners=True) for level in self.pyramid]
+        return self.bottleneck(torch.cat([x] + context, 1))
+
+    def classifier(self, features):
+        """(B, C, h, w) -> logits (B, K, h, w)."""
+        return self.last(self.dropout(features))
+
+    def forward(self, image, aux=False):
+        layer3, layer4 = self.backbone.layers(self.normalize(image))[2:]
+        logits = self.classifier(self.pool(layer4))
+        return (logits, self.auxiliary(layer3)) if aux else logits
 
 
 def make_network(spec):
     """The network that a description (as saved in every checkpoint) names, with random weights."""
     tiny = spec["backbone"] == "tiny"
-    backbone = make_backbone(spec["backbone"], spec["batch_norm"], caffe=STYLES[spec["style"]]["caffe"])
+    backbone = make_backbone(spec["backbone"], spec["batch_norm"], STYLES[spec["style"]]["caffe"], spec.get("deep_stem", False))
+    if spec["network"] == "pspnet":
+        return PSPNet(backbone, spec["classes"], 64 if tiny else 512, spec["style"], group_norm if tiny else nn.BatchNorm2d)
     rates = (2, 4, 8, 12) if tiny else (6, 12, 18, 24)  # tiny: for feature maps of 16 x 32
     return DeepLabV2(backbone, spec["classes"], spec["head"], rates[:spec["aspp_branches"]], 32 if tiny else 256, spec["style"])
 
@@ -755,10 +906,13 @@ def build_network(args, data, device, member=0):
     """The network of the arguments, with its weights; member (0, 1, ..) gives each network of an ensemble its own initialisation."""
     weights, style, source = read_weights(args)
     spec = dict(network=args.network, backbone=args.backbone, head=args.head, aspp_branches=args.aspp_branches,
-                batch_norm=args.batch_norm, style=args.input_style or style, classes=len(data.names))
+                batch_norm=args.batch_norm, style=args.input_style or style, classes=len(data.names),
+                deep_stem=weights is not None and "backbone.conv1.0.weight" in weights)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(rng(args.seed, "network", member).randint(2 ** 31)))
         network = make_network(spec)
+    if args.batch_norm == "sync" and world_size() > 1 and device.type == "cuda":
+        network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
     network.spec = spec
     if weights is None and args.backbone != "tiny" and args.batch_norm == "frozen":
         warn("--weights none with --batch-norm frozen: nothing normalises this network; it is for timing, not for training")
@@ -809,7 +963,7 @@ def read_weights(args):
     converted, style = convert_weights(state)
     if not converted:
         raise UserError(f"{path}: unknown layout (its first entries: {', '.join(map(str, list(state)[:3]))}); expected torchvision's ResNet, "
-                        "Hung's or the MS-DeepLab COCO ResNet-101, kazuto1011's DeepLab, or a last.pt")
+                        "semseg's, Hung's or the MS-DeepLab COCO ResNet-101, kazuto1011's DeepLab, or a last.pt")
     return converted, style, path
 
 
@@ -828,6 +982,7 @@ def convert_weights(state):
     """A foreign state dict in our names, and its style. Empty if the layout is unknown.
 
     torchvision     conv1.weight, layer1.0.conv1.weight, fc.*                       torchvision
+    semseg          the same names, conv2.weight, conv3.weight (a stem of three)    torchvision
     Hung            the same names, layer5.conv2d_list.0.weight                     caffe-rgb
     MS-DeepLab      the same with the prefix Scale.                                 caffe-bgr
     kazuto1011      [base.]layer1.conv1.conv.weight, layer2.block1.reduce.bn.bias,
@@ -842,6 +997,9 @@ def convert_weights(state):
     if any(re.match(r"(base\.)?layer\d\.block\d", key) for key in state):
         style = "caffe-bgr"
         state = {kazuto_name(key.removeprefix("base.")): value for key, value in state.items()}
+    if "conv3.weight" in state:
+        stem = {"conv1": "conv1.0", "bn1": "conv1.1", "conv2": "conv1.3", "bn2": "conv1.4", "conv3": "conv1.6", "bn3": "bn1"}
+        state = {".".join([stem.get(key.split(".")[0], key.split(".")[0])] + key.split(".")[1:]): value for key, value in state.items()}
     converted = {}
     for key, value in state.items():
         if re.match(r"(conv1|bn1|layer[1-4]\.\d+)\.", key):
@@ -894,7 +1052,7 @@ def add_arguments(parser):
     a = parser.add_argument_group("data").add_argument
     a("--dataset", default="streets", choices=["streets", "camvid", "cityscapes"], help="default: streets, drawn scenes that need no download")
     a("--data-root", metavar="DIR", help="the dataset's folder")
-    a("--preset", choices=["cpu", "gpu"], help="camvid: values for a small or a big network (default: gpu where there is one)")
+    a("--preset", metavar="P", help="another row of the method's table: on camvid cpu or gpu, for a small or a big network (default: gpu where there is one)")
     a("--labels", metavar="N", help="labeled pictures, as a number or a share such as 1/8")
     a("--split", nargs="+", metavar="FILE", help="list of labeled pictures, or two lists: labeled, unlabeled")
     a("--split-seed", type=int, metavar="N", help="which pictures are labeled (default: --seed; on Cityscapes French et al.'s five)")
@@ -904,13 +1062,13 @@ def add_arguments(parser):
     a("--cache", metavar="DIR", default="runs/cache", help="where big pictures are kept at --size (default: %(default)s)")
     a("--workers", type=int, metavar="N", help="loader processes for each stream")
     a = parser.add_argument_group("network").add_argument
-    a("--network", choices=["deeplabv2"])
+    a("--network", choices=["deeplabv2", "pspnet"])
     a("--backbone", choices=["tiny", "resnet50", "resnet101"])
     a("--head", choices=["bottleneck", "plain"], help="ASPP with a 256-d feature before the last 1x1 conv (ProDA), or straight to classes (DeepLabv2)")
     a("--aspp-branches", type=int, choices=[1, 2, 3, 4], default=4, help="the lineage's code summed only 2 by mistake (default: 4)")
     a("--weights", metavar="W", help="imagenet, coco, none, or a file")
     a("--input-style", choices=list(STYLES), help="how pictures go in, where the weights file's layout does not tell (default: by layout)")
-    a("--batch-norm", choices=["frozen", "train"], help="statistics and affine frozen as loaded, or trained (not for tiny: group norm)")
+    a("--batch-norm", choices=["frozen", "train", "sync"], help="frozen as loaded; trained; or trained with statistics over all GPUs (tiny has group norm)")
     a = parser.add_argument_group("training").add_argument
     a("--supervised", action="store_true", help="the baseline: labeled pictures only, the same number of steps")
     a("--iterations", type=int, metavar="N", help="per stage")
@@ -927,7 +1085,8 @@ def add_arguments(parser):
     a("--eval-every", type=int, metavar="N")
     a("--save-every", type=int, metavar="N")
     a("--scales", type=float, nargs="+", default=[1.0], metavar="X", help="evaluate at these scales and average the probabilities")
-    a("--flip", action="store_true", help="evaluate the mirrored picture too")
+    a("--flip", action=argparse.BooleanOptionalAction, help="evaluate the mirrored picture too")
+    a("--base-size", type=int, metavar="N", help="evaluate by windows of the crop's size on pictures whose longer side is N (0: whole pictures)")
     a("--full-size-labels", action="store_true", help="evaluate against labels as they are on disk, not at --size")
     a("--evaluate", action="store_true", help="only evaluate --checkpoint")
     a("--predict", metavar="PATH", help="only predict a picture or a folder of pictures with --checkpoint")
@@ -935,13 +1094,17 @@ def add_arguments(parser):
 
 
 def parse_args(parser, paper, argv=None):
-    """Parse, and fill what was left out from paper[dataset] or paper[dataset-preset]. A UserError names a value out of range."""
+    """Parse, and fill what was left out from paper: its row dataset, dataset-preset, or either with /labels. A UserError names a value out of range."""
     def complain(message):
         raise UserError(f"{message}; --help lists the arguments")
     parser.error = complain
     args = parser.parse_args(argv)
     preset = args.preset or ("gpu" if torch.cuda.is_available() else "cpu")
-    values = paper.get(f"{args.dataset}-{preset}") or paper[args.dataset]
+    rows = sorted({name.split("/")[0].removeprefix(f"{args.dataset}-") for name in paper if name.startswith(f"{args.dataset}-")})
+    if args.preset and args.preset not in rows:
+        raise UserError(f"--preset {args.preset}: there is none of this name for {args.dataset}; " + (f"choose {' or '.join(rows)}" if rows else "leave it out"))
+    key = f"{args.dataset}-{preset}" if f"{args.dataset}-{preset}" in paper else args.dataset
+    values = paper.get(f"{key}/{args.labels}") or paper[key]
     harmless = {"dataset", "data_root", "labels", "seed", "supervised", "precision", "preset", "workers", "out", "overwrite", "cache", "log_every",
                 "eval_every", "save_every"}
 
@@ -949,11 +1112,12 @@ def parse_args(parser, paper, argv=None):
         return tuple(value) if isinstance(value, list) else value
     args.changed = [name for name, value in vars(args).items()  # what makes this another setting than the table's
                     if name not in harmless and plain(value) not in (plain(parser.get_default(name)), values.get(name))]
-    args.preset = preset
-    args.size_given = args.size is not None
+    args.preset, args.table_preset = preset, None if key == args.dataset else preset
+    args.given = [name for name in ("size", "crop", "base_size", "flip") if getattr(args, name) is not None]
     for name, value in values.items():
         if getattr(args, name) is None and not (name == "labels" and args.split):
             setattr(args, name, value)
+    args.flip, args.base_size = args.flip or False, args.base_size or 0
     if args.precision is None:
         args.precision = "bf16" if torch.cuda.is_available() else "fp32"
     check_range(args, 1, math.inf, "batch_size", "log_every", "eval_every", "save_every", "size", "crop")
@@ -1137,13 +1301,13 @@ class Run:
     state is the checkpoint to go on from, or None. A UserError if the folder holds a finished run, or one of another
     configuration. lengths: {stage: iterations}, for the progress line."""
 
-    OURS = "args.json", "log.jsonl", "last.pt", "result.json", "pictures", "soft_labels"
+    OURS = "args.json", "log.jsonl", "last.pt", "result.json", "pictures", "soft_labels", "pseudo_labels", "predictions"
 
     def __init__(self, method, args, data, labeled, unlabeled, device, lengths):
         self.method, self.args, self.data, self.device, self.lengths, self.total = method, args, data, device, lengths, sum(lengths.values())
         self.folder = Path(args.out or f"runs/{method}-{args.dataset}-{args.labels}-s{args.seed}")
         checksum = hashlib.sha256("\n".join(labeled + ["--"] + unlabeled).encode()).hexdigest()
-        free = {"out", "overwrite", "workers", "cache", "data_root", "log_every", "eval_every", "save_every", "changed", "size_given"}  # may differ when a run is resumed
+        free = {"out", "overwrite", "workers", "cache", "data_root", "log_every", "eval_every", "save_every", "changed", "given"}  # may differ when a run is resumed
         fixed = {key: value for key, value in vars(args).items() if key not in free} | {"method": method, "split_sha256": checksum, "processes": world_size()}
         fixed = json.loads(json.dumps(fixed))
         if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and (self.folder / "result.json").exists():
@@ -1286,7 +1450,8 @@ class Run:
             raise UserError(f"weights are not finite after iteration {self.step} of {self.total}; {self.folder}/last.pt is as the last checkpoint left it. "
                             "Try a lower --lr, or --precision fp32")
         checkpoint = {"method": self.method, "headline": headline, "step": self.step, "seconds": self.elapsed(), "peak_memory_mb": self.peak,
-                      "classes": {name: list(color) for name, color in self.data.classes.items()}, "dataset": self.data.name, "size": self.args.size,
+                      "classes": {name: list(color) for name, color in self.data.classes.items()}, "dataset": self.data.name, "size": self.args.size, "crop": self.args.crop,
+                      "base_size": self.args.base_size, "flip": self.args.flip,
                       "models": {name: network.state_dict() for name, network in networks.items()},
                       "networks": {name: network.spec for name, network in networks.items()}, **state}
         try:
@@ -1319,12 +1484,16 @@ class Run:
     def panel(self, name, columns):
         """pictures/NAME.png: columns {title: list of (3, H, W) uint8 images or (H, W) labels}, one row per picture, with a legend."""
         if is_main():
-            try:
-                path = self.folder / "pictures" / f"{name}.png"
-                path.parent.mkdir(exist_ok=True)
-                draw_panel(columns, self.data).save(path)
-            except OSError as error:
-                raise UserError(f"{path}: cannot be written ({error}); the last checkpoint is intact") from None
+            self.picture(name, draw_panel(columns, self.data))
+
+    def picture(self, name, picture):
+        """pictures/NAME.png: a PIL picture."""
+        path = self.folder / "pictures" / f"{name}.png"
+        try:
+            path.parent.mkdir(exist_ok=True)
+            picture.save(path)
+        except OSError as error:
+            raise UserError(f"{path}: cannot be written ({error}); the last checkpoint is intact") from None
 
     def finish(self, headline, tables, paper=None, **extra):
         """Write result.json and print the final report. tables: {network name: confusion matrix of the last iteration}."""
@@ -1422,6 +1591,33 @@ def draw_panel(columns, data, font=ImageFont.load_default(15)):
     return panel
 
 
+def draw_bars(title, categories, series, font=ImageFont.load_default(15)):
+    """A PIL picture: for each category one bar per series {name: list of values}, in percent, on a scale by the square root."""
+    palette = [(90, 90, 90), (220, 120, 40), (40, 110, 190), (60, 150, 80)]
+    bar, height, left, top = 14, 300, 50, 60
+    group = bar * len(series) + 14
+    room = max(font.getlength(c) for c in categories)
+    picture = Image.new("RGB", (left + group * len(categories) + 20, top + height + int(room) + 20), "white")
+    pen, high = ImageDraw.Draw(picture), max(max(values) for values in series.values())
+    pen.text((left, 6), title, fill="black", font=font)
+    for value in (x for x in (0, .1, 1, 5, 10, 20, 40, 60, 80, 100) if x <= high):
+        y = top + height - height * (value / high) ** .5
+        pen.line((left, y, picture.width - 10, y), fill=(225, 225, 225))
+        pen.text((8, y - 8), f"{value:g}", fill="gray", font=font)
+    for i, (name, values) in enumerate(series.items()):
+        x = left + sum(26 + int(font.getlength(n)) for n in list(series)[:i])
+        pen.rectangle((x, 34, x + 12, 46), fill=palette[i])
+        pen.text((x + 16, 31), name, fill="black", font=font)
+        for c, value in enumerate(values):
+            x = left + 7 + c * group + i * bar
+            pen.rectangle((x, top + height - height * (value / high) ** .5, x + bar - 2, top + height), fill=palette[i])
+    for c, name in enumerate(categories):  # upright
+        word = Image.new("L", (int(room) + 2, 20))
+        ImageDraw.Draw(word).text((room - font.getlength(name), 0), name, fill=255, font=font)
+        picture.paste("black", (left + 5 + c * group + (group - 34) // 2, top + height + 8), word.rotate(90, expand=True))
+    return picture
+
+
 # ---- --evaluate and --predict ----------------------------------------------------------------------------------------
 
 def use_checkpoint(args, device):
@@ -1432,6 +1628,9 @@ def use_checkpoint(args, device):
     state = load_torch(path)
     if "models" not in state or "networks" not in state:
         raise UserError(f"--checkpoint {path}: is not a checkpoint of these scripts; pretrained weights go to --weights")
+    for name in ("size", "crop", "base_size", "flip"):  # as it was trained and evaluated, if not said otherwise
+        if name not in args.given:
+            setattr(args, name, state[name])
     networks = {}
     for name in state["models"] if args.evaluate else [state["headline"]]:
         networks[name] = make_network(state["networks"][name]).to(device).eval()
@@ -1442,7 +1641,6 @@ def use_checkpoint(args, device):
     if args.evaluate:
         if state["dataset"] != args.dataset and state["dataset"] != "streets" and args.dataset == "streets":
             raise UserError(f"--checkpoint {path}: was trained on {state['dataset']}; add --dataset {state['dataset']} --data-root DIR")
-        args.size = args.size if args.size_given else state["size"]
         data = open_dataset(args)
         if list(state["classes"]) != data.names:
             raise UserError(f"--checkpoint {path}: was trained on {state['dataset']} with {len(state['classes'])} classes, --dataset {args.dataset} has "

@@ -23,7 +23,7 @@ CPU = torch.device("cpu")
 
 
 def arguments(**changes):
-    values = dict(scales=[1.], flip=False, precision="fp32", full_size_labels=False, network="deeplabv2", backbone="resnet50", head="bottleneck",
+    values = dict(scales=[1.], flip=False, base_size=0, precision="fp32", full_size_labels=False, network="deeplabv2", backbone="resnet50", head="bottleneck",
                   aspp_branches=4, batch_norm="frozen", weights="none", input_style=None, seed=0)
     return SimpleNamespace(**values | changes)
 
@@ -91,6 +91,8 @@ def test_a_class_in_no_label_and_no_prediction_is_skipped_one_that_is_only_predi
 
 class Colours(nn.Module):
     """A network at stride 4 whose logits follow from the picture; not symmetric, so that a wrong flip shows."""
+
+    align_corners = False
 
     def __init__(self, K=4):
         super().__init__()

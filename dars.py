@@ -1,0 +1,507 @@
+"""Re-distributing Biased Pseudo Labels for Semi-supervised Semantic Segmentation: A Baseline Investigation (DARS)
+Ruifei He, Jihan Yang, Xiaojuan Qi. ICCV 2021, arXiv 2107.11279
+
+Self-training in rounds. A network learns from the labeled pictures (round 0); then it labels the unlabeled ones, and goes on with both.
+Of its predictions only the most confident share alpha of all pixels becomes pseudo-labels. One threshold for all classes would
+favour the frequent ones, so each class gets a threshold of its own, such that the pseudo-labels have the class distribution
+of the true labels (distribution alignment). Many pixels share one confidence, so a threshold alone keeps too many of a class: among those that it
+keeps, the right number is drawn at random (random sampling). From round to round alpha grows, and so does the range of random scales.
+
+    python dars.py                                                                       drawn streets, a CPU, minutes
+    torchrun --nproc_per_node=4 dars.py --dataset cityscapes --data-root DIR --labels 372
+
+paper -> code
+    Eq. 1, 2   losses of round 0 and of self-training        train(), step 3
+    Eq. 3      distributions, divergence, thresholds         distribution(), divergence(), align()
+    Eq. 4      pixels wanted of each class                   align()
+    Algorithm 1, lines 2-3: align(), select();  lines 5-6: align() counts, select() draws
+    Sect. 3.3  progressive labeling and augmentation         PAPER: alpha, beta_min, beta_max; main() makes the table of rounds
+    Table 4    ST, CBST, DA, DARS, TS; iterative training    --pseudo, --temperature 1.27, --rounds 1 or 2
+    Table 5    D_KL                                          make_pseudo_labels(): printed for all four, in result.json
+    Table 6    --alpha, --beta-min, --beta-max;  Table 7: --predict;  Table 8: --labels 2975 --extra 3000
+    Fig. 1, 3  bars and histograms                           pictures/distribution_*.png, pictures/confidence_*.png
+    Fig. 4     loss at the start of a round                  loss_pseudo in log.jsonl
+    Fig. 5     accuracy by size, gain of four groups         analyze(): in result.json
+
+Choices that the paper leaves open, and why
+    Confidence overlap depends on how finely a confidence is kept. Here, as in the authors' code, it is a 16-bit float: all above 1 - 2^-12
+        are 1. "fine" keeps 1 - confidence as such a float: hardly any overlap is left then.          --confidence fine
+    One pass of the network for each round: class and confidence of each pixel go to disk (3 bytes before PNG's compression), and are read
+        again once the thresholds are known. The thresholds come from a table of counts, classes x 15,361 values, and are those of a
+        full sort; its size does not depend on the number of pictures.
+    n_j is rounded down. A class with fewer predictions than n_j gives all it has; the shortfall is not given to others. Sampling drops
+        int(n - n s_j) of a picture's n pixels of class j, from all that are kept (not only from those at the threshold): the authors' rule.
+    Pseudo-labels average logits over windows and flip, validation averages probabilities (authors' code).    --base-size 0, --no-flip
+    Augmentation, both streams: scale, rotation by up to 10 degrees and 5x5 blur with probability .5 each, flip, crop.
+    Learning rate in rounds: one polynomial through all of them, as in the authors' code: round k is the last part of k + 1 equal
+        ones, so it starts at lr (1 / (k + 1))^.9.                                                            --restart-schedule
+    Rounds of two halves: --batch-size labeled and as many pseudo-labeled pictures; round 0 has --round0-batch-size labeled ones.
+    Head: ten times the learning rate (authors' code). Auxiliary head (PSPNet): weight .4.                    --head-lr
+    Tail classes: all but the 6 of 19 most frequent of the labels, in proportion (the 13 of Table 4 on Cityscapes, whose printed
+        means differ from their columns' by up to .7).
+    The baseline (--supervised) is round 0 for as many steps as all rounds have together.
+    Reported: the student at the last iteration, by windows and flip as the authors do; without flip it is in result.json too.
+"""
+
+import argparse
+import copy
+import json
+import math
+import shutil
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2 import functional as V
+
+import common
+from common import IGNORE
+
+# ---- arguments -------------------------------------------------------------------------------------------------------
+
+# Per dataset, preset and labels, by the argument's name. alpha, beta_min, beta_max: of round 1, 2, ..
+PAPER = {
+    # Sect. 4.1: pictures of 2048 x 1024, crops of 361 scaled to a quarter up to the whole, windows over pictures of 1024 x 512.
+    "cityscapes": dict(
+        labels="372", size=(1024, 2048), crop=(361, 361), base_size=1024, scale=(.25, 1.), batch_size=8, round0_batch_size=16, epochs=200,
+        alpha=(.2, .5), beta_min=(0., .2), beta_max=(0., .5), network="pspnet", backbone="resnet50", weights="imagenet", batch_norm="sync",
+        head="plain", optimizer="sgd", lr=.01, head_lr=10., weight_decay=1e-4, flip=True, workers=4, log_every=50, eval_every=20_000, save_every=1000),
+    # Drawn scenes and a small network from scratch, minutes on a CPU.
+    "streets": dict(
+        labels="16", size=(64, 128), crop=(64, 128), base_size=128, scale=(.75, 1.25), batch_size=4, round0_batch_size=8, iterations=1000,
+        round0_iterations=600, alpha=(.3, .6), beta_min=(0., .2), beta_max=(0., .2), network="pspnet", backbone="tiny", weights="none",
+        batch_norm="frozen", head="plain", optimizer="adamw", lr=3e-3, head_lr=1., weight_decay=1e-2, flip=True, workers=0, log_every=50,
+        eval_every=500, save_every=100),
+}
+PAPER["cityscapes/744"] = PAPER["cityscapes/1/4"] = PAPER["cityscapes"] | dict(labels="744", alpha=(.4, .6))
+PAPER["cityscapes-713"] = PAPER["cityscapes"] | dict(crop=(713, 713), base_size=2048, scale=(.5, 2.), alpha=(.4, .65), beta_min=(0., 0.))
+PAPER["cityscapes-713/744"] = PAPER["cityscapes-713/1/4"] = PAPER["cityscapes-713"] | dict(labels="744", beta_min=(0., .2), beta_max=(0., .25))
+PAPER["cityscapes-deeplabv2"] = PAPER["cityscapes"] | dict(network="deeplabv2", backbone="resnet101", batch_norm="frozen", batch_size=4, lr=.002,
+                                                           alpha=(.2, .45), beta_min=(0., 0.), beta_max=(0., 0.))
+PAPER["vocaug"] = PAPER["cityscapes"] | dict(labels="1464", size=None, crop=(321, 321), base_size=400, scale=(.5, 1.5), epochs=50,
+                                             alpha=(.4, .5), beta_min=(0., 0.), beta_max=(0., 1 / 3))
+PAPER["camvid-cpu"] = PAPER["streets"] | dict(labels="1/8", size=(180, 240), crop=(96, 128), base_size=240, lr=2e-3, iterations=2000, round0_iterations=2000)
+PAPER["camvid-gpu"] = PAPER["cityscapes"] | dict(labels="1/8", size=(360, 480), crop=(241, 321), base_size=480, scale=(.5, 2.))
+
+# The paper's mIoU (Tables 1, 2, 3), and of its supervised baseline.
+PAPER_MIOU = {("cityscapes", None, 372): 69.64, ("cityscapes", None, 744): 71.30, ("cityscapes", "713", 372): 72.78, ("cityscapes", "713", 744): 74.32,
+              ("cityscapes", "deeplabv2", 372): 64.20, ("vocaug", None, 1464): 73.89}
+PAPER_SUPERVISED = {("cityscapes", None, 372): 60.75, ("cityscapes", None, 744): 66.54, ("cityscapes", None, 2975): 73.80,
+                    ("cityscapes", "713", 372): 65.54, ("cityscapes", "713", 744): 69.22, ("cityscapes", "713", 2975): 76.60,
+                    ("cityscapes", "deeplabv2", 372): 56.2}
+
+METHODS = "st", "cbst", "da", "dars"
+
+
+def get_parser():
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__.split("\n\n")[1],
+                                     epilog="What is left out comes from the table PAPER in this file, by dataset, preset and labels.")
+    a = parser.add_argument_group("distribution alignment and random sampling").add_argument
+    a("--pseudo", choices=METHODS, default="dars", help="one threshold, one share of each predicted class, alignment, alignment and sampling (Table 4)")
+    a("--temperature", type=float, default=1., help="of the softmax whose maximum is the confidence (TS of Tables 4, 5: 1.27)")
+    a("--confidence", choices=["fp16", "fine"], default="fp16", help="how finely confidences are told apart (Fig. 3)")
+    a("--rounds", type=int, default=2, help="of self-training after round 0 (Table 4: 1 without, 2 with iterative training)")
+    a("--alpha", type=float, nargs="+", help="labeling ratio of each round (Sect. 3.3, Table 6)")
+    a("--beta-min", type=float, nargs="+", help="how far the lower end of --scale falls in each round (Sect. 3.3)")
+    a("--beta-max", type=float, nargs="+", help="how far the upper end of --scale rises in each round (Sect. 3.3)")
+    a("--epochs", type=int, help="of a round, if not --iterations: passes over the unlabeled pictures, in round 0 over the labeled ones (Sect. 4.1)")
+    a("--round0-iterations", type=int, help="of round 0, if not --epochs")
+    a("--round0-batch-size", type=int, help="labeled pictures a step in round 0")
+    a("--head-lr", type=float, help="the heads' learning rate, times --lr")
+    a("--restart-schedule", action="store_true", help="each round starts at the full learning rate")
+    common.add_arguments(parser)
+    return parser
+
+
+# ---- perturbations ---------------------------------------------------------------------------------------------------
+
+def rotate_and_blur(image, label, generator):
+    """Between scale and crop (Sect. 4.1): rotation by up to 10 degrees, 5x5 Gaussian blur, each with probability .5.
+
+    image (3, H, W) uint8, label (H, W) uint8 -> the same; corners get the mean colour and 255."""
+    rotate, angle, blur = generator.uniform() < .5, generator.uniform(-10, 10), generator.uniform() < .5
+    if rotate:
+        image = V.rotate(image, angle, InterpolationMode.BILINEAR, fill=list(common.MEAN_COLOR))
+        label = V.rotate(label[None], angle, InterpolationMode.NEAREST, fill=[IGNORE])[0]
+    if blur:
+        image = V.gaussian_blur(image, [5, 5], [1.1, 1.1])  # OpenCV's sigma for 5x5, which the authors' code takes
+    return image, label
+
+
+# ---- EMA -------------------------------------------------------------------------------------------------------------
+# None: the teacher of a round is the student at the end of the round before.
+
+
+# ---- pseudo-labels ---------------------------------------------------------------------------------------------------
+
+CODES = 15_361  # 16-bit floats from 0 to 1, as integers: a larger one is a larger float
+
+
+@torch.no_grad()
+def predict_picture(teacher, image, args):
+    """Predicted class and confidence of each pixel: image (3, H, W) uint8 -> label (H, W) uint8, code (H, W) int16 in 0..15360."""
+    logits = common.predict(teacher, image[None], args, image.shape[1:], logits=True)[0] / args.temperature  # (K, H, W)
+    highest, label = logits.max(0)
+    others = (logits - highest).exp().scatter(0, label[None], 0.).sum(0)  # of softmax: the other classes' share over the highest's
+    if args.confidence == "fp16":
+        code = (1 / (1 + others)).half().view(torch.int16)  # max of softmax
+    else:
+        code = CODES - 1 - (others / (1 + others)).half().view(torch.int16)
+    return label.to(torch.uint8), code
+
+
+def distribution(counts):
+    """R of Eq. 3: share of each class, (K,) counts -> (K,) float64."""
+    return counts.double() / counts.sum().clamp(min=1)
+
+
+def divergence(labeled, pseudo):
+    """D_KL of Eq. 3 between two distributions (K,); None, for infinite, where a class of the labels has no pseudo-label at all."""
+    known = labeled > 0
+    d_kl = float((labeled[known] * (labeled[known] / pseudo[known]).log()).sum())
+    return d_kl if math.isfinite(d_kl) else None
+
+
+def align(table, labels, alpha, method):
+    """Eqs. 3 and 4 and the counts of Algorithm 1.
+
+    table (K, 15361) int64: predicted pixels by class and confidence; labels (K,) int64: labeled pixels by class; alpha in (0, 1]
+    -> threshold (K,): a pixel of class j is kept from this code on; kept (K,): pixels from there on; wanted (K,): pixels to be
+    left after sampling, n_j (without sampling: kept)."""
+    at_least = table.flip(1).cumsum(1).flip(1)  # pixels of a class whose confidence is at least that of the column
+    predicted = at_least[:, 0]
+    if method == "st":  # one threshold for all classes
+        n, at_least_of_all = math.floor(alpha * int(predicted.sum())), at_least.sum(0)
+        threshold = (at_least_of_all >= n).sum().expand(len(table)) - 1
+    else:
+        if method == "cbst":  # the same share of what is predicted of each class
+            n = (alpha * predicted.double()).floor().long()
+        else:
+            n = (alpha * int(predicted.sum()) * distribution(labels)).floor().long()  # Eq. 4
+        threshold = ((at_least >= n[:, None]).sum(1) - 1).clamp(min=0)  # t_j is the n_j-th largest: Eq. 3; if there are fewer, all are kept
+        threshold = threshold.where(n > 0, CODES)  # nothing wanted, nothing kept
+    kept = F.pad(at_least, (0, 1)).gather(1, threshold[:, None])[:, 0]
+    return threshold, kept, (n.minimum(kept) if method == "dars" else kept)
+
+
+def select(label, code, threshold, kept, wanted, generator):
+    """The pseudo-label of one picture: Algorithm 1, lines 3 and 6.
+
+    label (H, W) uint8, code (H, W) int16, threshold, kept, wanted (K,) from align(), all numpy -> (H, W) uint8, 255 where ignored."""
+    pseudo_label = np.where(code >= threshold[label], label, IGNORE).astype(np.uint8)
+    for j in np.flatnonzero(wanted < kept):
+        pixels = np.flatnonzero(pseudo_label == j)
+        drop = int(len(pixels) - len(pixels) * (wanted[j] / kept[j]))  # s_j = n_j / n~_j of what was kept stays
+        pseudo_label.ravel()[generator.choice(pixels, drop, replace=False)] = IGNORE
+    return pseudo_label
+
+
+def count_pixels(data, ids, device):
+    """Labeled pixels by class, (K,) int64, without ignored ones; each process counts its share of the pictures."""
+    counts = torch.zeros(256, dtype=torch.int64)
+    for id in ids[common.rank()::common.world_size()]:
+        counts += torch.from_numpy(np.bincount(data.label(id).ravel(), minlength=256))
+    return common.all_reduce(counts[:len(data.names)].to(device)).cpu()
+
+
+def make_pseudo_labels(teacher, data, unlabeled, labels, alpha, number, run, args, device):
+    """Pseudo-labels of a round for all unlabeled pictures, as PNG in run.folder/pseudo_labels/round_<number>/.
+
+    labels (K,): labeled pixels by class. Each process takes its share of the pictures. What is there already from the same
+    round of this run is not made again. Returns what is told about them: a dict of numbers for result.json."""
+    folder, drafts, K = run.folder / "pseudo_labels" / f"round_{number}", run.folder / "predictions" / f"round_{number}", len(data.names)
+    if (folder / "report.json").exists() and all(common.pseudo_label_path(folder, id).exists() for id in unlabeled):
+        return json.loads((folder / "report.json").read_text())
+    share, teacher = unlabeled[common.rank()::common.world_size()], teacher.eval()
+
+    table = torch.zeros(K * CODES, dtype=torch.int64, device=device)
+    for done, id in enumerate(share, 1):  # one pass of the network: class and confidence of every pixel to disk
+        if not (drafts / "class" / f"{id}.png").exists():  # of a pass that was interrupted
+            image = torch.from_numpy(data.image(id).transpose(2, 0, 1).copy()).to(device)
+            label, code = (x.cpu().numpy() for x in predict_picture(teacher, image, args))
+            common.write_picture(drafts / "confidence" / f"{id}.png", code.view(np.uint16))
+            common.write_picture(drafts / "class" / f"{id}.png", label)
+        label, code = (torch.from_numpy(x).to(device).long().flatten() for x in read_draft(drafts, id))
+        table += torch.bincount(label * CODES + code, minlength=K * CODES)
+        common.progress(f"round {number}, predictions", done, len(share))
+    table = common.all_reduce(table).view(K, CODES).cpu()
+
+    report = {"round": number, "alpha": alpha, "pixels": int(table.sum()), "labeled_share": distribution(labels).tolist(),
+              "predicted_share": distribution(table.sum(1)).tolist(), "expected": {}}
+    for method in METHODS:  # what each would keep of these predictions (Tables 4, 5)
+        threshold, kept, wanted = align(table, labels, alpha, method)
+        report["expected"][method] = {"share": distribution(wanted).tolist(), "d_kl": divergence(distribution(labels), distribution(wanted)),
+                                      "coverage": int(wanted.sum()) / report["pixels"]}
+        if method == args.pseudo:
+            chosen = threshold, kept, wanted
+    report |= {"threshold": [code_value(t, args) for t in chosen[0].tolist()], "kept": chosen[1].tolist(), "wanted": chosen[2].tolist()}
+
+    counts, matrix = torch.zeros(256, dtype=torch.int64), torch.zeros(K, K, dtype=torch.int64)
+    for done, id in enumerate(share, 1):
+        label, code = read_draft(drafts, id)
+        pseudo_label = select(label, code, *(x.numpy() for x in chosen), common.rng(args.seed, "sampling", number, id))
+        common.write_pseudo_label(folder, id, pseudo_label, data.colors)
+        counts += torch.from_numpy(np.bincount(pseudo_label.ravel(), minlength=256))
+        matrix += common.confusion_matrix(*(torch.from_numpy(x.astype(np.int64)) for x in (common.truth_for_the_log(data, id), pseudo_label)), K)
+        common.progress(f"round {number}, pseudo-labels", done, len(share))
+    counts, matrix = (common.all_reduce(x.to(device)).cpu() for x in (counts[:K], matrix))
+    report |= {"share": distribution(counts).tolist(), "d_kl": divergence(distribution(labels), distribution(counts)),
+               "coverage": int(counts.sum()) / report["pixels"], "pseudo_miou": common.mean_iou(matrix)}
+    if common.is_main():
+        show(report, data, args)
+        series = {"labeled": report["labeled_share"], "ST": report["expected"]["st"]["share"], args.pseudo.upper(): report["share"]}
+        run.picture(f"distribution_round_{number}", common.draw_bars("share of each class in percent (Fig. 1)", data.names, {
+            name: [100 * x for x in shares] for name, shares in series.items()}))
+        head, tail = (max(torch.nonzero(table.sum(1)).flatten().tolist(), key=lambda j: sign * int(labels[j])) for sign in (1, -1))
+        run.picture(f"confidence_round_{number}", common.draw_bars("share of a class's predicted pixels in percent, by confidence (Fig. 3)", *histograms(
+            table, [head, tail], data.names, args)))
+        common.write_atomically(folder / "report.json", lambda file: file.write(json.dumps(report).encode()))
+        shutil.rmtree(run.folder / "predictions", ignore_errors=True)
+    common.barrier()
+    return report
+
+
+def read_draft(folder, id):
+    """Predicted class (H, W) uint8 and confidence code (H, W) int16, from disk."""
+    with common.open_picture(folder / "class" / f"{id}.png") as label, common.open_picture(folder / "confidence" / f"{id}.png") as code:
+        return np.array(label), np.array(code).astype(np.int16)
+
+
+def code_value(code, args):
+    """The confidence that a code stands for; None for a code that no pixel reaches."""
+    values = np.arange(CODES, dtype=np.uint16).view(np.float16).astype(float)
+    return None if code >= CODES else float(values[code] if args.confidence == "fp16" else 1 - values[CODES - 1 - code])
+
+
+def histograms(table, classes, names, args):
+    """Fig. 3: categories (ranges of confidence) and series {class name: percent of its pixels} for draw_bars."""
+    confidence = np.array([code_value(code, args) for code in range(CODES)])
+    ranges = np.minimum((confidence * 20).astype(int), 20)  # 20 of .05, and exactly 1
+    series = {}
+    for j in classes:
+        counts = np.bincount(ranges, weights=table[j].double().numpy(), minlength=21)
+        series[names[j]] = (100 * counts / max(1, counts.sum())).tolist()
+    return [f"{r / 20:.2f}" for r in range(20)] + ["= 1"], series
+
+
+def told(d_kl):
+    return "inf" if d_kl is None else f"{d_kl:.4f}"
+
+
+def show(report, data, args):
+    """Print the pseudo-labels of a round: by class, and Table 5 for all methods on the same predictions."""
+    print(f"\nround {report['round']}: pseudo-labels for {100 * report['alpha']:.0f} % of the pixels wanted; share of each class in percent")
+    print(f"{'':14}{'labeled':>9}{'predicted':>11}" + "".join(f"{m.upper():>8}" for m in METHODS) + f"{'threshold of ' + args.pseudo.upper():>20}")
+    for j, name in enumerate(data.names):
+        shares = [report["labeled_share"][j], report["predicted_share"][j]] + [report["expected"][m]["share"][j] for m in METHODS]
+        threshold = "none kept" if report["threshold"][j] is None else f"{report['threshold'][j]:.4f}"
+        print(f"{name:14}{100 * shares[0]:9.2f}{100 * shares[1]:11.2f}" + "".join(f"{100 * x:8.2f}" for x in shares[2:]) + f"{threshold:>20}")
+    print(f"{'coverage':34}" + "".join(f"{100 * report['expected'][m]['coverage']:8.2f}" for m in METHODS))
+    print(f"{'D_KL':34}" + "".join(f"{told(report['expected'][m]['d_kl']):>8}" for m in METHODS))
+    never = [name for name, share in zip(data.names, report["predicted_share"]) if share == 0]
+    if never:
+        common.warn(f"the teacher never predicts {', '.join(never)}: no pseudo-label can have it")
+    print(f"made with {args.pseudo.upper()}: D_KL {told(report['d_kl'])}, coverage {100 * report['coverage']:.2f} %, "
+          f"mIoU {report['pseudo_miou']:.1f} where it is known (used for nothing)\n", flush=True)
+
+
+# ---- losses ----------------------------------------------------------------------------------------------------------
+
+AUX_WEIGHT = .4
+
+
+def cross_entropy(logits, label):
+    """Mean over all valid pixels of all processes: logits (B, K, H, W), label (B, H, W) with 255 -> 0-dim; 0 if nothing is valid.
+
+    Each process returns its share times their number, since gradients are averaged over processes."""
+    count = common.all_reduce((label != IGNORE).sum())
+    return F.cross_entropy(logits, label, ignore_index=IGNORE, reduction="sum") * common.world_size() / count.clamp(min=1)
+
+
+# ---- training --------------------------------------------------------------------------------------------------------
+
+def train(args, rounds, data, labeled, unlabeled, device):
+    student = common.build_network(args, data, device)
+    run = common.Run("dars-supervised" if args.supervised else "dars", args, data, labeled, unlabeled, device, {r["round"]: r["iterations"] for r in rounds})
+    teacher = copy.deepcopy(student).requires_grad_(False).eval()  # the student at the end of the round before
+    learner = common.parallel(student, device)
+    labels = count_pixels(data, labeled, device)
+    lacking = [name for name, n in zip(data.names, labels.tolist()) if n == 0]
+    if lacking:
+        common.warn(f"no labeled picture has {', '.join(lacking)}: no pixel of it will get a pseudo-label (n_j = 0)")
+    results, reports = [], []  # per round: confusion matrix on val at its end; what is told about its pseudo-labels
+
+    for number, iterations, alpha, scale in (r.values() for r in rounds):
+        if run.state and number < run.state["stage"]:
+            continue
+        optimizer = common.make_optimizer(args, args.lr, student.backbone.parameters(), student.head_parameters())
+        scaler, begin = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16"), 0
+
+        def save(iteration):
+            run.save("student", {"student": student, "teacher": teacher}, stage=number, iteration=iteration, optimizer=optimizer.state_dict(),
+                     scaler=scaler.state_dict(), results=results, reports=reports)
+
+        if run.state:  # go on where the checkpoint was written
+            begin, results, reports = run.state["iteration"], run.state["results"], run.state["reports"]
+            student.load_state_dict(run.state["models"]["student"])
+            teacher.load_state_dict(run.state["models"]["teacher"])
+            optimizer.load_state_dict(run.state["optimizer"])
+            scaler.load_state_dict(run.state["scaler"])
+            run.state = None
+        else:
+            teacher.load_state_dict(student.state_dict())
+            save(0)
+        streams = [common.Stream(data, labeled, f"labeled, round {number}", args, scale=scale, augment=rotate_and_blur)]
+        if number:
+            report = make_pseudo_labels(teacher, data, unlabeled, labels, alpha, number, run, args, device)
+            reports = [r for r in reports if r["round"] < number] + [report]
+            streams.append(common.Stream(data, unlabeled, f"unlabeled, round {number}", args, scale=scale, augment=rotate_and_blur,
+                                         pseudo_labels=run.folder / "pseudo_labels" / f"round_{number}"))
+        B = args.batch_size if number else args.round0_batch_size
+        share = B // common.world_size()
+        loaders = [common.batches(stream, args, device, begin, iterations, B) for stream in streams]
+
+        for iteration, batch in enumerate(zip(*loaders), begin):
+            # 1 batch: labeled pictures, and from round 1 on as many pseudo-labeled ones
+            image = torch.cat([part["image"] for part in batch])  # (B or 2B, 3, H, W)
+
+            # 2 pseudo-labels: those of the round, made before its first step, come with the batch
+            targets = [part["label"] for part in batch]  # (B, H, W) each
+
+            # 3 losses
+            torch.manual_seed(int(common.rng(args.seed, "noise", number, iteration, common.rank()).randint(2 ** 31)))  # dropout
+            if not student.training:
+                learner.train()
+            with common.autocast(args, device):
+                outputs = learner(common.to_float(image), aux=True)  # (2B, K, h, w) of the head, and of the auxiliary one
+            losses = {}
+            for head, weight, logits in zip(("", "_aux"), (1, AUX_WEIGHT), outputs):
+                logits = F.interpolate(logits.float(), args.crop, mode="bilinear", align_corners=student.align_corners).split(share)
+                for kind, z, y in zip(("labeled", "pseudo"), logits, targets):
+                    losses[f"loss_{kind}{head}"] = weight * cross_entropy(z, y)  # Eq. 1: labeled; Eq. 2: labeled + pseudo
+            loss = sum(losses.values())
+
+            # 4 backward
+            decay = (1 - iteration / iterations) / (1 if args.restart_schedule else number + 1)
+            for group, multiple in zip(optimizer.param_groups, (1, args.head_lr)):
+                group["lr"] = args.lr * multiple * decay ** .9
+            optimizer.zero_grad()
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            common.average_buffers([student])
+
+            # 5 EMA: none
+
+            # 6 log, evaluate, save
+            run.watch(number, iteration, losses)
+            done, last = iteration + 1, iteration + 1 == iterations
+            if done % args.log_every == 0 or last:
+                run.log(number, done, lr=optimizer.param_groups[0]["lr"], **({"pseudo_coverage": reports[-1]["coverage"], "pseudo_miou": reports[-1]["pseudo_miou"],
+                                                                              "d_kl": reports[-1]["d_kl"]} if number else {}))
+            if done % args.eval_every == 0 or last:
+                tables = common.evaluate({"student": student}, data, args, device)
+                run.log(number, done, val={"student": common.mean_iou(tables["student"])})
+                run.predictions(f"val_round_{number}_{done:06d}", {"student": student} | ({"teacher": teacher} if number else {}))
+                columns = {"labeled picture": batch[0]["image"], "label": targets[0]}
+                if number:
+                    columns |= {"unlabeled picture": batch[1]["image"], "pseudo-label": targets[1]}
+                run.panel(f"batch_round_{number}_{done:06d}", {title: cells[:4] for title, cells in columns.items()})
+            if last:
+                results = results[:number] + [tables["student"]]
+            if done % args.save_every == 0 or last:
+                save(done)
+
+    names = [f"round_{r['round']}" for r in rounds[:-1]] + ["student"]
+    paper = None if args.changed else (PAPER_SUPERVISED if args.supervised else PAPER_MIOU).get((args.dataset, args.table_preset, args.labels))
+    run.finish("student", dict(zip(names, results)), paper, rounds=reports, **analyze(student, results, data, labeled, labels, args, device))
+
+
+# ---- analysis --------------------------------------------------------------------------------------------------------
+
+def tail_classes(labels):
+    """Class ids of the tail: all but the 6 of 19 most frequent, in proportion. labels (K,): labeled pixels by class."""
+    order = torch.argsort(labels, descending=True, stable=True).tolist()
+    return sorted(order[len(labels) * 6 // 19:])
+
+
+def analyze(student, results, data, labeled, labels, args, device):
+    """Tail mIoU (Table 4), val without flip, gain of four groups of classes and accuracy by size (Fig. 5), for result.json.
+
+    There are no instances in these datasets' masks: an object is all pixels of one class in one picture. Its size is counted in crops."""
+    tail, area, K = tail_classes(labels), args.crop[0] * args.crop[1], len(data.names)
+    tables = dict(zip([f"round_{k}" for k in range(len(results) - 1)] + ["student"], results))
+    extra = {"tail_classes": [data.names[j] for j in tail],
+             "tail_miou": {name: float(common.iou(table)[tail].nanmean()) for name, table in tables.items()}}
+    if args.flip:
+        args.flip = False
+        extra["miou_without_flip"] = common.mean_iou(common.evaluate({"student": student}, data, args, device)["student"])
+        args.flip = True
+
+    pictures, pixels = torch.zeros(K), torch.zeros(K)  # labeled pictures that show a class, and its pixels in them
+    for id in labeled:
+        counts = torch.from_numpy(np.bincount(data.label(id).ravel(), minlength=256)[:K])
+        pictures, pixels = pictures + (counts > 0), pixels + counts
+    frequent, large = pictures > len(labeled) / 2, pixels / pictures.clamp(min=1) > area / 10
+    gain = common.iou(results[-1]) - common.iou(results[0])
+    extra["groups"] = {}
+    for name, members in (("frequent, large", frequent & large), ("frequent, small", frequent & ~large),
+                          ("rare, large", ~frequent & large), ("rare, small", ~frequent & ~large)):
+        value = float(gain[members].nanmean()) if members.any() else math.nan
+        extra["groups"][name] = {"classes": [data.names[j] for j in torch.nonzero(members).flatten().tolist()], "gain": None if math.isnan(value) else value}
+
+    # Bins of .1, 2.4 and 8 % of the crop, ten of each: 500, 12,000 and 40,000 pixels of a crop of 713 x 713.
+    hits = torch.zeros(3, 10, 2, dtype=torch.float64, device=device)
+    widths = [area * part for part in (.001, .024, .08)]
+    student.eval()
+    for id in data.val[common.rank()::common.world_size()]:
+        image = torch.from_numpy(data.image(id).transpose(2, 0, 1).copy())[None].to(device)
+        label = data.label(id)
+        matrix = common.confusion_matrix(torch.from_numpy(label.astype(np.int64)).to(device),
+                                         common.predict(student, image, args, label.shape).argmax(1)[0], K).cpu()
+        for j in torch.nonzero(matrix.sum(1)).flatten().tolist():
+            size = int(matrix[j].sum())
+            for i, width in enumerate(widths):
+                if size < 10 * width:
+                    hits[i, int(size / width)] += torch.tensor([int(matrix[j, j]), size], device=device)
+    hits = common.all_reduce(hits).cpu()
+    extra["accuracy_by_size"] = [{"pixels": [round(b * width), round((b + 1) * width)], "accuracy": float(100 * hit / total) if total else None}
+                                 for width, row in zip(widths, hits) for b, (hit, total) in enumerate(row.tolist())]
+    return extra
+
+
+def main():
+    args = common.parse_args(get_parser(), PAPER)
+    device = common.setup(args)
+    if args.evaluate or args.predict:
+        return common.use_checkpoint(args, device)
+    common.check_range(args, 1e-12, 1, "alpha")
+    common.check_range(args, 0, .99, "beta_min")
+    common.check_range(args, 0, math.inf, "beta_max", "rounds", "round0_iterations", "epochs")
+    common.check_range(args, 1e-12, math.inf, "temperature", "head_lr")
+    common.check_range(args, 1, math.inf, "round0_batch_size")
+    for name in ("alpha", "beta_min", "beta_max"):
+        if len(getattr(args, name)) < args.rounds:
+            raise common.UserError(f"--{name.replace('_', '-')} has {len(getattr(args, name))} values, but there are --rounds {args.rounds}: give one for each")
+    if args.round0_batch_size % common.world_size():
+        raise common.UserError(f"--round0-batch-size {args.round0_batch_size} is not divisible by the {common.world_size()} processes")
+    data = common.open_dataset(args)
+    labeled, unlabeled = common.split(args, data)
+
+    first = args.round0_iterations if args.round0_iterations is not None else args.epochs * len(labeled) // args.round0_batch_size
+    later = args.iterations if args.iterations is not None else args.epochs * len(unlabeled) // args.batch_size
+    rounds = [{"round": 0, "iterations": first, "alpha": None, "scale": tuple(args.scale)}]
+    for k in range(args.rounds):
+        low, high = args.scale
+        rounds.append({"round": k + 1, "iterations": later, "alpha": args.alpha[k], "scale": ((1 - args.beta_min[k]) * low, (1 + args.beta_max[k]) * high)})
+    if args.supervised:
+        rounds = [rounds[0] | {"iterations": sum(r["iterations"] for r in rounds)}]
+    for r in rounds:
+        common.say(f"round {r['round']}   {r['iterations']} iterations, scale {r['scale'][0]:.2f} to {r['scale'][1]:.2f}"
+                   + (f", pseudo-labels for {100 * r['alpha']:.0f} % of the unlabeled pixels" if r["alpha"] else ""))
+    train(args, rounds, data, labeled, unlabeled, device)
+
+
+if __name__ == "__main__":
+    common.run_main(main)
