@@ -896,7 +896,7 @@ def make_network(spec):
     """The network that a description (as saved in every checkpoint) names, with random weights."""
     tiny = spec["backbone"] == "tiny"
     backbone = make_backbone(spec["backbone"], spec["batch_norm"], STYLES[spec["style"]]["caffe"], spec.get("deep_stem", False))
-    if spec["network"] == "pspnet":
+    if spec.get("network") == "pspnet":
         return PSPNet(backbone, spec["classes"], 64 if tiny else 512, spec["style"], group_norm if tiny else nn.BatchNorm2d)
     rates = (2, 4, 8, 12) if tiny else (6, 12, 18, 24)  # tiny: for feature maps of 16 x 32
     return DeepLabV2(backbone, spec["classes"], spec["head"], rates[:spec["aspp_branches"]], 32 if tiny else 256, spec["style"])
