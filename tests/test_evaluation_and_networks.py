@@ -405,7 +405,7 @@ def slim_resnets(monkeypatch):
     """ResNets of an eighth of the width under the same names, so that their files have the same entries and are small."""
     full = common.make_backbone
 
-    def slim(name, batch_norm="frozen", caffe=False):
+    def slim(name, batch_norm="frozen", caffe=False, deep_stem=False):
         if name == "tiny":
             return full(name)
         norm = common.FrozenBatchNorm if batch_norm == "frozen" else nn.BatchNorm2d
