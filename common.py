@@ -541,14 +541,8 @@ def read_soft_label(folder, id):
 
 def write_pseudo_label(folder, id, label, colors):
     """A whole picture's pseudo-label (H, W) uint8 as a palette PNG in the classes' colours; 255 is white."""
-    write_picture(pseudo_label_path(folder, id), label, np.concatenate([colors, np.full((256 - len(colors), 3), 255, np.uint8)]))
-
-
-def write_picture(path, array, palette=None):
-    """A PNG of (H, W) uint8 or uint16 values."""
-    picture = Image.fromarray(array)
-    if palette is not None:
-        picture.putpalette(palette.flatten().tolist())
+    picture, path = Image.fromarray(label), pseudo_label_path(folder, id)
+    picture.putpalette(np.concatenate([colors, np.full((256 - len(colors), 3), 255, np.uint8)]).flatten().tolist())
     try:
         write_atomically(path, partial(picture.save, format="PNG", compress_level=1))
     except OSError as error:

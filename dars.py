@@ -26,8 +26,8 @@ paper -> code
 Choices that the paper leaves open, and why
     Confidence overlap depends on how finely a confidence is kept. Here, as in the authors' code, it is a 16-bit float: all above 1 - 2^-12
         are 1. "fine" keeps 1 - confidence as such a float: hardly any overlap is left then.          --confidence fine
-    One pass of the network for each round: class and confidence of each pixel go to disk (3 bytes before PNG's compression), and are read
-        again once the thresholds are known. The thresholds come from a table of counts, classes x 15,361 values, and are those of a
+    One pass of the network for each round: class and confidence of each pixel go to disk (3 bytes), and are read again once the
+        thresholds are known. The thresholds come from a table of counts, classes x 15,361 values, and are those of a
         full sort; its size does not depend on the number of pictures.
     n_j is rounded down. A class with fewer predictions than n_j gives all it has; the shortfall is not given to others. Sampling drops
         int(n - n s_j) of a picture's n pixels of class j, from all that are kept (not only from those at the threshold): the authors' rule.
@@ -217,11 +217,9 @@ def make_pseudo_labels(teacher, data, unlabeled, labels, alpha, number, run, arg
 
     table = torch.zeros(K * CODES, dtype=torch.int64, device=device)
     for done, id in enumerate(share, 1):  # one pass of the network: class and confidence of every pixel to disk
-        if not (drafts / "class" / f"{id}.png").exists():  # of a pass that was interrupted
+        if not draft_path(drafts, id).exists():  # else a pass was interrupted after this picture
             image = torch.from_numpy(data.image(id).transpose(2, 0, 1).copy()).to(device)
-            label, code = (x.cpu().numpy() for x in predict_picture(teacher, image, args))
-            common.write_picture(drafts / "confidence" / f"{id}.png", code.view(np.uint16))
-            common.write_picture(drafts / "class" / f"{id}.png", label)
+            write_draft(drafts, id, *(x.cpu().numpy() for x in predict_picture(teacher, image, args)))
         label, code = (torch.from_numpy(x).to(device).long().flatten() for x in read_draft(drafts, id))
         table += torch.bincount(label * CODES + code, minlength=K * CODES)
         common.progress(f"round {number}, predictions", done, len(share))
@@ -262,10 +260,21 @@ def make_pseudo_labels(teacher, data, unlabeled, labels, alpha, number, run, arg
     return report
 
 
+def draft_path(folder, id):
+    return folder / (id.replace("/", "_") + ".npz")
+
+
+def write_draft(folder, id, label, code):
+    """Predicted class (H, W) uint8 and confidence code (H, W) int16 to disk: 3 bytes a pixel."""
+    try:
+        common.write_atomically(draft_path(folder, id), lambda file: np.savez(file, label=label, code=code))
+    except OSError as error:
+        raise common.UserError(f"{draft_path(folder, id)}: cannot be written ({error}); free some space, then the same command goes on") from None
+
+
 def read_draft(folder, id):
-    """Predicted class (H, W) uint8 and confidence code (H, W) int16, from disk."""
-    with common.open_picture(folder / "class" / f"{id}.png") as label, common.open_picture(folder / "confidence" / f"{id}.png") as code:
-        return np.array(label), np.array(code).astype(np.int16)
+    with np.load(draft_path(folder, id)) as draft:
+        return draft["label"], draft["code"]
 
 
 def code_value(code, args):
