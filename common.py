@@ -2,7 +2,7 @@
 
 Three parts, in this order:
 
-    DATASETS   streets (drawn, no download), camvid, cityscapes; splits; weak views; seeded streams; evaluation by mIoU
+    DATASETS   streets (drawn, no download), camvid, cityscapes, voc, vocaug; splits; weak views; seeded streams; evaluation by mIoU
     NETWORKS   DeepLabv2 on ResNets and on a tiny backbone; weights in the layouts that people have
     SETUP      arguments, processes, precision, run folder, log, checkpoints, pictures, errors
 
@@ -28,6 +28,7 @@ import subprocess
 import sys
 import time
 import warnings
+from collections import Counter
 from datetime import timedelta
 from functools import lru_cache, partial
 from pathlib import Path
@@ -70,6 +71,11 @@ CAMVID = {"sky": (128, 128, 128), "building": (128, 0, 0), "pole": (192, 192, 12
           "pavement": (60, 40, 222), "tree": (128, 128, 0), "sign": (192, 128, 128), "fence": (64, 64, 128),
           "car": (64, 0, 128), "pedestrian": (64, 64, 0), "bicyclist": (0, 128, 192)}
 CITYSCAPES = {c.name: c.color for c in torchvision.datasets.Cityscapes.classes if 0 <= c.train_id < 19}
+CITYSCAPES_IDS = [c.id for c in torchvision.datasets.Cityscapes.classes if 0 <= c.train_id < 19]  # of the 19 classes in the labelIds files
+VOC = {"background": (0, 0, 0), "aeroplane": (128, 0, 0), "bicycle": (0, 128, 0), "bird": (128, 128, 0), "boat": (0, 0, 128),
+       "bottle": (128, 0, 128), "bus": (0, 128, 128), "car": (128, 128, 128), "cat": (64, 0, 0), "chair": (192, 0, 0), "cow": (64, 128, 0),
+       "diningtable": (192, 128, 0), "dog": (64, 0, 128), "horse": (192, 0, 128), "motorbike": (64, 128, 128), "person": (192, 128, 128),
+       "pottedplant": (0, 64, 0), "sheep": (128, 64, 0), "sofa": (0, 192, 0), "train": (128, 192, 0), "tvmonitor": (0, 64, 128)}
 FRENCH_SEEDS = (12345, 23456, 34567, 45678, 56789)  # the five Cityscapes splits of French et al. (BMVC 2020)
 
 
@@ -79,10 +85,12 @@ class Dataset:
     classes: {name: RGB colour}, in the order of the class ids.  train, val: lists of ids.
     files: {id: (image path, mask path or None)}.  values: {value in the mask file: class id or 255}.
     size: (H, W) to which pictures and masks are resized, or None for the size that they have.
+    official: the train ids that a published list names as the labeled ones (vocaug).  extra: ids of pictures beside train, without masks.
     """
 
     def __init__(self, name, classes, train, val, files, values, size=None, cache=None):
         self.name, self.classes, self.train, self.val, self.files, self.size, self.cache = name, classes, train, val, files, size, cache
+        self.official, self.extra = [], []
         self.names, self.colors = list(classes), np.array(list(classes.values()), np.uint8)
         self.values = np.full(65536, -1, np.int16)
         self.values[list(values)] = list(values.values())
@@ -97,7 +105,8 @@ class Dataset:
         A UserError names a mask that cannot be read, has another size than its picture, or values outside the classes."""
         image, mask = self.files[id]
         if mask is None:
-            return np.full(self.image(id).shape[:2], IGNORE, np.uint8)
+            with open_picture(image, load=False) as picture:
+                return np.full(self.size or picture.size[::-1], IGNORE, np.uint8)
         read = partial(self._read_label, image)
         return read(mask) if full_size else self._resized(mask, read, Image.Resampling.NEAREST)
 
@@ -283,8 +292,10 @@ def open_camvid(root, size, cache):
     return Dataset("camvid", CAMVID, ids["train"], ids["val"], files, values, size, cache)
 
 
-def open_cityscapes(root, size, cache):
-    """Cityscapes through torchvision's dataset: leftImg8bit/ and gtFine/ with labelIds, or with labelTrainIds."""
+def open_cityscapes(root, size, cache, extra=None, seed=0):
+    """Cityscapes through torchvision's dataset: leftImg8bit/ and gtFine/ with labelIds, or with labelTrainIds.
+
+    extra: so many pictures of leftImg8bit/train_extra besides ("all" or a number), the first in the order of a hash of (seed, id)."""
     root = find_root(root, "cityscapes", "leftImg8bit/{train,val}/CITY/*_leftImg8bit.png and gtFine/{train,val}/CITY/*_gtFine_labelIds.png "
                      "(leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip from https://www.cityscapes-dataset.com)",
                      ["leftImg8bit/train", "leftImg8bit/val", "gtFine/train", "gtFine/val"])
@@ -313,7 +324,80 @@ def open_cityscapes(root, size, cache):
     values = {c.id: c.train_id if 0 <= c.train_id < 19 else IGNORE for c in torchvision.datasets.Cityscapes.classes if c.id >= 0}
     if train_ids_seen:
         values = {i: i for i in range(19)}
-    return Dataset("cityscapes", CITYSCAPES, ids["train"], ids["val"], files, values | {IGNORE: IGNORE}, size, cache)
+    data = Dataset("cityscapes", CITYSCAPES, ids["train"], ids["val"], files, values | {IGNORE: IGNORE}, size, cache)
+    if extra is not None:
+        folder = root / "leftImg8bit/train_extra"
+        pictures = {f"{path.parent.name}/{path.name.replace('_leftImg8bit.png', '')}": str(path) for path in folder.glob("*/*_leftImg8bit.png")}
+        if not pictures:
+            raise UserError(f"{folder}: no CITY/*_leftImg8bit.png for --extra; unpack leftImg8bit_trainextra.zip from "
+                            f"https://www.cityscapes-dataset.com in {root}")
+        if len(pictures) not in (19998, 19997):  # one of them is corrupt in the archive: who removed it has a whole copy
+            warn(f"{folder} has {len(pictures)} pictures, the whole dataset 19998: is the copy complete?")
+        if extra != "all" and not (str(extra).isdecimal() and 1 <= int(extra) <= len(pictures)):
+            raise UserError(f"--extra {extra}: expected all, or a number from 1 to {len(pictures)}, which {folder} holds")
+        data.extra = hash_order(seed, pictures)[:None if extra == "all" else int(extra)]
+        data.files |= {id: (pictures[id], None) for id in data.extra}
+    return data
+
+
+def open_voc(root, size, cache, download=False, augmented=False):
+    """PASCAL VOC 2012: VOCdevkit/VOC2012/ under root, or root is the folder VOC2012 itself. 21 classes, 255 is the rim of an object.
+
+    augmented: the 10,582 training pictures whose masks stand in SegmentationClassAug/, by the list train_aug.txt or trainaug.txt."""
+    name = "vocaug" if augmented else "voc"
+    layout = ("VOCdevkit/VOC2012/ with JPEGImages/, SegmentationClass/ and ImageSets/Segmentation/ (--download fetches it, 2 GB; or unpack "
+              "VOCtrainval_11-May-2012.tar from http://host.robots.ox.ac.uk/pascal/VOC/voc2012/)")
+    folder, parts = root and Path(root), ["JPEGImages", "ImageSets/Segmentation", "SegmentationClass"]
+    if root and not Path(root, "JPEGImages").is_dir():
+        folder = Path(root, "VOCdevkit/VOC2012")
+        if download:
+            with one_after_another():
+                if is_main() and not all((folder / part).is_dir() for part in parts):
+                    try:
+                        torchvision.datasets.VOCSegmentation(root, year="2012", image_set="train", download=True)
+                    except (OSError, RuntimeError) as error:  # no network, a full disk, another checksum
+                        raise UserError(f"--download to {root}: {error}; fetch it by hand: {layout}") from None
+    folder = find_root(folder, name, layout, parts[:2] if augmented else parts)
+    lists = folder / "ImageSets/Segmentation"
+    train = lists / ("train.txt" if not augmented else "trainaug.txt" if (lists / "trainaug.txt").exists() else "train_aug.txt")
+    for path in (folder / "SegmentationClassAug", train) if augmented else ():
+        if not path.exists():
+            raise UserError(f"{path}: not there; vocaug needs {folder}/SegmentationClassAug/*.png (8-bit class ids) and the list of the 10,582 pictures, "
+                            f"{lists}/train_aug.txt or trainaug.txt: SegmentationClassAug.zip, made from Hariharan et al.'s SBD, and its list, shared by "
+                            "github.com/DrSleep/tensorflow-deeplab-resnet and most public repositories of this field")
+    pictures = set(os.listdir(folder / "JPEGImages"))
+
+    def listed(path, full):  # the first column of a line is what counts, and of it the file stem
+        try:
+            ids = list(dict.fromkeys(Path(line.split()[0]).stem for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()))
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{path}: cannot be read as a text list ({error}); --data-root must hold {layout}") from None
+        for id in ids:
+            if f"{id}.jpg" not in pictures:
+                raise UserError(f"{path}: names {id}, but {folder}/JPEGImages has no {id}.jpg; copy the dataset again (with --download: remove {folder} first)")
+        if not ids:
+            raise UserError(f"{path}: names no picture; copy the dataset again")
+        if len(ids) != full:
+            warn(f"{path} names {len(ids)} pictures, the whole dataset has {full}: is the copy complete?")
+        return ids
+
+    def masks(kind):
+        return {path.stem: path for path in (folder / kind).glob("*.png")}
+
+    ids = official = listed(lists / "train.txt", 1464)
+    val, train_masks, val_masks = listed(lists / "val.txt", 1449), masks("SegmentationClass"), masks("SegmentationClass")
+    if augmented:
+        ids, train_masks = listed(train, 10582), masks("SegmentationClassAug")
+        val_masks = train_masks | val_masks
+    both = set(ids) & set(val)
+    if both:
+        raise UserError(f"{train}: names {min(both)}, which {lists}/val.txt names too: that would be training on val; take another list")
+    files = {id: (folder / f"JPEGImages/{id}.jpg", known.get(id)) for part, known in ((ids, train_masks), (val, val_masks)) for id in part}
+    data = Dataset(name, VOC, ids, val, files, {i: i for i in range(21)} | {IGNORE: IGNORE}, size, cache)
+    if augmented:
+        in_train = set(ids)
+        data.official = [id for id in official if id in in_train]
+    return data
 
 
 def find_root(root, name, layout, folders):
@@ -329,13 +413,19 @@ def find_root(root, name, layout, folders):
 def open_dataset(args):
     """The Dataset that the arguments name."""
     cache = Path(args.cache, args.dataset)
+    if args.extra is not None and args.dataset != "cityscapes":
+        raise UserError(f"--extra {args.extra}: only cityscapes has additional pictures (train_extra), not {args.dataset}; leave it out")
+    if args.download and args.dataset not in ("voc", "vocaug"):
+        raise UserError(f"--download fetches PASCAL VOC (--dataset voc), not {args.dataset}; leave it out")
     if args.dataset == "streets":
         if tuple(args.size) != (64, 128):
             raise UserError(f"--size {args.size[0]} {args.size[1]}: streets are drawn at 64 128")
         return Streets()
+    if args.dataset in ("voc", "vocaug"):
+        return open_voc(args.data_root, args.size, cache, args.download, args.dataset == "vocaug")
     if args.dataset == "camvid":
         return open_camvid(args.data_root, args.size, cache)
-    return open_cityscapes(args.data_root, args.size, cache)
+    return open_cityscapes(args.data_root, args.size, cache, args.extra, args.seed if args.split_seed is None else args.split_seed)
 
 
 # ---- splits ----------------------------------------------------------------------------------------------------------
@@ -344,7 +434,9 @@ def split(args, data):
     """Labeled and unlabeled training ids, as args.labels, args.split and args.split_seed say. Resolves args.labels to a number.
 
     Without --split: on Cityscapes the splits of French et al. (a RandomState permutation of the sorted names), elsewhere
-    the ids in the order of a hash of (seed, id), which no library version changes. Unlabeled are all others.
+    the ids in the order of a hash of (seed, id), which no library version changes. Where the dataset has an official list of
+    labeled ids and as many are asked for, it is that list: on vocaug 1464 are VOC's train.txt, and the other 9,118 unlabeled.
+    Unlabeled are all others, and with --extra (or --split) the extra pictures too.
     Checks what a run would need later: mask files of the labeled pictures, readable samples, sizes, counts."""
     if args.split:
         labeled, unlabeled = read_split(args.split, data)
@@ -357,21 +449,29 @@ def split(args, data):
             order = [all_ids[i] for i in np.random.RandomState(seed).permutation(len(all_ids))]
         else:
             seed = args.split_seed if args.split_seed is not None else args.seed
-            order = sorted(all_ids, key=lambda id: hashlib.sha256(f"{seed}/{id}".encode()).hexdigest())
+            order = hash_order(seed, all_ids)
+            if n == len(data.official):
+                order = data.official + hash_order(seed, set(all_ids) - set(data.official))
         labeled, unlabeled = order[:n], order[n:]
+    unlabeled = unlabeled + data.extra
     args.labels = len(labeled)
     if not unlabeled and not args.supervised:
-        raise UserError(f"all {len(labeled)} training pictures are labeled, so no unlabeled ones are left; use fewer --labels, or --supervised")
+        raise UserError(f"all {len(labeled)} training pictures are labeled, so no unlabeled ones are left; use fewer --labels, or --supervised"
+                        + ", or --extra" * (data.name == "cityscapes"))
     for id in labeled + data.val:
         if data.files[id][1] is None:
             raise UserError(f"{data.files[id][0]}: this picture is to be used with its label, but its mask is missing; copy the dataset again")
     for id in labeled[:8] + data.val[:2]:
         data.image(id), data.label(id)
-    for id in unlabeled[:2]:
+    for id in unlabeled[:2] + [id for id in data.extra if "troisdorf_000000_000073" in id]:  # this one is known to be corrupt in the archive
         data.image(id)
     if args.size is not None and (args.crop[0] > args.size[0] or args.crop[1] > args.size[1]):
         raise UserError(f"--crop {args.crop[0]} {args.crop[1]} is larger than the pictures, which are {args.size[0]} {args.size[1]} (H W)")
     return labeled, unlabeled
+
+
+def hash_order(seed, ids):
+    return sorted(ids, key=lambda id: hashlib.sha256(f"{seed}/{id}".encode()).hexdigest())
 
 
 def count_labels(labels, data):
@@ -413,7 +513,8 @@ def read_split(paths, data):
             if line.strip():
                 name = key(line.split()[0])
                 if name not in known:
-                    raise UserError(f"{path}:{number}: {name} is not among the {len(known)} training pictures of {data.name}")
+                    raise UserError(f"{path}:{number}: {name} is not among the {len(known)} training pictures of {data.name}"
+                                    + "; a list of the 10,582 needs --dataset vocaug" * (data.name == "voc"))
                 if known[name] in ids:
                     raise UserError(f"{path}:{number}: {name} stands in this list already, in line {ids[known[name]]}; remove one of the two")
                 ids[known[name]] = number
@@ -1044,8 +1145,10 @@ def load_weights(network, weights, source):
 def add_arguments(parser):
     """The arguments that all methods share. Those left out come from the method's PAPER table for the dataset."""
     a = parser.add_argument_group("data").add_argument
-    a("--dataset", default="streets", choices=["streets", "camvid", "cityscapes"], help="default: streets, drawn scenes that need no download")
+    a("--dataset", default="streets", choices=["streets", "camvid", "cityscapes", "voc", "vocaug"], help="default: streets, drawn scenes that need no download")
     a("--data-root", metavar="DIR", help="the dataset's folder")
+    a("--download", action="store_true", help="fetch PASCAL VOC with torchvision")
+    a("--extra", metavar="N", help="cityscapes: so many pictures of train_extra as additional unlabeled ones, or all")
     a("--preset", metavar="P", help="another row of the method's table: on camvid cpu or gpu, for a small or a big network (default: gpu where there is one)")
     a("--labels", metavar="N", help="labeled pictures, as a number or a share such as 1/8")
     a("--split", nargs="+", metavar="FILE", help="list of labeled pictures, or two lists: labeled, unlabeled")
@@ -1095,12 +1198,15 @@ def parse_args(parser, paper, argv=None):
     args = parser.parse_args(argv)
     preset = args.preset or ("gpu" if torch.cuda.is_available() else "cpu")
     rows = sorted({name.split("/")[0].removeprefix(f"{args.dataset}-") for name in paper if name.startswith(f"{args.dataset}-")})
+    if not rows and args.dataset not in paper:
+        raise UserError(f"--dataset {args.dataset}: this paper has no numbers for {args.dataset}; "
+                        f"choose among {', '.join(sorted({re.split('[-/]', name)[0] for name in paper}))}")
     if args.preset and args.preset not in rows:
         raise UserError(f"--preset {args.preset}: there is none of this name for {args.dataset}; " + (f"choose {' or '.join(rows)}" if rows else "leave it out"))
     key = f"{args.dataset}-{preset}" if f"{args.dataset}-{preset}" in paper else args.dataset
     values = paper.get(f"{key}/{args.labels}") or paper[key]
-    harmless = {"dataset", "data_root", "labels", "seed", "supervised", "precision", "preset", "workers", "out", "overwrite", "cache", "log_every",
-                "eval_every", "save_every"}
+    harmless = {"dataset", "data_root", "labels", "seed", "supervised", "precision", "preset", "workers", "out", "overwrite", "cache", "download",
+                "log_every", "eval_every", "save_every"}
 
     def plain(value):
         return tuple(value) if isinstance(value, list) else value
@@ -1301,7 +1407,8 @@ class Run:
         self.method, self.args, self.data, self.device, self.lengths, self.total = method, args, data, device, lengths, sum(lengths.values())
         self.folder = Path(args.out or f"runs/{method}-{args.dataset}-{args.labels}-s{args.seed}")
         checksum = hashlib.sha256("\n".join(labeled + ["--"] + unlabeled).encode()).hexdigest()
-        free = {"out", "overwrite", "workers", "cache", "data_root", "log_every", "eval_every", "save_every", "changed", "given"}  # may differ when a run is resumed
+        free = {"out", "overwrite", "workers", "cache", "data_root", "download", "log_every", "eval_every", "save_every", "changed",
+                "given"}  # may differ when a run is resumed
         fixed = {key: value for key, value in vars(args).items() if key not in free} | {"method": method, "split_sha256": checksum, "processes": world_size()}
         fixed = json.loads(json.dumps(fixed))
         if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and (self.folder / "result.json").exists():
@@ -1396,7 +1503,7 @@ class Run:
             pace = (time.time() - self.interval) / self.count
             self.left = pace * (self.lengths[stage] - iteration)
             record |= dict(zip(self.names, means)) | {"images_per_second": round(self.args.batch_size * (1 if self.args.supervised else 2) / pace, 2)}
-        record |= extra
+        record |= {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in extra.items()}  # JSON knows no NaN
         self.sums, self.count, self.interval = 0, 0, time.time()
         if is_main():
             try:
@@ -1563,9 +1670,10 @@ def draw_panel(columns, data, font=ImageFont.load_default(15)):
         cells = [colorize(c.astype(np.uint8), data.colors) if c.ndim == 2 else c.transpose(1, 2, 0) for c in cells]
         zoom = max(1, round(240 / cells[0].shape[1]))
         rows.append([Image.fromarray(c).resize((c.shape[1] * zoom, c.shape[0] * zoom), Image.Resampling.NEAREST) for c in cells])
-    width, height, gap, head = rows[0][0].width, rows[0][0].height, 4, 22
+    width, gap, head = max(row[0].width for row in rows), 4, 22
+    tops = [head + sum(row[0].height + gap for row in rows[:r]) for r in range(len(rows) + 1)]
     names = [*data.names, "unknown"]
-    places, x, y = [], 0, head + len(rows) * (height + gap) + 6
+    places, x, y = [], 0, tops[-1] + 6
     for name in names:  # the legend, wrapped
         step = 26 + int(font.getlength(name)) + 14
         if x and x + step > len(columns) * (width + gap):
@@ -1578,7 +1686,7 @@ def draw_panel(columns, data, font=ImageFont.load_default(15)):
         pen.text((c * (width + gap) + 2, 2), title, fill="black", font=font)
     for r, row in enumerate(rows):
         for c, cell in enumerate(row):
-            panel.paste(cell, (c * (width + gap), head + r * (height + gap)))
+            panel.paste(cell, (c * (width + gap), tops[r]))
     for (x, y), name, color in zip(places, names, [*map(tuple, data.colors), (255, 255, 255)]):
         pen.rectangle((x + 2, y + 2, x + 20, y + 16), fill=tuple(map(int, color)), outline="gray")
         pen.text((x + 25, y), name, fill="black", font=font)
@@ -1647,24 +1755,39 @@ def use_checkpoint(args, device):
 
 
 def predict_pictures(network, state, args, device):
-    """Write NAME.png (class ids, as a palette picture) and NAME_overlay.png for the picture or every picture in the folder args.predict.
+    """Write NAME.png (class ids, as a palette picture) and NAME_overlay.png for the picture or every picture in and below the folder args.predict.
 
+    After training on Cityscapes its pictures get CITY_000000_000000_labelIds.png, with label ids as the evaluation server takes them. The
+    server reads CITY_000000_000000*.png and wants one such file, so their overlay is a JPEG.
     A picture is shown to the network at the height it was trained with; what comes back has the picture's own size. A bad
     picture does not stop the others: it is named at the end, with exit status 2."""
     source, out = Path(args.predict), Path(args.out or "predictions")
     if not source.exists():
         raise UserError(f"--predict {source}: no such picture or folder")
-    paths = sorted(p for p in source.iterdir() if p.suffix.lower() in (".png", ".jpg", ".jpeg")) if source.is_dir() else [source]
+    paths = sorted(p for p in source.rglob("*") if p.suffix.lower() in (".png", ".jpg", ".jpeg")) if source.is_dir() else [source]
     if not paths:
         raise UserError(f"--predict {source}: no .png, .jpg or .jpeg in this folder")
-    if out.resolve() == paths[0].parent.resolve():
+    if out.resolve() in {path.parent.resolve() for path in paths}:
         raise UserError(f"--out {out}: is the folder of the pictures themselves, which would be overwritten; choose another")
-    stems, colors, bad = [path.stem for path in paths], np.array(list(state["classes"].values()), np.uint8), []
+    if source.is_dir() and source.resolve() in (out.resolve(), *out.resolve().parents):
+        raise UserError(f"--out {out}: lies within --predict {source}, where the next call would take results for pictures; choose another")
+    stems, jobs, bad = Counter(path.stem for path in paths), [], []
+    for path in paths:
+        name = path.stem if stems[path.stem] == 1 else "_".join(path.relative_to(source).parts)  # a.jpg and a.png do not share a result
+        if state["dataset"] == "cityscapes" and re.fullmatch(r".+_\d{6}_\d{6}_leftImg8bit\.png", path.name):
+            jobs.append((path, out / f"{name.replace('_leftImg8bit', '_labelIds')}.png", out / f"{name}_overlay.jpg", True))
+        else:
+            jobs.append((path, out / f"{name}.png", out / f"{name}_overlay.png", False))
+    (result, times), = Counter(result for _, index, overlay, _ in jobs for result in (index, overlay)).most_common(1)
+    if times > 1:
+        raise UserError(f"{result}: would be written for two of the pictures in --predict {source}; rename one of them, or predict them apart")
+    colors, id_colors = np.array(list(state["classes"].values()), np.uint8), np.zeros((256, 3), np.uint8)
+    id_colors[CITYSCAPES_IDS] = list(CITYSCAPES.values())
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out {out}: cannot be written ({error.strerror})") from None
-    for number, path in enumerate(paths, 1):
+    for number, (path, index_path, overlay_path, label_ids) in enumerate(jobs, 1):
         try:
             with open_picture(path) as picture:
                 picture = ImageOps.exif_transpose(picture).convert("RGB")  # phones store the direction apart from the pixels
@@ -1675,17 +1798,20 @@ def predict_pictures(network, state, args, device):
         small = picture.resize((max(8, round(picture.width * factor)), max(8, round(picture.height * factor))), Image.Resampling.BILINEAR)
         image = torch.from_numpy(np.asarray(small).transpose(2, 0, 1).copy())[None].to(device)
         label = predict(network, image, args, (picture.height, picture.width)).argmax(1)[0].to("cpu", torch.uint8).numpy()
-        index = Image.fromarray(label)
-        index.putpalette(colors.flatten().tolist())
-        name = path.stem if stems.count(path.stem) == 1 else path.name  # a.jpg and a.png do not share a result
+        index = Image.fromarray(np.array(CITYSCAPES_IDS, np.uint8)[label] if label_ids else label)
+        index.putpalette((id_colors if label_ids else colors).flatten().tolist())
         try:
-            index.save(out / f"{name}.png")
-            Image.blend(picture, Image.fromarray(colorize(label, colors)), .5).save(out / f"{name}_overlay.png")
+            index.save(index_path)
+            Image.blend(picture, Image.fromarray(colorize(label, colors)), .5).save(overlay_path)
         except OSError as error:
-            raise UserError(f"{out / name}.png: cannot be written ({error.strerror or error})") from None
+            raise UserError(f"{index_path}: cannot be written ({error.strerror or error})") from None
         if sys.stdout.isatty():
             print(f"\r{number}/{len(paths)} {path.name}\x1b[K", end="", flush=True)
-    print(("\n" if sys.stdout.isatty() else "") + f"{len(paths) - len(bad)} of {len(paths)} pictures: {out}/NAME.png (class ids) and {out}/NAME_overlay.png\n"
-          f"classes: {', '.join(f'{k} {name}' for k, name in enumerate(state['classes']))}")
+    print(("\n" if sys.stdout.isatty() else "") + f"{len(paths) - len(bad)} of {len(paths)} pictures, in {out}")
+    if not all(label_ids for *_, label_ids in jobs):
+        print(f"NAME.png (class ids) and NAME_overlay.png; classes: {', '.join(f'{k} {name}' for k, name in enumerate(state['classes']))}")
+    if any(label_ids for *_, label_ids in jobs):
+        print("CITY_000000_000000_labelIds.png, for Cityscapes' evaluation server, and .._leftImg8bit_overlay.jpg; label ids: "
+              + ", ".join(f"{k} {name}" for k, name in zip(CITYSCAPES_IDS, state["classes"])))
     if bad:
         raise UserError(f"{len(bad)} could not be predicted: " + "; ".join(bad))

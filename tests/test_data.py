@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
 
 def arguments(**changes):
     values = dict(dataset="streets", labels="4", split=None, split_seed=None, seed=0, supervised=False, size=None, crop=(32, 32),
-                  scale=(1., 1.), batch_size=4, workers=0, cache="cache", data_root=None)
+                  scale=(1., 1.), batch_size=4, workers=0, cache="cache", data_root=None, extra=None, download=False)
     return SimpleNamespace(**values | changes)
 
 
