@@ -651,8 +651,11 @@ def write_pseudo_label(folder, id, label, colors):
 
 
 def read_pseudo_label(folder, id):
-    with open_picture(pseudo_label_path(folder, id)) as picture:
-        return np.array(picture)
+    try:
+        with open_picture(pseudo_label_path(folder, id)) as picture:
+            return np.array(picture)
+    except UserError:
+        raise UserError(f"{pseudo_label_path(folder, id)}: cannot be read; delete it, then the same command makes the round's pseudo-labels again") from None
 
 
 def pseudo_label_path(folder, id):
@@ -1668,8 +1671,9 @@ def draw_panel(columns, data, font=ImageFont.load_default(15)):
     for cells in zip(*columns.values()):
         cells = [np.asarray(c.cpu()) for c in cells]
         cells = [colorize(c.astype(np.uint8), data.colors) if c.ndim == 2 else c.transpose(1, 2, 0) for c in cells]
-        zoom = max(1, round(240 / cells[0].shape[1]))
-        rows.append([Image.fromarray(c).resize((c.shape[1] * zoom, c.shape[0] * zoom), Image.Resampling.NEAREST) for c in cells])
+        wide = cells[0].shape[1]
+        zoom = max(1, round(240 / wide)) if wide <= 480 else 480 / wide
+        rows.append([Image.fromarray(c).resize((round(c.shape[1] * zoom), round(c.shape[0] * zoom)), Image.Resampling.NEAREST) for c in cells])
     width, gap, head = max(row[0].width for row in rows), 4, 22
     tops = [head + sum(row[0].height + gap for row in rows[:r]) for r in range(len(rows) + 1)]
     names = [*data.names, "unknown"]

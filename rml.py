@@ -76,7 +76,8 @@ PAPER = {
         head="bottleneck", batch_norm="frozen", scale=(1., 1.), weight_decay=1e-2, ema_decay=.99, prototype_min_cells=1,
         stage0_iterations=400, stage0_lr=3e-3, stage0_head_lr=1., workers=0, log_every=50, eval_every=300, save_every=100),
 }
-PAPER["camvid-cpu"] = PAPER["streets"] | dict(labels="1/8", size=(180, 240), crop=(96, 128), lr=2e-3, iterations=400, stage0_iterations=1000)
+PAPER["camvid-cpu"] = PAPER["streets"] | dict(labels="1/8", size=(180, 240), crop=(96, 128), lr=2e-3, iterations=2000, stage0_iterations=2000,
+                                              eval_every=500)
 PAPER["camvid-gpu"] = PAPER["cityscapes"] | dict(labels="1/8", size=(360, 480), crop=(256, 352), iterations=20_000, stage0_iterations=10_000,
                                                  eval_every=2000)
 

@@ -1,14 +1,16 @@
 """What does a training step cost beyond its network passes?
 
-Times real iterations of rml.py (loading, perturbations, rectification, losses, optimizer, EMA, log) and, in turn with them, the bare
-passes of the same networks at the same sizes: forward and backward of two students, forward of two teachers.
+Times real iterations of a script (loading, perturbations, pseudo-labels, losses, optimizer, EMA, log) and, in turn with them, the bare passes of
+the same networks at the same sizes: forward and backward of the students, forward of as many teachers where the step has any.
 
-    python tests/benchmark_step.py                              streets, the CPU preset
-    python tests/benchmark_step.py --dataset cityscapes --data-root DIR --iterations 5       the paper's configuration
-Any argument of rml.py may be given.
+    python tests/benchmark_step.py rml                  streets, the CPU preset
+    python tests/benchmark_step.py dars
+    python tests/benchmark_step.py rml --dataset cityscapes --data-root DIR --iterations 5       the paper's configuration
+Any argument of the script may be given.
 """
 
 import os
+import resource
 import shutil
 import statistics
 import sys
@@ -21,7 +23,12 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch
 
 import common
+import dars
 import rml
+
+# What makes a short run with 40 steps of the kind to be timed, and whether teachers look at each batch.
+SCRIPTS = {"rml": (rml, ["--iterations", "40", "--stage0-iterations", "2", "--stages", "1"], True),
+           "dars": (dars, ["--iterations", "40", "--round0-iterations", "2", "--rounds", "1"], False)}
 
 
 def synchronize(device):
@@ -29,9 +36,8 @@ def synchronize(device):
         torch.cuda.synchronize()
 
 
-def bare_passes(students, teachers, batch_size, crop, args, device):
+def bare_passes(students, teachers, images, args, device):
     """Seconds of the network passes of one iteration, on noise of the right size."""
-    images = torch.rand(2 * batch_size, 3, *crop, device=device)
     synchronize(device)
     start = time.perf_counter()
     with torch.no_grad(), common.autocast(args, device):
@@ -39,8 +45,8 @@ def bare_passes(students, teachers, batch_size, crop, args, device):
             teacher(images)
     for student in students:
         with common.autocast(args, device):
-            logits = student.train()(images)
-        logits.backward(torch.ones_like(logits))
+            outputs = student.train()(images, aux=True)
+        torch.autograd.backward(outputs, [torch.ones_like(logits) for logits in outputs])
     synchronize(device)
     seconds = time.perf_counter() - start
     for student in students:
@@ -49,40 +55,46 @@ def bare_passes(students, teachers, batch_size, crop, args, device):
 
 
 def main():
+    name = sys.argv.pop(1) if len(sys.argv) > 1 and sys.argv[1] in SCRIPTS else "rml"
+    script, short, with_teachers = SCRIPTS[name]
     folder = tempfile.mkdtemp()
-    defaults = ["--iterations", "40", "--stage0-iterations", "2", "--stages", "1", "--out", folder, "--eval-every", "1000000", "--log-every", "50"]
-    args = common.parse_args(rml.get_parser(), rml.PAPER, defaults + sys.argv[1:])
-    device = common.setup(args)
-    args.rectify = True
-    data = common.open_dataset(args)
-    labeled, unlabeled = common.split(args, data)
-    data.val = data.val[:1]
-    networks, steps, bare, began = [], [], [], [None]
-    build, watch = common.build_network, common.Run.watch
+    sys.argv[1:1] = short + ["--out", folder, "--overwrite", "--eval-every", "1000000", "--log-every", "50"]
+    students, teachers, steps, bare, began = [], [], [], [], [None]
+    build, watch, parse = common.build_network, common.Run.watch, common.parse_args
+    seen = {}
 
-    def remember_network(*a):
-        networks.append(build(*a))
-        return networks[-1]
+    def remember_arguments(*a, **k):
+        seen["args"] = parse(*a, **k)
+        return seen["args"]
+
+    def remember_network(args, data, device, member=0):
+        data.val = data.val[:1]
+        students.append(build(args, data, device, member))
+        if with_teachers:
+            teachers.append(build(args, data, device, member).eval())
+        return students[-1]
 
     def time_step(run, stage, iteration, losses):
         watch(run, stage, iteration, losses)
+        args, device = seen["args"], run.device
         synchronize(device)
         if stage and began[0]:
             steps.append(time.perf_counter() - began[0])
         if stage:  # the students' gradients are used up by now; teachers have the same architecture
-            bare.append(bare_passes(networks, networks_eval, args.batch_size, args.crop, args, device))
+            seen["device"] = device
+            bare.append(bare_passes(students, teachers, torch.rand(2 * args.batch_size, 3, *args.crop, device=device), args, device))
         began[0] = time.perf_counter() if stage else None
 
-    common.build_network, common.Run.watch = remember_network, time_step
-    networks_eval = [build(args, data, device, i).eval() for i in (0, 1)]
-    rml.train(args, data, labeled, unlabeled, device)
+    common.build_network, common.Run.watch, common.parse_args = remember_network, time_step, remember_arguments
+    script.main()
     shutil.rmtree(folder)
+    args, device = seen["args"], seen["device"]
     skip = min(3, len(steps) - 1)  # the first ones warm up
     step, passes = statistics.median(steps[skip:]), statistics.median(bare[skip:])
-    memory = torch.cuda.max_memory_allocated() / 2 ** 20 if device.type == "cuda" else float("nan")
-    print(f"\nstep {1000 * step:.1f} ms, bare network passes {1000 * passes:.1f} ms, ratio {step / passes:.3f} "
+    memory = torch.cuda.max_memory_allocated() / 2 ** 20 if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(f"\n{name}: step {1000 * step:.1f} ms, bare network passes {1000 * passes:.1f} ms, ratio {step / passes:.3f} "
           f"(medians of {len(steps) - skip}; {common.device_name(device)}, {os.environ.get('OMP_NUM_THREADS', 'default')} OMP threads; "
-          f"{2 * args.batch_size / step:.1f} images per second; GPU memory {memory:.0f} MB)")
+          f"{2 * args.batch_size / step:.1f} images per second; peak memory {memory:.0f} MB)")
 
 
 if __name__ == "__main__":

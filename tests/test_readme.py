@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import common
+import dars
 import rml
 
 ROOT = Path(__file__).parent.parent
@@ -22,15 +23,17 @@ def test_the_two_commands_stand_on_the_first_screen():
 
 
 def test_every_command_parses():
-    """Every rml.py command line is accepted by the parser, with every value filled from the table."""
-    parsed = 0
-    for command in COMMANDS:
-        words = shlex.split(command)
-        if "rml.py" in words and "venv" not in command:
-            args = common.parse_args(rml.get_parser(), rml.PAPER, words[words.index("rml.py") + 1:])
-            assert None not in (args.lr, args.iterations, args.crop, args.backbone, args.weights)
-            parsed += 1
-    assert parsed >= 12
+    """Every command line of a script is accepted by its parser, with every value filled from the table."""
+    for script, least in ((rml, 12), (dars, 12)):
+        parsed, name = 0, script.__name__ + ".py"
+        for command in COMMANDS:
+            words = shlex.split(command)
+            if name in words and "venv" not in command:
+                args = common.parse_args(script.get_parser(), script.PAPER, words[words.index(name) + 1:])
+                assert None not in (args.lr, args.crop, args.backbone, args.weights)
+                assert args.iterations is not None or args.epochs is not None
+                parsed += 1
+        assert parsed >= least
     assert not re.search(r"@[A-Z]+@", README)
 
 
@@ -38,13 +41,14 @@ def test_torchrun_options_exist():
     text = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--help"], capture_output=True, text=True).stdout.replace("-", "_")
     for command in COMMANDS:
         if command.startswith("torchrun"):
-            for option in re.findall(r"(--[\w-]+)", command.split(" rml.py ")[0]):
+            for option in re.findall(r"(--[\w-]+)", re.split(r" \w+\.py ", command)[0]):
                 assert option.replace("-", "_") in text, option
 
 
 def test_help_needs_no_data(tmp_path):
-    done = subprocess.run([sys.executable, str(ROOT / "rml.py"), "--help"], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0 and "--mutual" in done.stdout and "Table 4" in done.stdout
+    for script, flag in (("rml.py", "--mutual"), ("dars.py", "--pseudo")):
+        done = subprocess.run([sys.executable, str(ROOT / script), "--help"], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0 and flag in done.stdout and "Table 4" in done.stdout
     assert not list(tmp_path.iterdir())
 
 
