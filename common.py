@@ -622,7 +622,7 @@ def picture_order(seed, name, epoch, n):
 
 
 def soft_label_path(folder, id):
-    return Path(folder, id.replace("/", "_") + ".npy")
+    return Path(folder, f"{id}.npy")
 
 
 def write_soft_label(folder, id, p):
@@ -659,7 +659,7 @@ def read_pseudo_label(folder, id):
 
 
 def pseudo_label_path(folder, id):
-    return Path(folder, id.replace("/", "_") + ".png")
+    return Path(folder, f"{id}.png")
 
 
 def batches(stream, args, device, start, stop, batch_size=None):
@@ -1106,7 +1106,8 @@ def convert_weights(state):
             converted["branches." + key.removeprefix("layer5.conv2d_list.")] = value
         else:
             converted["skipped." + key] = value
-    return (converted if "backbone.conv1.weight" in converted else {}), style
+    known = {"backbone.conv1.weight", "backbone.conv1.0.weight"} & converted.keys()
+    return (converted if known else {}), style
 
 
 def kazuto_name(key):
@@ -1207,7 +1208,10 @@ def parse_args(parser, paper, argv=None):
     if args.preset and args.preset not in rows:
         raise UserError(f"--preset {args.preset}: there is none of this name for {args.dataset}; " + (f"choose {' or '.join(rows)}" if rows else "leave it out"))
     key = f"{args.dataset}-{preset}" if f"{args.dataset}-{preset}" in paper else args.dataset
-    values = paper.get(f"{key}/{args.labels}") or paper[key]
+    labels = args.labels
+    if args.split and labels is None and Path(args.split[0]).is_file():  # as many as the list names; what is wrong with it is told later
+        labels = sum(bool(line.strip()) for line in Path(args.split[0]).read_bytes().splitlines())
+    values = paper.get(f"{key}/{labels}") or paper[key]
     harmless = {"dataset", "data_root", "labels", "seed", "supervised", "precision", "preset", "workers", "out", "overwrite", "cache", "download",
                 "log_every", "eval_every", "save_every"}
 
@@ -1216,7 +1220,7 @@ def parse_args(parser, paper, argv=None):
     args.changed = [name for name, value in vars(args).items()  # what makes this another setting than the table's
                     if name not in harmless and plain(value) not in (plain(parser.get_default(name)), values.get(name))]
     args.preset, args.table_preset = preset, None if key == args.dataset else preset
-    args.given = [name for name in ("size", "crop", "base_size", "flip") if getattr(args, name) is not None]
+    args.given = [name for name, value in vars(args).items() if value is not None]
     for name, value in values.items():
         if getattr(args, name) is None and not (name == "labels" and args.split):
             setattr(args, name, value)
@@ -1224,7 +1228,7 @@ def parse_args(parser, paper, argv=None):
     if args.precision is None:
         args.precision = "bf16" if torch.cuda.is_available() else "fp32"
     check_range(args, 1, math.inf, "batch_size", "log_every", "eval_every", "save_every", "size", "crop")
-    check_range(args, 0, math.inf, "workers", "seed", "iterations", "weight_decay")
+    check_range(args, 0, math.inf, "workers", "seed", "iterations", "weight_decay", "base_size")
     check_range(args, 1e-12, math.inf, "lr", "scale", "scales")
     if args.scale[0] > args.scale[1]:
         raise UserError(f"--scale {args.scale[0]} {args.scale[1]}: expected LOW HIGH")
@@ -1239,7 +1243,8 @@ def check_range(args, low, high, *names):
         value = getattr(args, name)
         for x in value if isinstance(value, (list, tuple)) else [value]:
             if x is not None and not low <= x <= high:
-                bound = f"from {low} to {high}" if high < math.inf else "above 0" if 0 < low < 1 else f"{low} or more"
+                bound = "above 0" if 0 < low < 1e-6 else f"{low} or more" if high == math.inf else f"from {low}"
+                bound += f" and at most {high}" if 0 < low < 1e-6 and high < math.inf else f" to {high}" if high < math.inf else ""
                 raise UserError(f"--{name.replace('_', '-')} {x}: must be {bound}")
 
 
@@ -1439,19 +1444,24 @@ class Run:
         self.started = self.interval = time.time()
         self.spoken, self.left = 0., None
         self.pending, self.names, self.sums, self.count = None, [], 0, 0
+        self.images = args.batch_size * (1 if args.supervised else 2)  # of an iteration; a method with other batches sets its own
         self.board = tensorboard(self.folder) if is_main() else None
         say(f"run       {self.folder}" + (f", resumed after iteration {self.step} of {self.total}" if self.step else ""))
 
     def _prepare(self, fixed):
-        for left_over in (path for name in self.OURS for path in self.folder.glob(f"{name}.*.tmp")):  # of a process that was killed while it wrote
-            left_over.unlink()
+        for name in self.OURS:  # what a process that was killed while it wrote left behind
+            for left_over in [*self.folder.glob(f"{name}.*.tmp"), *self.folder.glob(f"{name}/**/*.tmp")]:
+                left_over.unlink()
         if self.args.overwrite and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":  # not when torchrun repeats the command
             for name in self.OURS:
                 path = self.folder / name
                 shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         if (self.folder / "result.json").exists():
             raise UserError(f"{self.folder} holds a finished run; choose another --out, or --overwrite to begin anew")
-        if (self.folder / "args.json").exists() and (self.folder / "last.pt").exists():
+        if not (self.folder / "last.pt").exists():  # nothing to go on from: labels that lie there are another run's
+            for name in ("soft_labels", "pseudo_labels", "predictions"):
+                shutil.rmtree(self.folder / name, ignore_errors=True)
+        elif (self.folder / "args.json").exists():
             try:
                 before = json.loads((self.folder / "args.json").read_text())["fixed"]
             except (ValueError, KeyError):
@@ -1505,7 +1515,7 @@ class Run:
             means = (all_reduce(self.sums) / world_size() / self.count).tolist()
             pace = (time.time() - self.interval) / self.count
             self.left = pace * (self.lengths[stage] - iteration)
-            record |= dict(zip(self.names, means)) | {"images_per_second": round(self.args.batch_size * (1 if self.args.supervised else 2) / pace, 2)}
+            record |= dict(zip(self.names, means)) | {"images_per_second": round(self.images / pace, 2)}
         record |= {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in extra.items()}  # JSON knows no NaN
         self.sums, self.count, self.interval = 0, 0, time.time()
         if is_main():
@@ -1599,6 +1609,13 @@ class Run:
         except OSError as error:
             raise UserError(f"{path}: cannot be written ({error}); the last checkpoint is intact") from None
 
+    def write_json(self, name, record):
+        """A dict into a JSON file of the folder."""
+        try:
+            write_atomically(self.folder / name, lambda file: file.write(json.dumps(record, indent=1).encode()))
+        except OSError as error:
+            raise UserError(f"{self.folder / name}: cannot be written ({error}); free some space, then the same command goes on") from None
+
     def finish(self, headline, tables, paper=None, **extra):
         """Write result.json and print the final report. tables: {network name: confusion matrix of the last iteration}."""
         miou = {name: mean_iou(table) for name, table in tables.items()}
@@ -1608,10 +1625,7 @@ class Run:
                   "iterations": self.step, "seconds": round(self.elapsed(), 1), "peak_memory_mb": round(self.peak), "device": device_name(self.device),
                   "processes": world_size(), "torch": torch.__version__, "commit": git_commit(), **extra}
         if is_main():
-            try:
-                write_atomically(self.folder / "result.json", lambda file: file.write(json.dumps(result, indent=1).encode()))
-            except OSError as error:
-                raise UserError(f"{self.folder}/result.json: cannot be written ({error}); free some space, then the same command writes it") from None
+            self.write_json("result.json", result)
             shutil.rmtree(self.folder / "soft_labels", ignore_errors=True)
             report(tables, headline, self.data, paper)
             print(f"\n{self.step} iterations in {duration(result['seconds'])} on {result['device']}, peak memory {result['peak_memory_mb']} MB\n"

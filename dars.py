@@ -164,8 +164,12 @@ def distribution(counts):
 def divergence(labeled, pseudo):
     """D_KL of Eq. 3 between two distributions (K,); None, for infinite, where a class of the labels has no pseudo-label at all."""
     known = labeled > 0
-    d_kl = float((labeled[known] * (labeled[known] / pseudo[known]).log()).sum())
-    return d_kl if math.isfinite(d_kl) else None
+    return finite(float((labeled[known] * (labeled[known] / pseudo[known]).log()).sum()))
+
+
+def finite(x):
+    """x, or None for what JSON has no word for."""
+    return x if math.isfinite(x) else None
 
 
 def align(table, labels, alpha, method):
@@ -177,15 +181,15 @@ def align(table, labels, alpha, method):
     at_least = table.flip(1).cumsum(1).flip(1)  # pixels of a class whose confidence is at least that of the column
     predicted = at_least[:, 0]
     if method == "st":  # one threshold for all classes
-        n, at_least_of_all = math.floor(alpha * int(predicted.sum())), at_least.sum(0)
-        threshold = (at_least_of_all >= n).sum().expand(len(table)) - 1
+        n = torch.tensor(math.floor(alpha * int(predicted.sum()))).expand(len(table))
+        threshold = (at_least.sum(0) >= n[0]).sum().expand(len(table)) - 1
     else:
         if method == "cbst":  # the same share of what is predicted of each class
             n = (alpha * predicted.double()).floor().long()
         else:
             n = (alpha * int(predicted.sum()) * distribution(labels)).floor().long()  # Eq. 4
         threshold = ((at_least >= n[:, None]).sum(1) - 1).clamp(min=0)  # t_j is the n_j-th largest: Eq. 3; if there are fewer, all are kept
-        threshold = threshold.where(n > 0, CODES)  # nothing wanted, nothing kept
+    threshold = threshold.where((n > 0) & (predicted > 0), CODES)  # nothing wanted or nothing predicted: no threshold, nothing kept
     kept = F.pad(at_least, (0, 1)).gather(1, threshold[:, None])[:, 0]
     return threshold, kept, (n.minimum(kept) if method == "dars" else kept)
 
@@ -217,6 +221,7 @@ def make_pseudo_labels(teacher, data, unlabeled, labels, alpha, number, run, arg
     round of this run is not made again. Returns what is told about them: a dict of numbers for result.json."""
     folder, drafts, K = run.folder / "pseudo_labels" / f"round_{number}", run.folder / "predictions" / f"round_{number}", len(data.names)
     if (folder / "report.json").exists() and all(common.pseudo_label_path(folder, id).exists() for id in unlabeled):
+        shutil.rmtree(run.folder / "predictions", ignore_errors=True)
         return json.loads((folder / "report.json").read_text())
     share, teacher = unlabeled[common.rank()::common.world_size()], teacher.eval()
 
@@ -238,7 +243,8 @@ def make_pseudo_labels(teacher, data, unlabeled, labels, alpha, number, run, arg
                                       "coverage": int(wanted.sum()) / report["pixels"]}
         if method == args.pseudo:
             chosen = threshold, kept, wanted
-    report |= {"threshold": [code_value(t, args) for t in chosen[0].tolist()], "kept": chosen[1].tolist(), "wanted": chosen[2].tolist()}
+    confidences = confidence_values(args) + [None]
+    report |= {"threshold": [confidences[t] for t in chosen[0].tolist()], "kept": chosen[1].tolist(), "wanted": chosen[2].tolist()}
 
     counts, matrix = torch.zeros(256, dtype=torch.int64), torch.zeros(K, K, dtype=torch.int64)
     for done, id in enumerate(share, 1):
@@ -250,7 +256,7 @@ def make_pseudo_labels(teacher, data, unlabeled, labels, alpha, number, run, arg
         common.progress(f"round {number}, pseudo-labels", done, len(share))
     counts, matrix = (common.all_reduce(x.to(device)).cpu() for x in (counts[:K], matrix))
     report |= {"share": distribution(counts).tolist(), "d_kl": divergence(distribution(labels), distribution(counts)),
-               "coverage": int(counts.sum()) / report["pixels"], "pseudo_miou": common.mean_iou(matrix)}
+               "coverage": int(counts.sum()) / report["pixels"], "pseudo_miou": finite(common.mean_iou(matrix))}
     if common.is_main():
         show(report, data, args)
         series = {"labeled": report["labeled_share"], "ST": report["expected"]["st"]["share"], args.pseudo.upper(): report["share"]}
@@ -259,14 +265,14 @@ def make_pseudo_labels(teacher, data, unlabeled, labels, alpha, number, run, arg
         head, tail = (max(torch.nonzero(table.sum(1)).flatten().tolist(), key=lambda j: sign * int(labels[j])) for sign in (1, -1))
         run.picture(f"confidence_round_{number}", common.draw_bars("share of a class's predicted pixels in percent, by confidence (Fig. 3)", *histograms(
             table, [head, tail], data.names, args)))
-        common.write_atomically(folder / "report.json", lambda file: file.write(json.dumps(report).encode()))
+        run.write_json(f"pseudo_labels/round_{number}/report.json", report)
         shutil.rmtree(run.folder / "predictions", ignore_errors=True)
     common.barrier()
     return report
 
 
 def draft_path(folder, id):
-    return folder / (id.replace("/", "_") + ".npz")
+    return folder / f"{id}.npz"
 
 
 def write_draft(folder, id, label, code):
@@ -282,16 +288,15 @@ def read_draft(folder, id):
         return draft["label"], draft["code"]
 
 
-def code_value(code, args):
-    """The confidence that a code stands for; None for a code that no pixel reaches."""
+def confidence_values(args):
+    """The confidence that each code stands for."""
     values = np.arange(CODES, dtype=np.uint16).view(np.float16).astype(float)
-    return None if code >= CODES else float(values[code] if args.confidence == "fp16" else 1 - values[CODES - 1 - code])
+    return (values if args.confidence == "fp16" else 1 - values[::-1]).tolist()
 
 
 def histograms(table, classes, names, args):
     """Fig. 3: categories (ranges of confidence) and series {class name: percent of its pixels} for draw_bars."""
-    confidence = np.array([code_value(code, args) for code in range(CODES)])
-    ranges = np.minimum((confidence * 20).astype(int), 20)  # 20 of .05, and exactly 1
+    ranges = (np.array(confidence_values(args)) * 20).astype(int)  # 20 of .05, and exactly 1
     series = {}
     for j in classes:
         counts = np.bincount(ranges, weights=table[j].double().numpy(), minlength=21)
@@ -317,7 +322,7 @@ def show(report, data, args):
     if never:
         common.warn(f"the teacher never predicts {', '.join(never)}: no pseudo-label can have it")
     print(f"made with {args.pseudo.upper()}: D_KL {told(report['d_kl'])}, coverage {100 * report['coverage']:.2f} %, "
-          f"mIoU {report['pseudo_miou']:.1f} where it is known (used for nothing)\n", flush=True)
+          + ("no truth known\n" if report["pseudo_miou"] is None else f"mIoU {report['pseudo_miou']:.1f} where it is known (used for nothing)\n"), flush=True)
 
 
 # ---- losses ----------------------------------------------------------------------------------------------------------
@@ -373,7 +378,7 @@ def train(args, rounds, data, labeled, unlabeled, device):
             streams.append(common.Stream(data, unlabeled, f"unlabeled, round {number}", args, scale=scale, augment=rotate_and_blur,
                                          pseudo_labels=run.folder / "pseudo_labels" / f"round_{number}"))
         B = args.batch_size if number else args.round0_batch_size
-        share = B // common.world_size()
+        share, run.images = B // common.world_size(), B * len(streams)
         loaders = [common.batches(stream, args, device, begin, iterations, B) for stream in streams]
 
         for iteration, batch in enumerate(zip(*loaders), begin):
@@ -450,7 +455,7 @@ def analyze(student, results, data, labeled, labels, args, device):
     tail, area, K = tail_classes(labels), args.crop[0] * args.crop[1], len(data.names)
     tables = dict(zip([f"round_{k}" for k in range(len(results) - 1)] + ["student"], results))
     extra = {"tail_classes": [data.names[j] for j in tail],
-             "tail_miou": {name: float(common.iou(table)[tail].nanmean()) for name, table in tables.items()}}
+             "tail_miou": {name: finite(float(common.iou(table)[tail].nanmean())) for name, table in tables.items()}}
     if args.flip:
         args.flip = False
         extra["miou_without_flip"] = common.mean_iou(common.evaluate({"student": student}, data, args, device)["student"])
@@ -465,8 +470,7 @@ def analyze(student, results, data, labeled, labels, args, device):
     extra["groups"] = {}
     for name, members in (("frequent, large", frequent & large), ("frequent, small", frequent & ~large),
                           ("rare, large", ~frequent & large), ("rare, small", ~frequent & ~large)):
-        value = float(gain[members].nanmean()) if members.any() else math.nan
-        extra["groups"][name] = {"classes": [data.names[j] for j in torch.nonzero(members).flatten().tolist()], "gain": None if math.isnan(value) else value}
+        extra["groups"][name] = {"classes": [data.names[j] for j in torch.nonzero(members).flatten().tolist()], "gain": finite(float(gain[members].nanmean()))}
 
     # Bins of .1, 2.4 and 8 % of the crop, ten of each: 500, 12,000 and 40,000 pixels of a crop of 713 x 713.
     hits = torch.zeros(3, 10, 2, dtype=torch.float64, device=device)
@@ -481,7 +485,7 @@ def analyze(student, results, data, labeled, labels, args, device):
             size = int(matrix[j].sum())
             for i, width in enumerate(widths):
                 if size < 10 * width:
-                    hits[i, int(size / width)] += torch.tensor([int(matrix[j, j]), size], device=device)
+                    hits[i, min(9, int(size / width))] += torch.tensor([int(matrix[j, j]), size], device=device)
     hits = common.all_reduce(hits).cpu()
     extra["accuracy_by_size"] = [{"pixels": [round(b * width), round((b + 1) * width)], "accuracy": float(100 * hit / total) if total else None}
                                  for width, row in zip(widths, hits) for b, (hit, total) in enumerate(row.tolist())]
@@ -495,17 +499,24 @@ def main():
         return common.use_checkpoint(args, device)
     common.check_range(args, 1e-12, 1, "alpha")
     common.check_range(args, 0, .99, "beta_min")
-    common.check_range(args, 0, math.inf, "beta_max", "rounds", "round0_iterations", "epochs")
+    common.check_range(args, 0, math.inf, "beta_max", "rounds", "round0_iterations")
+    common.check_range(args, 1, math.inf, "epochs")
     common.check_range(args, 1e-12, math.inf, "temperature", "head_lr")
     common.check_range(args, 1, math.inf, "round0_batch_size")
     for name in ("alpha", "beta_min", "beta_max"):
-        if len(getattr(args, name)) < args.rounds:
-            raise common.UserError(f"--{name.replace('_', '-')} has {len(getattr(args, name))} values, but there are --rounds {args.rounds}: give one for each")
+        count = len(getattr(args, name))
+        if count < args.rounds or count > args.rounds and name in args.given:
+            raise common.UserError(f"--{name.replace('_', '-')} has {count} values, but there are --rounds {args.rounds}: give one for each")
+    if args.network == "pspnet" and args.batch_norm != "frozen" and args.round0_batch_size == common.world_size():
+        raise common.UserError(f"--round0-batch-size {args.round0_batch_size}: batch norm needs two pictures in each process or more")
     if args.round0_batch_size % common.world_size():
         raise common.UserError(f"--round0-batch-size {args.round0_batch_size} is not divisible by the {common.world_size()} processes")
     data = common.open_dataset(args)
     labeled, unlabeled = common.split(args, data)
 
+    if "epochs" in args.given:  # goes before the iterations of the table
+        args.iterations = args.iterations if "iterations" in args.given else None
+        args.round0_iterations = args.round0_iterations if "round0_iterations" in args.given else None
     first = args.round0_iterations if args.round0_iterations is not None else args.epochs * len(labeled) // args.round0_batch_size
     later = args.iterations if args.iterations is not None else args.epochs * len(unlabeled) // args.batch_size
     rounds = [{"round": 0, "iterations": first, "alpha": None, "scale": tuple(args.scale)}]
