@@ -237,19 +237,20 @@ def make_pseudo_labels(teacher, data, unlabeled, labels, alpha, number, run, arg
 
     report = {"round": number, "alpha": alpha, "pixels": int(table.sum()), "labeled_share": distribution(labels).tolist(),
               "predicted_share": distribution(table.sum(1)).tolist(), "expected": {}}
+    counts_of = {}
     for method in METHODS:  # what each would keep of these predictions (Tables 4, 5)
         threshold, kept, wanted = align(table, labels, alpha, method)
         report["expected"][method] = {"share": distribution(wanted).tolist(), "d_kl": divergence(distribution(labels), distribution(wanted)),
                                       "coverage": int(wanted.sum()) / report["pixels"]}
-        if method == args.pseudo:
-            chosen = threshold, kept, wanted
+        counts_of[method] = [x.numpy() for x in (threshold, kept, wanted)]
+    threshold, kept, wanted = counts_of[args.pseudo]
     confidences = confidence_values(args) + [None]
-    report |= {"threshold": [confidences[t] for t in chosen[0].tolist()], "kept": chosen[1].tolist(), "wanted": chosen[2].tolist()}
+    report |= {"threshold": [confidences[t] for t in threshold], "kept": kept.tolist(), "wanted": wanted.tolist()}
 
     counts, matrix = torch.zeros(256, dtype=torch.int64), torch.zeros(K, K, dtype=torch.int64)
     for done, id in enumerate(share, 1):
         label, code = read_draft(drafts, id)
-        pseudo_label = select(label, code, *(x.numpy() for x in chosen), common.rng(args.seed, "sampling", number, id))
+        pseudo_label = select(label, code, threshold, kept, wanted, common.rng(args.seed, "sampling", number, id))
         common.write_pseudo_label(folder, id, pseudo_label, data.colors)
         counts += torch.from_numpy(np.bincount(pseudo_label.ravel(), minlength=256))
         matrix += common.confusion_matrix(*(torch.from_numpy(x.astype(np.int64)) for x in (common.truth_for_the_log(data, id), pseudo_label)), K)
@@ -262,6 +263,15 @@ def make_pseudo_labels(teacher, data, unlabeled, labels, alpha, number, run, arg
         series = {"labeled": report["labeled_share"], "ST": report["expected"]["st"]["share"], args.pseudo.upper(): report["share"]}
         run.picture(f"distribution_round_{number}", common.draw_bars("share of each class in percent (Fig. 1)", data.names, {
             name: [100 * x for x in shares] for name, shares in series.items()}))
+        columns = {"unlabeled picture": [], "truth (not used)": [], "teacher predicts": [], "confidence": [], "ST would keep": [], f"{args.pseudo.upper()} keeps": []}
+        for id in unlabeled[:5]:
+            label, code = read_draft(drafts, id)
+            confidence = np.array(confidences[:CODES])[code]
+            for cells, array in zip(columns.values(), (data.image(id).transpose(2, 0, 1), common.truth_for_the_log(data, id), label,
+                                                       np.repeat((255 * confidence[None]).astype(np.uint8), 3, 0),
+                                                       select(label, code, *counts_of["st"], None), common.read_pseudo_label(folder, id))):
+                cells.append(torch.from_numpy(array.copy()))
+        run.panel(f"pseudo_round_{number}", columns)
         head, tail = (max(torch.nonzero(table.sum(1)).flatten().tolist(), key=lambda j: sign * int(labels[j])) for sign in (1, -1))
         run.picture(f"confidence_round_{number}", common.draw_bars("share of a class's predicted pixels in percent, by confidence (Fig. 3)", *histograms(
             table, [head, tail], data.names, args)))
