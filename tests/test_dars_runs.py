@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,7 +23,9 @@ import dars  # noqa: E402
 
 SHORT = ["--labels", "4", "--round0-iterations", "40", "--iterations", "4", "--batch-size", "2", "--round0-batch-size", "4", "--crop", "32", "64", "--base-size", "64",
          "--log-every", "1", "--save-every", "2", "--eval-every", "100"]
-TWO = ["--optimizer", "sgd", "--lr", "0.05"]  # AdamW divides by gradients near zero, which makes rounding visible
+# AdamW divides by gradients near zero, and many large steps amplify (tenfold in ten of lr .05): both make rounding visible.
+ONCE = ["--save-every", "100"]  # at the end of each round alone: for runs that nothing disturbs
+TWO = ["--optimizer", "sgd", "--lr", "0.01", "--round0-iterations", "20", *ONCE]
 
 
 class FewStreets(common.Streets):
@@ -121,7 +124,7 @@ def same_end(folder, whole):
 def whole(tmp_path_factory):
     """A run from beginning to end that nothing disturbs."""
     folder = tmp_path_factory.mktemp("whole") / "run"
-    start("--out", folder)
+    start("--out", folder, *ONCE)
     return folder
 
 
@@ -170,7 +173,9 @@ def test_result_and_log_are_complete(whole):
             assert len(r[name]) == 10 and sum(r[name]) == pytest.approx(1)
         assert set(r["expected"]) == set(dars.METHODS) and r["expected"]["st"]["coverage"] >= r["alpha"] - 1e-3
         assert 0 < r["coverage"] <= r["alpha"] + 10 * 4 / r["pixels"]  # rounded up once per picture and class
-        assert r["share"] == pytest.approx(r["expected"]["dars"]["share"], abs=.005) and r["d_kl"] is None or np.isfinite(r["d_kl"])
+        assert r["share"] == pytest.approx(r["expected"]["dars"]["share"], abs=.005)
+        assert r["d_kl"] is None or np.isfinite(r["d_kl"])
+        assert (r["d_kl"] is None) == any(x > 0 and y == 0 for x, y in zip(r["labeled_share"], r["share"]))
         assert sum(x > .1 for x in r["predicted_share"]) == 3 and any(0 < n < m for n, m in zip(r["wanted"], r["kept"]))  # there is something to do
 
 
@@ -199,7 +204,7 @@ def test_every_unlabeled_picture_has_a_pseudo_label(whole):
 
 
 def test_the_teacher_of_a_round_is_the_student_at_the_end_of_the_round_before(main, whole, tmp_path, capsys):
-    main("--out", "run", "--rounds", "1")  # the same, but for round 2
+    main("--out", "run", "--rounds", "1", *ONCE)  # the same, but for round 2
     folder = tmp_path / "run"
     one, two = (torch.load(path / "last.pt", weights_only=True)["models"] for path in (folder, whole))
     assert equal(one["student"], two["teacher"])
@@ -216,7 +221,7 @@ def test_evaluate_repeats_the_result(main, whole, capsys):
 
 # ---- every flag does its work ----------------------------------------------------------------------------------------
 
-BRIEF = ["--round0-iterations", "3", "--iterations", "2", "--rounds", "1", "--out", "run"]
+BRIEF = [*ONCE, "--round0-iterations", "3", "--iterations", "2", "--rounds", "1", "--out", "run"]
 
 
 @pytest.mark.parametrize("flags", ["--pseudo st", "--pseudo cbst", "--pseudo da", "--temperature 1.27 --confidence fine", "--supervised", "--restart-schedule",
@@ -240,7 +245,9 @@ def test_ablations(main, tmp_path, flags, capsys):
             assert report["coverage"] == report["expected"][method]["coverage"] and report["kept"] == report["wanted"]
             assert report["share"] == pytest.approx(report["expected"][method]["share"])
             if method == "st":
-                assert len(set(report["threshold"])) == 1
+                predicted = {t for t, share in zip(report["threshold"], report["predicted_share"]) if share}
+                assert len(predicted) == 1 and 0 < predicted.pop() <= 1  # one for all that are predicted, none for others
+                assert all(t is None for t, share in zip(report["threshold"], report["predicted_share"]) if not share)
     if "--network" in flags:
         assert not any("loss_pseudo_aux" in r for r in log)  # DeepLabv2 has no auxiliary head
     first = [r["lr"] for r in log if r["iteration"] == 1 and "lr" in r]
@@ -268,7 +275,7 @@ def camvid(tmp_path_factory):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(dars, "histograms", lambda *_: (["a"], {"b": [1.]}))
             start("--dataset", "camvid", "--preset", "cpu", "--data-root", folder / name, "--size", "64", "128", "--split", folder / "list.txt",
-                  "--round0-iterations", "10", "--iterations", "2", "--out", folder / f"run_{name}", "--cache", folder / "cache")
+                  "--round0-iterations", "10", "--iterations", "2", "--out", folder / f"run_{name}", "--cache", folder / "cache", *ONCE)
     return folder
 
 
@@ -285,7 +292,7 @@ def test_without_masks_the_log_is_json_too(camvid):
 
 
 def test_a_class_that_no_labeled_picture_has_is_named_and_survived(main, tmp_path, capsys):
-    main("--labels", "1", "--round0-iterations", "10", "--iterations", "2", "--out", "run")
+    main("--labels", "1", "--round0-iterations", "10", "--iterations", "2", "--out", "run", *ONCE)
     labeled = json.loads((tmp_path / "run/args.json").read_text())["labeled"]
     present = set(np.unique(common.Streets().label(labeled[0])).tolist())
     lacking = [name for j, name in enumerate(common.STREETS) if j not in present]
@@ -342,7 +349,7 @@ def test_interrupted_at_many_points_and_resumed_ends_with_the_same_bits(main, wh
         assert not (folder / "result.json").exists()
     kill(common.Run, "watch", at(0, 5))
     kill(dars, "predict_picture", nth(3))  # in the pass of predictions
-    drafts = sorted((folder / "predictions/round_1/class").iterdir())
+    drafts = sorted((folder / "predictions/round_1").glob("*.npz"))
     before = [path.stat().st_mtime_ns for path in drafts]
     assert len(drafts) == 2
     kill(common, "write_pseudo_label", nth(3))  # in the pass of selection
@@ -360,27 +367,16 @@ def test_interrupted_at_many_points_and_resumed_ends_with_the_same_bits(main, wh
     assert same_end(folder, whole)
 
 
-def test_a_lost_pseudo_label_is_made_again_and_a_broken_one_is_named(main, whole, tmp_path, monkeypatch, capsys):
+def test_a_lost_pseudo_label_is_made_again_and_a_broken_one_is_named(main, error, whole, tmp_path, monkeypatch, capsys):
     folder = tmp_path / "run"
     killed_at(main, monkeypatch, common.Run, "watch", at(1, 3), "--out", "run")
     files = sorted((folder / "pseudo_labels/round_1").glob("*.png"))
     files[1].write_bytes(files[1].read_bytes()[:100])
-    try:  # named, or made again
-        main("--out", "run")
-    except common.UserError as error:
-        assert files[1].name in str(error) and "\n" not in str(error)
-        files[1].unlink()
-        main("--out", "run")
+    message = error("--out", "run")
+    assert files[1].name in message and "delete it" in message and "download" not in message
+    files[1].unlink()  # that is the advice
+    main("--out", "run")
     assert same_end(folder, whole)
-
-
-def test_the_advice_for_a_broken_pseudo_label_helps(main, tmp_path, monkeypatch, capsys):
-    killed_at(main, monkeypatch, common.Run, "watch", at(1, 1), *BRIEF)
-    for path in (tmp_path / "run/pseudo_labels/round_1").glob("*.png"):
-        path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(common.UserError) as caught:
-        main(*BRIEF)
-    assert "download" not in str(caught.value)
 
 
 def test_a_new_run_makes_its_own_pseudo_labels(main, tmp_path, monkeypatch, capsys):
@@ -418,7 +414,7 @@ def test_kill_9_while_pseudo_labels_are_made(main, whole, tmp_path, capsys):
     """In the pass of selection, which is slowed down, so that it is met."""
     code = ("import time\nreal = t.common.write_pseudo_label\nt.common.write_pseudo_label = lambda *a: (real(*a), time.sleep(.5))\n"
             "t.common.Streets = t.FewStreets\nt.dars.histograms = lambda *_: (['a'], {'b': [1.]})\nt.torch.set_num_threads(1)\nt.dars.main()")
-    folder, process, deadline = tmp_path / "run", launch(tmp_path, code, "--out", "run"), time.time() + 120
+    folder, process, deadline = tmp_path / "run", launch(tmp_path, code, "--out", "run", *ONCE), time.time() + 120
     while len(list(folder.glob("pseudo_labels/round_1/*.png"))) < 2:
         assert process.poll() is None and time.time() < deadline, process.communicate()[0]
         time.sleep(.01)
@@ -441,6 +437,7 @@ def pseudo_labels_alone(folder):
     args = common.parse_args(dars.get_parser(), dars.PAPER, ["--crop", "32", "64", "--base-size", "64"])
     data = common.Streets()
     run = SimpleNamespace(folder=Path(folder), picture=lambda *_: None)
+    run.write_json = partial(common.Run.write_json, run)
     labels = dars.count_pixels(data, data.train[:3], torch.device("cpu"))
     return dars.make_pseudo_labels(network, data, data.train[3:8], labels, .5, 1, run, args, torch.device("cpu"))
 
@@ -467,7 +464,7 @@ def test_two_processes_make_the_pseudo_labels_of_one_and_give_its_losses(main, t
     one, two = (result_of(tmp_path / name) for name in ("one", "two"))
     assert one["miou"] == pytest.approx(two["miou"], abs=.5) and len(two["rounds"]) == 2
     losses = [{(r["stage"], r["iteration"], key): v for r in records(tmp_path / name) for key, v in r.items() if key.startswith("loss")} for name in ("one", "two")]
-    assert losses[0].keys() == losses[1].keys() and len(losses[0]) == 40 * 2 + 2 * 4 * 4
+    assert losses[0].keys() == losses[1].keys() and len(losses[0]) == 20 * 2 + 2 * 4 * 4
     for key, value in losses[0].items():
         assert value == pytest.approx(losses[1][key], abs=1e-5 if key[0] == 0 else .02), key
     for a, b in zip(one["rounds"], two["rounds"]):
@@ -508,7 +505,7 @@ def test_a_batch_of_round_0_that_processes_cannot_share(error, monkeypatch):
 
 def test_an_unfinished_run_of_another_configuration_names_the_argument(error, main, tmp_path, monkeypatch, capsys):
     killed_at(main, monkeypatch, dars, "predict_picture", nth(2), *BRIEF)
-    for flags, name in ((["--alpha", ".4", ".6"], "alpha"), (["--pseudo", "st"], "pseudo"), (["--temperature", "2"], "temperature")):
+    for flags, name in ((["--alpha", ".4"], "alpha"), (["--pseudo", "st"], "pseudo"), (["--temperature", "2"], "temperature")):
         message = error(*BRIEF, *flags)
         assert f"{name} = " in message and "--overwrite" in message
     main(*BRIEF, "--pseudo", "st", "--overwrite")  # begins anew: no drafts and pseudo-labels of before
@@ -526,15 +523,16 @@ def test_a_full_disk_is_told_and_the_same_command_goes_on(error, main, file, tmp
     real = common.write_atomically
 
     def full(path, write):
-        where = {"pseudo-label": "pseudo_labels", "draft": "confidence", "report.json": "report.json"}[file]
+        where = {"pseudo-label": "pseudo_labels", "draft": "predictions", "report.json": "report.json"}[file]
         return no_space() if where in Path(path).parts and (file != "pseudo-label" or Path(path).suffix == ".png") else real(path, write)
     with monkeypatch.context() as patch:
         patch.setattr(common, "write_atomically", full)
         message = error(*BRIEF)
-        assert "run" in message and "No space left" in message
+        assert "run/" in message and "No space left" in message and "the same command goes on" in message
+        assert {"pseudo-label": ".png", "draft": ".npz", "report.json": "report.json"}[file] in message
     main(*BRIEF)
     assert (tmp_path / "run/result.json").exists()
 
 
 def test_two_pictures_never_share_a_pseudo_label():
-    assert common.pseudo_label_path("x", "a/b_c") != common.pseudo_label_path("x", "a_b/c")
+    assert common.pseudo_label_path("x", "a/b_c") == Path("x/a/b_c.png") != common.pseudo_label_path("x", "a_b/c")

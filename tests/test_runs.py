@@ -218,7 +218,7 @@ def test_killed_at_any_point_and_resumed_ends_with_the_same_bits(whole, camvid, 
         return lambda: (folder / "log.jsonl").exists() and len((folder / "log.jsonl").read_text().splitlines()) >= n
     kill_when(launch(tmp_path, camvid, folder), logged(4))
     assert not (folder / "result.json").exists()
-    kill_when(launch(tmp_path, camvid, folder), lambda: len(list(folder.glob("soft_labels/stage_1*/*.npy"))) >= 5)
+    kill_when(launch(tmp_path, camvid, folder), lambda: len(list(folder.glob("soft_labels/stage_1*/**/*.npy"))) >= 5)
     for point in (12, 23):
         process = launch(tmp_path, camvid, folder)
         kill_when(process, logged(point))
