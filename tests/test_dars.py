@@ -211,7 +211,7 @@ def make(monkeypatch, tmp_path):
 
     def run(pictures, labels, alpha, folder="run", number=1, data=StubData(), **args):
         monkeypatch.setattr(dars, "predict_picture", lambda teacher, image, args: tuple(map(torch.from_numpy, pictures[int(image[0, 0, 0])])))
-        ids, place = [f"city/x_{i}" for i in range(len(pictures))], SimpleNamespace(folder=tmp_path / folder, picture=lambda *_: None)
+        ids, place = [f"city/x_{i}" for i in range(len(pictures))], SimpleNamespace(folder=tmp_path / folder, picture=lambda *_: None, panel=lambda *_: None)
         place.write_json = partial(common.Run.write_json, place)
         report = dars.make_pseudo_labels(torch.nn.Identity(), data, ids, torch.tensor(labels), alpha, number, place, stub_args(**args), CPU)
         made = place.folder / "pseudo_labels" / f"round_{number}"

@@ -166,7 +166,7 @@ def test_result_and_log_are_complete(whole):
     assert set(result["groups"]) == {"frequent, large", "frequent, small", "rare, large", "rare, small"}
     assert sorted(c for group in result["groups"].values() for c in group["classes"]) == sorted(common.STREETS)
     assert len(result["accuracy_by_size"]) == 30 and any(entry["accuracy"] is not None for entry in result["accuracy_by_size"])
-    assert [r["round"] for r in result["rounds"]] == [1, 2] and [r["alpha"] for r in result["rounds"]] == [.3, .6]
+    assert [r["round"] for r in result["rounds"]] == [1, 2] and [r["alpha"] for r in result["rounds"]] == list(dars.PAPER["streets"]["alpha"])
     for r in result["rounds"]:
         assert r["pixels"] == 4 * 64 * 128
         for name in ("share", "labeled_share", "predicted_share"):
@@ -199,7 +199,7 @@ def test_every_unlabeled_picture_has_a_pseudo_label(whole):
     assert result["rounds"][1]["coverage"] > result["rounds"][0]["coverage"]
     assert not (whole / "predictions").exists()
     pictures = {p.name for p in (whole / "pictures").iterdir()}
-    assert pictures == {f"{name}_round_{k}.png" for name in ("distribution", "confidence") for k in (1, 2)} | {
+    assert pictures == {f"{name}_round_{k}.png" for name in ("distribution", "confidence", "pseudo") for k in (1, 2)} | {
         f"{name}_round_{k}_{n:06d}.png" for name in ("val", "batch") for k, n in ((0, 40), (1, 4), (2, 4))}
 
 
@@ -436,7 +436,7 @@ def pseudo_labels_alone(folder):
     torch.nn.init.normal_(network.last.weight, 0, 5)  # several classes, sure of some pixels
     args = common.parse_args(dars.get_parser(), dars.PAPER, ["--crop", "32", "64", "--base-size", "64"])
     data = common.Streets()
-    run = SimpleNamespace(folder=Path(folder), picture=lambda *_: None)
+    run = SimpleNamespace(folder=Path(folder), picture=lambda *_: None, panel=lambda *_: None)
     run.write_json = partial(common.Run.write_json, run)
     labels = dars.count_pixels(data, data.train[:3], torch.device("cpu"))
     return dars.make_pseudo_labels(network, data, data.train[3:8], labels, .5, 1, run, args, torch.device("cpu"))
