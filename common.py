@@ -531,34 +531,31 @@ def read_split(paths, data):
 
 # ---- weak views and streams ------------------------------------------------------------------------------------------
 
-def weak_view(image, label, generator, crop, scale=(1., 1.), augment=None):
+def weak_view(image, label, generator, crop, scale=(1., 1.), cut=None):
     """Random scale, crop and horizontal flip, the same for image and label.
-
-    augment(image (3, H, W) uint8, label (H, W) uint8, generator) -> the same: a method's own change between scale and crop.
 
     image (H, W, 3) uint8, label (H, W) uint8 -> image (3, h, w), label (h, w), valid (h, w) bool: False where the crop
     reaches beyond the picture (there the label is 255, never 0), and view = (top, left, bottom, right, flip): the crop as
-    fractions of the picture, for crop_map."""
+    fractions of the picture, for crop_map. cut: a method's own way to take the crop out of the scaled picture,
+    cut(image (3, H, W), label (H, W), top, left, crop, generator) -> image (3, h, w), label (h, w)."""
     image, label = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))), torch.from_numpy(np.ascontiguousarray(label))
     factor = generator.uniform(*scale)
     height, width = max(1, round(image.shape[1] * factor)), max(1, round(image.shape[2] * factor))
     if (height, width) != image.shape[1:]:
         image = v2.functional.resize(image, [height, width], antialias=True)
         label = v2.functional.resize(label[None], [height, width], v2.InterpolationMode.NEAREST_EXACT)[0]
-    if augment:
-        image, label = augment(image, label, generator)
     top, left = generator.randint(max(height - crop[0], 0) + 1), generator.randint(max(width - crop[1], 0) + 1)
     flip = generator.uniform() < .5
-    pad = max(crop[0] - height, 0), max(crop[1] - width, 0)
-    valid = torch.ones(height, width, dtype=torch.bool)
-    if any(pad):
-        valid = F.pad(valid, (0, pad[1], 0, pad[0]), value=False)
-        label = F.pad(label, (0, pad[1], 0, pad[0]), value=IGNORE)
-        mean = torch.tensor(MEAN_COLOR, dtype=torch.uint8)[:, None, None]
-        image = torch.cat([image, mean.expand(3, height, pad[1])], 2)
-        image = torch.cat([image, mean.expand(3, pad[0], image.shape[2])], 1)
-    window = slice(top, top + crop[0]), slice(left, left + crop[1])
-    image, label, valid = image[:, window[0], window[1]], label[window], valid[window]
+    valid = torch.zeros(*crop, dtype=torch.bool)
+    valid[:height - top, :width - left] = True
+    if cut:
+        image, label = cut(image, label, top, left, crop, generator)
+    else:
+        image, label = image[:, top:top + crop[0], left:left + crop[1]], label[top:top + crop[0], left:left + crop[1]]
+        pad = 0, crop[1] - image.shape[2], 0, crop[0] - image.shape[1]
+        if any(pad):
+            beyond = torch.tensor(MEAN_COLOR, dtype=torch.uint8)[:, None, None].expand(3, *crop)
+            image, label = torch.where(valid, F.pad(image, pad), beyond), F.pad(label, pad, value=IGNORE)
     if flip:
         image, label, valid = image.flip(-1), label.flip(-1), valid.flip(-1)
     view = top / height, left / width, (top + crop[0]) / height, (left + crop[1]) / width, flip
@@ -584,11 +581,11 @@ class Stream(torch.utils.data.Dataset):
     cropped with the picture and returned at stride as soft_0, soft_1, ..
     With labeled=False no mask is read for training: the batch has "truth" instead of "label", for the log alone.
     pseudo_labels: the folder whose pseudo-labels take the place of the masks. scale: of the weak view, if not --scale.
-    augment: see weak_view."""
+    cut: see weak_view."""
 
-    def __init__(self, data, ids, name, args, labeled=True, soft_labels=(), stride=8, pseudo_labels=None, scale=None, augment=None):
+    def __init__(self, data, ids, name, args, labeled=True, soft_labels=(), stride=8, pseudo_labels=None, scale=None, cut=None):
         self.data, self.ids, self.name, self.labeled, self.soft_labels = data, ids, name, labeled, soft_labels
-        self.pseudo_labels, self.augment = pseudo_labels, augment
+        self.pseudo_labels, self.cut = pseudo_labels, cut
         self.seed, self.crop, self.scale = args.seed, args.crop, scale or args.scale
         self.map_size = [math.ceil(n / stride) for n in args.crop]
 
@@ -598,9 +595,12 @@ class Stream(torch.utils.data.Dataset):
         image = self.data.image(id)
         if self.pseudo_labels:
             label = read_pseudo_label(self.pseudo_labels, id)
+            if label.shape != image.shape[:2]:
+                raise UserError(f"{pseudo_label_path(self.pseudo_labels, id)}: is {label.shape[1]}x{label.shape[0]}, its picture {image.shape[1]}x{image.shape[0]}; "
+                                "delete it, then the same command makes the round's pseudo-labels again")
         else:
             label = self.data.label(id) if self.labeled else truth_for_the_log(self.data, id)
-        image, label, valid, view = weak_view(image, label, rng(self.seed, self.name, "view", position), self.crop, self.scale, self.augment)
+        image, label, valid, view = weak_view(image, label, rng(self.seed, self.name, "view", position), self.crop, self.scale, self.cut)
         sample = {"image": image, "label" if self.labeled else "truth": label, "valid": valid, "position": position}
         for i, folder in enumerate(self.soft_labels):
             sample[f"soft_{i}"] = crop_map(torch.from_numpy(read_soft_label(folder, id)), view, self.map_size)
@@ -717,7 +717,7 @@ def predict(network, image, args, size, logits=False):
         for flip in ([False, True] if args.flip else [False]):
             with autocast(args, image.device):
                 output = network(x.flip(-1) if flip else x)
-            output = F.interpolate(output.float(), size, mode="bilinear", align_corners=network.align_corners)
+            output = upsample(output, size, network.align_corners)
             output = output if logits else output.softmax(1)
             answers.append(output.flip(-1) if flip else output)
         return sum(answers) / len(answers)
@@ -734,6 +734,14 @@ def predict(network, image, args, size, logits=False):
         else:
             total = total + look(x, size)
     return total / len(args.scales)
+
+
+def upsample(logits, size, align_corners=False):
+    """Logits (B, K, h, w) at size (H, W), in float32.
+
+    align_corners holds only where H = (h - 1) stride + 1, as in crops of 361 or 713: there corners lie on corners. Elsewhere it would stretch the map."""
+    fits = all((n - 1) % (m - 1) == 0 for n, m in zip(size, logits.shape[2:]) if m > 1)
+    return F.interpolate(logits.float(), size, mode="bilinear", align_corners=align_corners and fits)
 
 
 def slide(look, image, window):
@@ -890,7 +898,7 @@ class SegmentationNetwork(nn.Module):
 
     forward: (B, 3, H, W) float RGB in [0, 1] -> logits (B, K, h, w) at the backbone's stride: 8, tiny 4. With aux=True a
     tuple: the logits, and those of an auxiliary head where the network has one.
-    align_corners: how its logits are to be upsampled."""
+    align_corners: for upsample()."""
 
     align_corners = False
 
@@ -955,8 +963,8 @@ class DeepLabV2(SegmentationNetwork):
 class PSPNet(SegmentationNetwork):
     """PSPNet as in semseg: pyramid pooling over 1, 2, 3 and 6 bins, a 3x3 conv to width (the features), dropout and a 1x1 conv.
 
-    An auxiliary head of half the width sits on layer3. Its crops are 8 n + 1 pixels (361, 713): corners of the feature map
-    lie on corners of the picture, hence align_corners."""
+    An auxiliary head of half the width sits on layer3. The paper's crops have 8 n + 1 pixels (361, 713), hence align_corners
+    (which upsample() takes for such sizes alone)."""
 
     align_corners = True
 
@@ -1172,7 +1180,7 @@ def add_arguments(parser):
     a("--batch-norm", choices=["frozen", "train", "sync"], help="frozen as loaded; trained; or trained with statistics over all GPUs (tiny has group norm)")
     a = parser.add_argument_group("training").add_argument
     a("--supervised", action="store_true", help="the baseline: labeled pictures only, the same number of steps")
-    a("--iterations", type=int, metavar="N", help="per stage")
+    a("--iterations", type=int, metavar="N", help="per stage or round")
     a("--batch-size", type=int, metavar="N", help="labeled pictures an iteration, and as many unlabeled; the sum over all processes")
     a("--optimizer", choices=["sgd", "adamw"])
     a("--lr", type=float, metavar="X")

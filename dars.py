@@ -18,28 +18,31 @@ paper -> code
     Sect. 3.3  progressive labeling and augmentation         PAPER: alpha, beta_min, beta_max; main() makes the table of rounds
     Table 4    ST, CBST, DA, DARS, TS; iterative training    --pseudo, --temperature 1.27, --rounds 1 or 2
     Table 5    D_KL                                          make_pseudo_labels(): printed for all four, in result.json
-    Table 6    --alpha, --beta-min, --beta-max;  Table 7: --predict;  Table 8: --labels 2975 --extra 3000
+    Table 6    --alpha, --beta-min, --beta-max;  Table 7: --predict;  Table 8: --preset 713 --labels 2975 --extra 3000
     Fig. 1, 3  bars and histograms                           pictures/distribution_*.png, pictures/confidence_*.png
     Fig. 4     loss at the start of a round                  loss_pseudo in log.jsonl
-    Fig. 5     accuracy by size, gain of four groups         analyze(): in result.json
+    Fig. 5     gain of four groups, accuracy by size         analyze(): in result.json, of the last student (the paper's: of the baseline)
 
 Choices that the paper leaves open, and why
     Confidence overlap depends on how finely a confidence is kept. Here, as in the authors' code, it is a 16-bit float: all above 1 - 2^-12
         are 1. "fine" keeps 1 - confidence as such a float: hardly any overlap is left then.          --confidence fine
-    One pass of the network for each round: class and confidence of each pixel go to disk (3 bytes), and are read again once the
-        thresholds are known. The thresholds come from a table of counts, classes x 15,361 values, and are those of a
+    One pass of the network for each round: class and confidence of each pixel go to disk (3 bytes: 16.4 GB for the 2,603 unlabeled pictures of
+        Cityscapes 1/8) and are read again once the thresholds are known, instead of 16 windows through the network again. The thresholds come from a table of counts, classes x 15,361 values, and are those of a
         full sort; its size does not depend on the number of pictures.
     n_j is rounded down. A class with fewer predictions than n_j gives all it has; the shortfall is not given to others. Sampling drops
         int(n - n s_j) of a picture's n pixels of class j, from all that are kept (not only from those at the threshold): the authors' rule.
-    Pseudo-labels average logits over windows and flip, validation averages probabilities (authors' code).    --base-size 0, --no-flip
-    Augmentation, both streams: scale, rotation by up to 10 degrees and 5x5 blur with probability .5 each, flip, crop.
-    Learning rate in rounds: one polynomial through all of them, as in the authors' code: round k is the last part of k + 1 equal
-        ones, so it starts at lr (1 / (k + 1))^.9.                                                            --restart-schedule
-    Rounds of two halves: --batch-size labeled and as many pseudo-labeled pictures; round 0 has --round0-batch-size labeled ones.
+    Pseudo-labels average logits over windows and flip, validation averages probabilities (authors' code). Pseudo-labels are predicted in
+        fp32: in bf16, confidences overlap for reasons of their own.              no windows: --base-size 0, no flip: --no-flip
+    Augmentation, both streams: scale (with antialiasing), rotation by up to 10 degrees and 5x5 blur with probability .5 each, crop, flip.
+    Learning rate: within round k, lr ((1 - t) / (k + 1))^.9, t from 0 to 1 (authors' code). The optimizer starts anew.  --restart-schedule
+    A step of rounds 1, 2, .. has --batch-size labeled and as many pseudo-labeled pictures, one of round 0 --round0-batch-size labeled ones.
+        Each half's loss is its mean over the valid pixels of all processes; batch norm sees both halves together.
+    Other numbers of labels than 372 and 744 take the alphas of 372; on streets and CamVid they are ours (README.md).
     Head: ten times the learning rate (authors' code). Auxiliary head (PSPNet): weight .4.                    --head-lr
     Tail classes: all but the 6 of 19 most frequent of the labels, in proportion (the 13 of Table 4 on Cityscapes, whose printed
         means differ from their columns' by up to .7).
-    The baseline (--supervised) is round 0 for as many steps as all rounds have together.
+    The baseline (--supervised) is round 0 for as many steps as all rounds have together. The paper's own baseline is shorter: round 0, which
+        result.json has as round_0.
     Reported: the student at the last iteration, by windows and flip as the authors do; without flip it is in result.json too.
 """
 
@@ -48,6 +51,7 @@ import copy
 import json
 import math
 import shutil
+import zipfile
 
 import numpy as np
 import torch
@@ -76,7 +80,7 @@ PAPER = {
 PAPER["cityscapes/744"] = PAPER["cityscapes/1/4"] = PAPER["cityscapes"] | dict(labels="744", alpha=(.4, .6))
 PAPER["cityscapes-713"] = PAPER["cityscapes"] | dict(crop=(713, 713), base_size=2048, scale=(.5, 2.), alpha=(.4, .65), beta_min=(0., 0.))
 PAPER["cityscapes-713/744"] = PAPER["cityscapes-713/1/4"] = PAPER["cityscapes-713"] | dict(labels="744", beta_min=(0., .2), beta_max=(0., .25))
-PAPER["cityscapes-deeplabv2"] = PAPER["cityscapes"] | dict(network="deeplabv2", backbone="resnet101", batch_norm="frozen", batch_size=4, lr=.002,
+PAPER["cityscapes-deeplabv2"] = PAPER["cityscapes"] | dict(network="deeplabv2", backbone="resnet101", batch_norm="frozen", weights="coco", batch_size=4, lr=.002,
                                                            alpha=(.2, .45), beta_min=(0., 0.), beta_max=(0., 0.))
 PAPER["vocaug"] = PAPER["cityscapes"] | dict(labels="1464", size=None, crop=(321, 321), base_size=400, scale=(.5, 1.5), epochs=50,
                                              alpha=(.4, .5), beta_min=(0., 0.), beta_max=(0., 1 / 3))
@@ -120,18 +124,24 @@ def get_parser():
 BLUR = ImageFilter.Kernel((5, 5), [math.exp(-(x * x + y * y) / (2 * 1.1 ** 2)) for y in range(-2, 3) for x in range(-2, 3)])
 
 
-def rotate_and_blur(image, label, generator):
-    """Between scale and crop (Sect. 4.1): rotation by up to 10 degrees, Gaussian blur, each with probability .5.
+def rotate_and_blur(image, label, top, left, crop, generator):
+    """Rotation of the scaled picture by up to 10 degrees, Gaussian blur, each with probability .5, and the crop (Sect. 4.1).
 
-    image (3, H, W) uint8, label (H, W) uint8 -> the same; corners get the mean colour and 255."""
+    Only the crop's pixels are computed, and two more on each side for the blur. image (3, H, W) uint8, label (H, W) uint8 -> image (3, h, w),
+    label (h, w); beyond the picture the mean colour and 255."""
     rotate, angle, blur = generator.uniform() < .5, generator.uniform(-10, 10), generator.uniform() < .5
+    angle = math.radians(angle) if rotate else 0.
+    height, width = label.shape
+    cos, sin, x, y = math.cos(angle), math.sin(angle), left - 2 - width / 2, top - 2 - height / 2
+    matrix = cos, -sin, cos * x - sin * y + width / 2, sin, cos, sin * x + cos * y + height / 2  # of the crop's pixels in the picture
+    size = crop[1] + 4, crop[0] + 4
     picture = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
-    if rotate:
-        picture = picture.rotate(angle, Image.Resampling.BILINEAR, fillcolor=common.MEAN_COLOR)
-        label = torch.from_numpy(np.array(Image.fromarray(label.numpy()).rotate(angle, Image.Resampling.NEAREST, fillcolor=IGNORE)))
+    picture = picture.transform(size, Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR, fillcolor=common.MEAN_COLOR)
+    label = Image.fromarray(label.numpy()).transform(size, Image.Transform.AFFINE, matrix, Image.Resampling.NEAREST, fillcolor=IGNORE)
     if blur:
         picture = picture.filter(BLUR)
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1), label
+    image, label = np.array(picture)[2:-2, 2:-2], np.array(label)[2:-2, 2:-2]
+    return torch.from_numpy(image.transpose(2, 0, 1).copy()), torch.from_numpy(label.copy())
 
 
 # ---- EMA -------------------------------------------------------------------------------------------------------------
@@ -146,13 +156,16 @@ CODES = 15_361  # 16-bit floats from 0 to 1, as integers: a larger one is a larg
 @torch.no_grad()
 def predict_picture(teacher, image, args):
     """Predicted class and confidence of each pixel: image (3, H, W) uint8 -> label (H, W) uint8, code (H, W) int16 in 0..15360."""
-    logits = common.predict(teacher, image[None], args, image.shape[1:], logits=True)[0] / args.temperature  # (K, H, W)
+    exact = argparse.Namespace(**vars(args) | {"precision": "fp32"})  # bf16 logits would make confidences overlap
+    logits = common.predict(teacher, image[None], exact, image.shape[1:], logits=True)[0] / args.temperature  # (K, H, W)
     highest, label = logits.max(0)
-    others = (logits - highest).exp().scatter(0, label[None], 0.).sum(0)  # of softmax: the other classes' share over the highest's
+    others = (logits - highest).exp_().scatter_(0, label[None], 0.).sum(0)  # of softmax: the other classes' share over the highest's
     if args.confidence == "fp16":
         code = (1 / (1 + others)).half().view(torch.int16)  # max of softmax
     else:
         code = CODES - 1 - (others / (1 + others)).half().view(torch.int16)
+    if others.isnan().any():
+        raise common.UserError("the teacher's predictions are not finite; try a lower --lr")
     return label.to(torch.uint8), code
 
 
@@ -181,13 +194,13 @@ def align(table, labels, alpha, method):
     at_least = table.flip(1).cumsum(1).flip(1)  # pixels of a class whose confidence is at least that of the column
     predicted = at_least[:, 0]
     if method == "st":  # one threshold for all classes
-        n = torch.tensor(math.floor(alpha * int(predicted.sum()))).expand(len(table))
-        threshold = (at_least.sum(0) >= n[0]).sum().expand(len(table)) - 1
+        n = torch.full_like(predicted, math.floor(alpha * int(predicted.sum())))
+        threshold = ((at_least.sum(0) >= n[:, None]).sum(1) - 1)
     else:
         if method == "cbst":  # the same share of what is predicted of each class
             n = (alpha * predicted.double()).floor().long()
         else:
-            n = (alpha * int(predicted.sum()) * distribution(labels)).floor().long()  # Eq. 4
+            n = (alpha * int(predicted.sum()) * labels.double() / labels.sum()).floor().long()  # Eq. 4
         threshold = ((at_least >= n[:, None]).sum(1) - 1).clamp(min=0)  # t_j is the n_j-th largest: Eq. 3; if there are fewer, all are kept
     threshold = threshold.where((n > 0) & (predicted > 0), CODES)  # nothing wanted or nothing predicted: no threshold, nothing kept
     kept = F.pad(at_least, (0, 1)).gather(1, threshold[:, None])[:, 0]
@@ -201,17 +214,18 @@ def select(label, code, threshold, kept, wanted, generator):
     pseudo_label = np.where(code >= threshold[label], label, IGNORE).astype(np.uint8)
     for j in np.flatnonzero(wanted < kept):
         pixels = np.flatnonzero(pseudo_label == j)
-        drop = int(len(pixels) - len(pixels) * (wanted[j] / kept[j]))  # s_j = n_j / n~_j of what was kept stays
-        pseudo_label.ravel()[generator.choice(pixels, drop, replace=False)] = IGNORE
+        drop = len(pixels) * int(kept[j] - wanted[j]) // int(kept[j])  # the share 1 - s_j, s_j = n_j / n~_j
+        np.put(pseudo_label, generator.choice(pixels, drop, replace=False), IGNORE)
     return pseudo_label
 
 
 def count_pixels(data, ids, device):
-    """Labeled pixels by class, (K,) int64, without ignored ones; each process counts its share of the pictures."""
-    counts = torch.zeros(256, dtype=torch.int64)
+    """Labeled pixels of each class without ignored ones, and labeled pictures that show it: (K,), (K,) int64. Each process counts its share."""
+    counts = torch.zeros(2, 256, dtype=torch.int64)
     for id in ids[common.rank()::common.world_size()]:
-        counts += torch.from_numpy(np.bincount(data.label(id).ravel(), minlength=256))
-    return common.all_reduce(counts[:len(data.names)].to(device)).cpu()
+        pixels = torch.from_numpy(np.bincount(data.label(id).ravel(), minlength=256))
+        counts += torch.stack([pixels, pixels > 0])
+    return common.all_reduce(counts[:, :len(data.names)].contiguous().to(device)).cpu()
 
 
 def make_pseudo_labels(teacher, data, unlabeled, labels, alpha, number, run, args, device):
@@ -220,17 +234,22 @@ def make_pseudo_labels(teacher, data, unlabeled, labels, alpha, number, run, arg
     labels (K,): labeled pixels by class. Each process takes its share of the pictures. What is there already from the same
     round of this run is not made again. Returns what is told about them: a dict of numbers for result.json."""
     folder, drafts, K = run.folder / "pseudo_labels" / f"round_{number}", run.folder / "predictions" / f"round_{number}", len(data.names)
-    if (folder / "report.json").exists() and all(common.pseudo_label_path(folder, id).exists() for id in unlabeled):
-        shutil.rmtree(run.folder / "predictions", ignore_errors=True)
+    there = common.is_main() and is_complete(folder, unlabeled)
+    if common.all_reduce(torch.tensor(int(there), device=device)):  # the main process decides for all
+        if there:
+            shutil.rmtree(run.folder / "predictions", ignore_errors=True)
         return json.loads((folder / "report.json").read_text())
+    if common.is_main():
+        (folder / "report.json").unlink(missing_ok=True)
     share, teacher = unlabeled[common.rank()::common.world_size()], teacher.eval()
 
     table = torch.zeros(K * CODES, dtype=torch.int64, device=device)
     for done, id in enumerate(share, 1):  # one pass of the network: class and confidence of every pixel to disk
-        if not draft_path(drafts, id).exists():  # else a pass was interrupted after this picture
-            image = torch.from_numpy(data.image(id).transpose(2, 0, 1).copy()).to(device)
-            write_draft(drafts, id, *(x.cpu().numpy() for x in predict_picture(teacher, image, args)))
-        label, code = (torch.from_numpy(x).to(device).long().flatten() for x in read_draft(drafts, id))
+        draft = read_draft(drafts, id)  # of a pass that was interrupted after this picture
+        if draft is None:
+            draft = predict_picture(teacher, torch.from_numpy(data.image(id).transpose(2, 0, 1).copy()).to(device), args)
+            write_draft(drafts, id, *(x.cpu().numpy() for x in draft))
+        label, code = (torch.as_tensor(x, device=device).long().flatten() for x in draft)
         table += torch.bincount(label * CODES + code, minlength=K * CODES)
         common.progress(f"round {number}, predictions", done, len(share))
     table = common.all_reduce(table).view(K, CODES).cpu()
@@ -272,13 +291,18 @@ def make_pseudo_labels(teacher, data, unlabeled, labels, alpha, number, run, arg
                                                        select(label, code, *counts_of["st"], None), common.read_pseudo_label(folder, id))):
                 cells.append(torch.from_numpy(array.copy()))
         run.panel(f"pseudo_round_{number}", columns)
-        head, tail = (max(torch.nonzero(table.sum(1)).flatten().tolist(), key=lambda j: sign * int(labels[j])) for sign in (1, -1))
+        predicted = torch.nonzero(table.sum(1)).flatten().tolist()
+        head, tail = max(predicted, key=lambda j: labels[j]), min(predicted, key=lambda j: labels[j])
         run.picture(f"confidence_round_{number}", common.draw_bars("share of a class's predicted pixels in percent, by confidence (Fig. 3)", *histograms(
             table, [head, tail], data.names, args)))
         run.write_json(f"pseudo_labels/round_{number}/report.json", report)
         shutil.rmtree(run.folder / "predictions", ignore_errors=True)
     common.barrier()
     return report
+
+
+def is_complete(folder, unlabeled):
+    return (folder / "report.json").exists() and all(common.pseudo_label_path(folder, id).exists() for id in unlabeled)
 
 
 def draft_path(folder, id):
@@ -294,8 +318,12 @@ def write_draft(folder, id, label, code):
 
 
 def read_draft(folder, id):
-    with np.load(draft_path(folder, id)) as draft:
-        return draft["label"], draft["code"]
+    """What write_draft() wrote; None if it is not there, or broken."""
+    try:
+        with np.load(draft_path(folder, id)) as draft:
+            return draft["label"], draft["code"]
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+        return None
 
 
 def confidence_values(args):
@@ -340,11 +368,10 @@ def show(report, data, args):
 AUX_WEIGHT = .4
 
 
-def cross_entropy(logits, label):
-    """Mean over all valid pixels of all processes: logits (B, K, H, W), label (B, H, W) with 255 -> 0-dim; 0 if nothing is valid.
+def cross_entropy(logits, label, count):
+    """Mean over the valid pixels of all processes, count (0-dim): logits (B, K, H, W), label (B, H, W) with 255 -> 0-dim; 0 if nothing is valid.
 
     Each process returns its share times their number, since gradients are averaged over processes."""
-    count = common.all_reduce((label != IGNORE).sum())
     return F.cross_entropy(logits, label, ignore_index=IGNORE, reduction="sum") * common.world_size() / count.clamp(min=1)
 
 
@@ -352,16 +379,16 @@ def cross_entropy(logits, label):
 
 def train(args, rounds, data, labeled, unlabeled, device):
     student = common.build_network(args, data, device)
-    run = common.Run("dars-supervised" if args.supervised else "dars", args, data, labeled, unlabeled, device, {r["round"]: r["iterations"] for r in rounds})
+    run = common.Run("dars-supervised" if args.supervised else "dars", args, data, labeled, unlabeled, device, {number: iterations for number, iterations, _, _ in rounds})
     teacher = copy.deepcopy(student).requires_grad_(False).eval()  # the student at the end of the round before
     learner = common.parallel(student, device)
-    labels = count_pixels(data, labeled, device)
+    labels, pictures = count_pixels(data, labeled, device)
     lacking = [name for name, n in zip(data.names, labels.tolist()) if n == 0]
     if lacking:
         common.warn(f"no labeled picture has {', '.join(lacking)}: no pixel of it will get a pseudo-label (n_j = 0)")
     results, reports = [], []  # per round: confusion matrix on val at its end; what is told about its pseudo-labels
 
-    for number, iterations, alpha, scale in (r.values() for r in rounds):
+    for number, iterations, alpha, scale in rounds:
         if run.state and number < run.state["stage"]:
             continue
         optimizer = common.make_optimizer(args, args.lr, student.backbone.parameters(), student.head_parameters())
@@ -381,11 +408,11 @@ def train(args, rounds, data, labeled, unlabeled, device):
         else:
             teacher.load_state_dict(student.state_dict())
             save(0)
-        streams = [common.Stream(data, labeled, f"labeled, round {number}", args, scale=scale, augment=rotate_and_blur)]
+        streams = [common.Stream(data, labeled, f"labeled, round {number}", args, scale=scale, cut=rotate_and_blur)]
         if number:
             report = make_pseudo_labels(teacher, data, unlabeled, labels, alpha, number, run, args, device)
             reports = [r for r in reports if r["round"] < number] + [report]
-            streams.append(common.Stream(data, unlabeled, f"unlabeled, round {number}", args, scale=scale, augment=rotate_and_blur,
+            streams.append(common.Stream(data, unlabeled, f"unlabeled, round {number}", args, scale=scale, cut=rotate_and_blur,
                                          pseudo_labels=run.folder / "pseudo_labels" / f"round_{number}"))
         B = args.batch_size if number else args.round0_batch_size
         share, run.images = B // common.world_size(), B * len(streams)
@@ -400,15 +427,13 @@ def train(args, rounds, data, labeled, unlabeled, device):
 
             # 3 losses
             torch.manual_seed(int(common.rng(args.seed, "noise", number, iteration, common.rank()).randint(2 ** 31)))  # dropout
-            if not student.training:
-                learner.train()
             with common.autocast(args, device):
                 outputs = learner(common.to_float(image), aux=True)  # (2B, K, h, w) of the head, and of the auxiliary one
-            losses = {}
+            losses, counts = {}, common.all_reduce(torch.stack([(y != IGNORE).sum() for y in targets]))
             for head, weight, logits in zip(("", "_aux"), (1, AUX_WEIGHT), outputs):
-                logits = F.interpolate(logits.float(), args.crop, mode="bilinear", align_corners=student.align_corners).split(share)
-                for kind, z, y in zip(("labeled", "pseudo"), logits, targets):
-                    losses[f"loss_{kind}{head}"] = weight * cross_entropy(z, y)  # Eq. 1: labeled; Eq. 2: labeled + pseudo
+                logits = common.upsample(logits, args.crop, student.align_corners).split(share)
+                for kind, z, y, count in zip(("labeled", "pseudo"), logits, targets, counts):
+                    losses[f"loss_{kind}{head}"] = weight * cross_entropy(z, y, count)  # Eq. 1: labeled; Eq. 2: labeled + pseudo
             loss = sum(losses.values())
 
             # 4 backward
@@ -431,7 +456,7 @@ def train(args, rounds, data, labeled, unlabeled, device):
                                                                               "d_kl": reports[-1]["d_kl"]} if number else {}))
             if done % args.eval_every == 0 or last:
                 tables = common.evaluate({"student": student}, data, args, device)
-                run.log(number, done, val={"student": common.mean_iou(tables["student"])})
+                run.log(number, done, val={"student": common.mean_iou(tables["student"])}, tail_miou=tail_miou(tables["student"], labels))
                 run.predictions(f"val_round_{number}_{done:06d}", {"student": student} | ({"teacher": teacher} if number else {}))
                 columns = {"labeled picture": batch[0]["image"], "label": targets[0]}
                 if number:
@@ -445,9 +470,15 @@ def train(args, rounds, data, labeled, unlabeled, device):
         if len(results) == number:  # a round of no iterations
             results = results + [common.evaluate({"student": student}, data, args, device)["student"]]
 
-    names = [f"round_{r['round']}" for r in rounds[:-1]] + ["student"]
+        del loaders, batch  # and their processes
+
+    names = [f"round_{number}" for number, *_ in rounds[:-1]] + ["student"]
     paper = None if args.changed else (PAPER_SUPERVISED if args.supervised else PAPER_MIOU).get((args.dataset, args.table_preset, args.labels))
-    run.finish("student", dict(zip(names, results)), paper, rounds=reports, **analyze(student, results, data, labeled, labels, args, device))
+    tail = {name: tail_miou(table, labels) for name, table in zip(names, results)}
+    names_of_tail = [data.names[j] for j in tail_classes(labels)]
+    common.say(f"\ntail mIoU ({', '.join(names_of_tail)}): " + ", ".join(f"{name} {x:.2f}" for name, x in tail.items() if x is not None))
+    run.finish("student", dict(zip(names, results)), paper, rounds=reports, tail_classes=names_of_tail, tail_miou=tail,
+               **analyze(student, results, data, labeled, labels, pictures, args, device))
 
 
 # ---- analysis --------------------------------------------------------------------------------------------------------
@@ -458,47 +489,46 @@ def tail_classes(labels):
     return sorted(order[len(labels) * 6 // 19:])
 
 
-def analyze(student, results, data, labeled, labels, args, device):
-    """Tail mIoU (Table 4), val without flip, gain of four groups of classes and accuracy by size (Fig. 5), for result.json.
+def tail_miou(table, labels):
+    """mIoU of the tail classes, from the confusion matrix."""
+    return finite(float(common.iou(table)[tail_classes(labels)].nanmean()))
 
-    There are no instances in these datasets' masks: an object is all pixels of one class in one picture. Its size is counted in crops."""
-    tail, area, K = tail_classes(labels), args.crop[0] * args.crop[1], len(data.names)
-    tables = dict(zip([f"round_{k}" for k in range(len(results) - 1)] + ["student"], results))
-    extra = {"tail_classes": [data.names[j] for j in tail],
-             "tail_miou": {name: finite(float(common.iou(table)[tail].nanmean())) for name, table in tables.items()}}
+
+def analyze(student, results, data, labeled, labels, pictures, args, device):
+    """Val without flip, gain of four groups of classes since round 0, and the student's accuracy by size (Fig. 5), for result.json.
+
+    There are no instances in these datasets' masks: an object is all pixels of one class in one picture. Its size is counted in crops.
+    labels, pictures (K,): labeled pixels of a class, and labeled pictures that show it."""
+    K, extra = len(data.names), {}
     if args.flip:
         args.flip = False
-        extra["miou_without_flip"] = common.mean_iou(common.evaluate({"student": student}, data, args, device)["student"])
+        extra["miou_without_flip"] = finite(common.mean_iou(common.evaluate({"student": student}, data, args, device)["student"]))
         args.flip = True
 
-    pictures, pixels = torch.zeros(K), torch.zeros(K)  # labeled pictures that show a class, and its pixels in them
-    for id in labeled:
-        counts = torch.from_numpy(np.bincount(data.label(id).ravel(), minlength=256)[:K])
-        pictures, pixels = pictures + (counts > 0), pixels + counts
-    frequent, large = pictures > len(labeled) / 2, pixels / pictures.clamp(min=1) > area / 10
-    gain = common.iou(results[-1]) - common.iou(results[0])
-    extra["groups"] = {}
-    for name, members in (("frequent, large", frequent & large), ("frequent, small", frequent & ~large),
-                          ("rare, large", ~frequent & large), ("rare, small", ~frequent & ~large)):
-        extra["groups"][name] = {"classes": [data.names[j] for j in torch.nonzero(members).flatten().tolist()], "gain": finite(float(gain[members].nanmean()))}
+    shape = data.label(labeled[0]).shape
+    area = args.crop[0] * args.crop[1] * ((max(shape) / args.base_size) ** 2 if args.base_size else 1)  # of a crop, in the masks' pixels
+    frequent, large = pictures > len(labeled) / 2, labels / pictures.clamp(min=1) > area / 10
+    if len(results) > 1:
+        gain, extra["groups"] = common.iou(results[-1]) - common.iou(results[0]), {}
+        for name, members in (("frequent, large", frequent & large), ("frequent, small", frequent & ~large),
+                              ("rare, large", ~frequent & large), ("rare, small", ~frequent & ~large)):
+            extra["groups"][name] = {"classes": [data.names[j] for j in torch.nonzero(members).flatten().tolist()], "gain": finite(float(gain[members].nanmean()))}
 
-    # Bins of .1, 2.4 and 8 % of the crop, ten of each: 500, 12,000 and 40,000 pixels of a crop of 713 x 713.
-    hits = torch.zeros(3, 10, 2, dtype=torch.float64, device=device)
-    widths = [area * part for part in (.001, .024, .08)]
+    # Bins of .1, 2.4 and 8 % of a crop, ten of each: 500, 12,000 and 40,000 pixels of a crop of 713 x 713.
+    hits, widths = torch.zeros(3, 10, 2, dtype=torch.float64), [area * part for part in (.001, .024, .08)]
     student.eval()
     for id in data.val[common.rank()::common.world_size()]:
         image = torch.from_numpy(data.image(id).transpose(2, 0, 1).copy())[None].to(device)
         label = data.label(id)
-        matrix = common.confusion_matrix(torch.from_numpy(label.astype(np.int64)).to(device),
-                                         common.predict(student, image, args, label.shape).argmax(1)[0], K).cpu()
-        for j in torch.nonzero(matrix.sum(1)).flatten().tolist():
-            size = int(matrix[j].sum())
+        prediction = common.predict(student, image, args, label.shape).argmax(1)[0]
+        matrix = common.confusion_matrix(torch.from_numpy(label.astype(np.int64)).to(device), prediction, K).tolist()
+        for j, row in enumerate(matrix):
             for i, width in enumerate(widths):
-                if size < 10 * width:
-                    hits[i, min(9, int(size / width))] += torch.tensor([int(matrix[j, j]), size], device=device)
-    hits = common.all_reduce(hits).cpu()
-    extra["accuracy_by_size"] = [{"pixels": [round(b * width), round((b + 1) * width)], "accuracy": float(100 * hit / total) if total else None}
-                                 for width, row in zip(widths, hits) for b, (hit, total) in enumerate(row.tolist())]
+                if 0 < sum(row) < 10 * width:
+                    hits[i, min(9, int(sum(row) / width))] += torch.tensor([row[j], sum(row)])
+    hits = common.all_reduce(hits.to(device)).tolist()
+    extra["accuracy_by_size"] = [{"pixels": [round(b * width), round((b + 1) * width)], "accuracy": 100 * hit / total if total else None}
+                                 for width, row in zip(widths, hits) for b, (hit, total) in enumerate(row)]
     return extra
 
 
@@ -517,7 +547,8 @@ def main():
         count = len(getattr(args, name))
         if count < args.rounds or count > args.rounds and name in args.given:
             raise common.UserError(f"--{name.replace('_', '-')} has {count} values, but there are --rounds {args.rounds}: give one for each")
-    if args.network == "pspnet" and args.batch_norm != "frozen" and args.round0_batch_size == common.world_size():
+    synchronized = args.batch_norm == "sync" and device.type == "cuda" and common.world_size() > 1
+    if args.network == "pspnet" and args.backbone != "tiny" and args.round0_batch_size == common.world_size() and not synchronized:
         raise common.UserError(f"--round0-batch-size {args.round0_batch_size}: batch norm needs two pictures in each process or more")
     if args.round0_batch_size % common.world_size():
         raise common.UserError(f"--round0-batch-size {args.round0_batch_size} is not divisible by the {common.world_size()} processes")
@@ -527,17 +558,18 @@ def main():
     if "epochs" in args.given:  # goes before the iterations of the table
         args.iterations = args.iterations if "iterations" in args.given else None
         args.round0_iterations = args.round0_iterations if "round0_iterations" in args.given else None
-    first = args.round0_iterations if args.round0_iterations is not None else args.epochs * len(labeled) // args.round0_batch_size
-    later = args.iterations if args.iterations is not None else args.epochs * len(unlabeled) // args.batch_size
-    rounds = [{"round": 0, "iterations": first, "alpha": None, "scale": tuple(args.scale)}]
+    def count(given, ids, batch_size):
+        return given if given is not None else args.epochs * len(ids) // batch_size
+    first = args.iterations if args.round0_iterations is None else args.round0_iterations
+    (low, high), rounds = args.scale, [(0, count(first, labeled, args.round0_batch_size), None, tuple(args.scale))]
     for k in range(args.rounds):
-        low, high = args.scale
-        rounds.append({"round": k + 1, "iterations": later, "alpha": args.alpha[k], "scale": ((1 - args.beta_min[k]) * low, (1 + args.beta_max[k]) * high)})
+        scale = (1 - args.beta_min[k]) * low, (1 + args.beta_max[k]) * high  # Sect. 3.3
+        rounds.append((k + 1, count(args.iterations, unlabeled, args.batch_size), args.alpha[k], scale))
     if args.supervised:
-        rounds = [rounds[0] | {"iterations": sum(r["iterations"] for r in rounds)}]
-    for r in rounds:
-        common.say(f"round {r['round']}   {r['iterations']} iterations, scale {r['scale'][0]:.2f} to {r['scale'][1]:.2f}"
-                   + (f", pseudo-labels for {100 * r['alpha']:.0f} % of the unlabeled pixels" if r["alpha"] else ""))
+        rounds = [(0, sum(iterations for _, iterations, _, _ in rounds), None, tuple(args.scale))]
+    for number, iterations, alpha, scale in rounds:
+        common.say(f"round {number}   {iterations} iterations, scale {scale[0]:.2f} to {scale[1]:.2f}"
+                   + (f", pseudo-labels for {100 * alpha:.0f} % of the unlabeled pixels" if alpha else ""))
     train(args, rounds, data, labeled, unlabeled, device)
 
 
