@@ -200,7 +200,7 @@ def align(table, labels, alpha, method):
         if method == "cbst":  # the same share of what is predicted of each class
             n = (alpha * predicted.double()).floor().long()
         else:
-            n = (alpha * int(predicted.sum()) * labels.double() / labels.sum()).floor().long()  # Eq. 4
+            n = (alpha * int(predicted.sum()) * labels.double() / labels.sum().clamp(min=1)).floor().long()  # Eq. 4
         threshold = ((at_least >= n[:, None]).sum(1) - 1).clamp(min=0)  # t_j is the n_j-th largest: Eq. 3; if there are fewer, all are kept
     threshold = threshold.where((n > 0) & (predicted > 0), CODES)  # nothing wanted or nothing predicted: no threshold, nothing kept
     kept = F.pad(at_least, (0, 1)).gather(1, threshold[:, None])[:, 0]
@@ -470,7 +470,7 @@ def train(args, rounds, data, labeled, unlabeled, device):
         if len(results) == number:  # a round of no iterations
             results = results + [common.evaluate({"student": student}, data, args, device)["student"]]
 
-        del loaders, batch  # and their processes
+        loaders = batch = None  # their processes end
 
     names = [f"round_{number}" for number, *_ in rounds[:-1]] + ["student"]
     paper = None if args.changed else (PAPER_SUPERVISED if args.supervised else PAPER_MIOU).get((args.dataset, args.table_preset, args.labels))
