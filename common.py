@@ -553,9 +553,9 @@ def weak_view(image, label, generator, crop, scale=(1., 1.), cut=None):
     else:
         image, label = image[:, top:top + crop[0], left:left + crop[1]], label[top:top + crop[0], left:left + crop[1]]
         pad = 0, crop[1] - image.shape[2], 0, crop[0] - image.shape[1]
-        if any(pad):
-            beyond = torch.tensor(MEAN_COLOR, dtype=torch.uint8)[:, None, None].expand(3, *crop)
-            image, label = torch.where(valid, F.pad(image, pad), beyond), F.pad(label, pad, value=IGNORE)
+        image, label = (F.pad(image, pad), F.pad(label, pad)) if any(pad) else (image, label)
+    if not valid.all():
+        image, label = torch.where(valid, image, torch.tensor(MEAN_COLOR, dtype=torch.uint8)[:, None, None]), label.masked_fill(~valid, IGNORE)
     if flip:
         image, label, valid = image.flip(-1), label.flip(-1), valid.flip(-1)
     view = top / height, left / width, (top + crop[0]) / height, (left + crop[1]) / width, flip

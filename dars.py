@@ -322,7 +322,7 @@ def read_draft(folder, id):
     try:
         with np.load(draft_path(folder, id)) as draft:
             return draft["label"], draft["code"]
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):
         return None
 
 

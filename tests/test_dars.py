@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+from fractions import Fraction
 from functools import partial
 from types import SimpleNamespace
 
@@ -43,15 +44,15 @@ def naive_dars(pictures, labels, alpha, method):
     -> per class the threshold (a confidence; None: there is none), pixels kept by it, pixels wanted; for each picture the
     initial pseudo-label of line 3, as a nested list."""
     pixels = [(int(j), float(VALUES[c])) for label, code in pictures for j, c in zip(label.ravel(), code.ravel())]
-    threshold, kept, wanted = [None] * K, [0] * K, [0] * K
+    threshold, kept, wanted, share = [None] * K, [0] * K, [0] * K, Fraction(str(alpha))  # exact: .2 is a fifth
     for j in range(K):
         confidences = sorted((p for k, p in pixels if k == j or method == "st"), reverse=True)
         if method == "st":
-            n = math.floor(alpha * len(pixels))
+            n = math.floor(share * len(pixels))
         elif method == "cbst":
-            n = math.floor(alpha * len(confidences))
+            n = math.floor(share * len(confidences))
         else:
-            n = math.floor(alpha * len(pixels) * (labels[j] / max(1, sum(labels))))  # Eq. 4
+            n = math.floor(share * len(pixels) * Fraction(labels[j], max(1, sum(labels))))  # Eq. 4
         if n > 0 and confidences:
             threshold[j] = confidences[min(n, len(confidences)) - 1]  # the n-th in descending order, Eq. 3
             kept[j] = sum(k == j and p >= threshold[j] for k, p in pixels)
@@ -114,8 +115,8 @@ def test_eqs_3_and_4_and_algorithm_1_are_those_of_a_full_sort(case, method):
         assert after.dtype == np.uint8 and ((after == before) | (after == 255)).all()
         for j in range(K):  # lines 5, 6
             n, left = int((before == j).sum()), int((after == j).sum())
-            s = min(1, n_wanted[j] / n_kept[j]) if n_kept[j] else 1
-            assert n - left == int(n - n * s) and 0 <= left - n * s < 1 + 1e-9
+            s = min(1, Fraction(n_wanted[j], n_kept[j])) if n_kept[j] else 1
+            assert n - left == int(n - n * s) and 0 <= left - n * s < 1
             assert method == "dars" or left == n
 
 
@@ -133,6 +134,33 @@ def test_distinct_confidences_give_exactly_the_wanted_numbers():
             counts += np.bincount(dars.select(*picture, *(x.numpy() for x in chosen), common.rng(i)).ravel(), minlength=256)
         assert counts[:K].tolist() == n == chosen[2].tolist()
         assert dars.divergence(dars.distribution(torch.tensor(labels)), dars.distribution(torch.tensor(counts[:K]))) == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("labels", [[29, 71], [58, 42], [7, 93], [1, 2], [57, 43]], ids=str)  # 29 / 100 as a float is less than that, times 100
+@pytest.mark.parametrize("alpha, n", [(1., 100), (.5, 200), (.2, 500), (.6, 700), (.65, 300), (.9, 1000)])
+def test_numbers_of_pixels_are_exact(labels, alpha, n):
+    """Of many distinct confidences n_j and, for ST, n are met to the pixel."""
+    table = torch.zeros(2, dars.CODES, dtype=torch.int64)
+    table[0, 2000:2000 + 2 * n:2] = table[1, 2001:2001 + 2 * n:2] = 1
+    wanted = [math.floor(Fraction(str(alpha)) * 2 * n * Fraction(x, sum(labels))) for x in labels]
+    for method in ("da", "dars"):
+        assert dars.align(table, torch.tensor(labels), alpha, method)[2].tolist() == [min(x, n) for x in wanted]
+    threshold, kept, _ = dars.align(table, torch.tensor(labels), alpha, "st")
+    assert int(kept.sum()) == math.floor(Fraction(str(alpha)) * 2 * n) and len(set(threshold.tolist())) == 1
+
+
+def test_29_of_100():
+    table = torch.zeros(2, dars.CODES, dtype=torch.int64)
+    table[0, 5000:5050] = table[1, 5000:5050] = 1
+    assert dars.align(table, torch.tensor([29, 71]), 1., "dars")[2].tolist() == [29, 50]
+
+
+def test_a_pictures_share_that_is_whole_is_dropped_to_the_pixel():
+    """49 pixels at s_j = 1 / 49: as floats, 49 (1 - 1 / 49) is less than 48."""
+    for n, kept, wanted in ((49, 49, 1), (10, 100, 29), (100, 100, 42), (7, 70, 43), (1000, 10 ** 9, 10 ** 9 - 1), (3, 3 * 10 ** 17, 10 ** 17)):
+        label, code = np.zeros((1, n), np.uint8), np.full((1, n), 15_360, np.int16)
+        result = dars.select(label, code, np.array([1]), np.array([kept]), np.array([wanted]), common.rng(0))
+        assert (result == 255).sum() == math.floor(n * (1 - Fraction(wanted, kept)))
 
 
 def test_the_methods_differ_as_table_4_says():
@@ -230,7 +258,7 @@ def test_pseudo_labels_of_whole_pictures(make, tmp_path, method, capsys):
         assert ((label == before) | (label == 255)).all()
         for j in range(K):
             n = int((np.array(before) == j).sum())
-            assert (label == j).sum() == n - int(n - n * (wanted[j] / kept[j] if kept[j] else 1))
+            assert (label == j).sum() == n - int(n - n * (Fraction(wanted[j], kept[j]) if kept[j] else 1))
             counts[j] += (label == j).sum()
     assert report["share"] == pytest.approx((counts / counts.sum()).tolist()) and report["coverage"] == pytest.approx(counts.sum() / 168)
     assert report["labeled_share"] == pytest.approx([.4, .3, .2, .07, .03])
@@ -292,6 +320,52 @@ def test_a_draft_is_read_as_it_was_written(tmp_path):
         assert np.array_equal(before, after) and before.dtype == after.dtype
 
 
+def test_a_draft_that_is_broken_is_none(tmp_path):
+    (label, code), = draw(0, HIGH, sizes=[(30, 40)])
+    assert dars.read_draft(tmp_path, "x") is None
+    dars.write_draft(tmp_path, "x", label, code)
+    whole = dars.draft_path(tmp_path, "x").read_bytes()
+    for content in (b"", b"PK", whole[:100], whole[:2000], whole[:-30], b"\0" * len(whole), whole[:200] + b"\0" * 800 + whole[1000:]):
+        dars.draft_path(tmp_path, "x").write_bytes(content)
+        assert dars.read_draft(tmp_path, "x") is None
+    np.savez(dars.draft_path(tmp_path, "x"), label=label)
+    assert dars.read_draft(tmp_path, "x") is None
+
+
+def test_a_broken_draft_is_made_again(make, tmp_path, monkeypatch, capsys):
+    pictures, labels, alpha = draw(1, [14_000, 15_360], sizes=[(6, 7)] * 3), EVEN, .4
+    expected, result = make(pictures, labels, alpha, "clean")
+    drafts = tmp_path / "run/predictions/round_1"
+    for i in (0, 1):
+        dars.write_draft(drafts, f"city/x_{i}", *pictures[i])
+    path, written, real = dars.draft_path(drafts, "city/x_1"), [], dars.write_draft
+    path.write_bytes(path.read_bytes()[:150])
+    monkeypatch.setattr(dars, "write_draft", lambda folder, id, *draft: (written.append(id), real(folder, id, *draft)))
+    report, again = make(pictures, labels, alpha)
+    assert written == ["city/x_1", "city/x_2"] and report == expected and all(np.array_equal(result[id], again[id]) for id in result)
+
+
+def test_a_report_goes_before_its_pseudo_labels_are_made_again(make, tmp_path, monkeypatch, capsys):
+    """Else a kill in between would leave a report beside labels of two makings."""
+    pictures = draw(1, [14_000, 15_360], sizes=[(6, 7)] * 3)
+    make(pictures, EVEN, .4)
+    folder, seen, real = tmp_path / "run/pseudo_labels/round_1", [], dars.write_draft
+    (folder / "city/x_1.png").unlink()
+    monkeypatch.setattr(dars, "write_draft", lambda *draft: (seen.append((folder / "report.json").exists()), real(*draft)))
+    make(pictures, EVEN, .4)
+    assert seen == [False] * 3 and (folder / "report.json").exists()
+
+
+def test_a_pseudo_label_of_another_size_is_refused_by_name(tmp_path):
+    args = SimpleNamespace(seed=0, crop=(4, 4), scale=(1., 1.))
+    stream = common.Stream(StubData(), ["city/x_0"], "unlabeled", args, pseudo_labels=tmp_path)
+    common.write_pseudo_label(tmp_path, "city/x_0", np.zeros((6, 7), np.uint8), StubData.colors)
+    assert stream[0]["label"].shape == (4, 4)
+    common.write_pseudo_label(tmp_path, "city/x_0", np.zeros((6, 8), np.uint8), StubData.colors)
+    with pytest.raises(common.UserError, match=r"city/x_0\.png: is 8x6, its picture 7x6; delete it"):
+        stream[0]
+
+
 def test_a_class_that_is_never_predicted_is_named(make, capsys):
     report, result = make(draw(0, HIGH, p=(.6, .4, 0, 0, 0), sizes=[(6, 7)] * 2), EVEN, .5)
     assert "never predicts c, d, e" in capsys.readouterr().err
@@ -311,11 +385,13 @@ def test_the_report_is_json_where_no_truth_is_known(make, tmp_path, capsys):
     json.loads((tmp_path / "run/pseudo_labels/round_1/report.json").read_text(), parse_constant=lambda word: 1 / 0)
 
 
-def test_labeled_pixels_are_counted_without_ignored_ones():
+def test_labeled_pixels_and_pictures_are_counted_without_ignored_ones():
     class Data(StubData):
         def label(self, id):
             return np.array([[0, 0, 255], [4, int(id), 255]], np.uint8)
-    assert dars.count_pixels(Data(), ["1", "2"], CPU).tolist() == [4, 1, 1, 0, 2]
+    pixels, pictures = dars.count_pixels(Data(), ["1", "2"], CPU)
+    assert pixels.tolist() == [4, 1, 1, 0, 2] and pictures.tolist() == [2, 1, 1, 0, 2]
+    assert dars.count_pixels(Data(), ["4", "4", "0"], CPU).tolist() == [[7, 0, 0, 0, 5], [3, 0, 0, 0, 3]]
 
 
 # ---- confidence ------------------------------------------------------------------------------------------------------
@@ -540,6 +616,35 @@ def test_pseudo_labels_come_from_averaged_logits(monkeypatch):
     assert float(p[0, 0, 0, 0]) == pytest.approx((1 + 1 / (1 + math.e)) / 2, abs=1e-5)
 
 
+def test_pseudo_labels_are_predicted_in_fp32(monkeypatch):
+    seen, real = [], common.predict
+    monkeypatch.setattr(common, "predict", lambda network, image, args, *more, **named: (seen.append(args.precision), real(network, image, args, *more, **named))[1])
+    network, image, args = Lopsided(False).eval(), torch.randint(0, 256, (3, 20, 37), dtype=torch.uint8), stub_args(precision="bf16")
+    exact, rough = dars.predict_picture(network, image, stub_args()), dars.predict_picture(network, image, args)
+    assert seen == ["fp32", "fp32"] and args.precision == "bf16" and all(map(torch.equal, exact, rough))
+    # It would matter here: bf16 gives other confidences.
+    p = real(network, image[None], args, (20, 37), logits=True), real(network, image[None], stub_args(), (20, 37), logits=True)
+    assert not torch.equal(*p)
+
+
+@pytest.mark.parametrize("size, cells, aligned", [
+    ((361, 361), (46, 46), True), ((713, 713), (90, 90), True), ((321, 321), (41, 41), True), ((361, 713), (46, 90), True), ((9, 33), (1, 5), True),
+    ((360, 360), (45, 45), False), ((361, 720), (46, 90), False), ((720, 361), (90, 46), False), ((64, 128), (16, 32), False), ((512, 1024), (64, 128), False)])
+def test_corners_lie_on_corners_in_crops_of_8_n_plus_1_alone(size, cells, aligned):
+    logits = torch.randn(1, 2, *cells)
+    both = [F.interpolate(logits, size, mode="bilinear", align_corners=x) for x in (False, True)]
+    assert not torch.equal(*both)
+    assert torch.equal(common.upsample(logits, size, True), both[aligned]) and torch.equal(common.upsample(logits, size, False), both[False])
+    assert common.upsample(logits.bfloat16(), size, True).dtype == torch.float32
+
+
+def test_a_map_of_another_stride_is_not_stretched():
+    """A ramp at the centres of 8 x 8 cells comes back as a ramp at the same places, where align_corners would move it."""
+    ramp = (torch.arange(45.) * 8 + 3.5).view(1, 1, 1, 45).expand(1, 1, 45, 45)
+    up = common.upsample(ramp, (360, 360), align_corners=True)[0, 0, 100]
+    assert torch.allclose(up[4:-4], torch.arange(360.)[4:-4], atol=1e-3)
+
+
 def test_the_picture_is_predicted_at_its_own_size():
     image = torch.randint(0, 256, (3, 20, 37), dtype=torch.uint8)
     label, code = dars.predict_picture(Lopsided(True).eval(), image, stub_args(base_size=18, crop=(9, 9), flip=True))
@@ -675,21 +780,28 @@ def inside(label, radius=3):
     return (F.max_pool2d(x, 2 * radius + 1, 1) == -F.max_pool2d(-x, 2 * radius + 1, 1))[0, 0]
 
 
+def rotate_whole(image, label, generator):
+    """The crop is the whole picture."""
+    return dars.rotate_and_blur(image, label, 0, 0, label.shape, generator)
+
+
 def test_rotation_and_blur_by_content():
     image, label = coded_picture()
     kernel = torch.tensor([math.exp(-x * x / (2 * 1.1 ** 2)) for x in range(-2, 3)])  # 5 x 5, sigma .3 ((5 - 1) / 2 - 1) + .8
     kernel = torch.outer(kernel, kernel) / kernel.sum() ** 2
 
-    def naive_blur(image):  # PIL leaves two pixels at the border as they are
-        result = image.clone()
-        result[:, 2:-2, 2:-2] = F.conv2d(image[:, None].float(), kernel[None, None])[:, 0].round().to(torch.uint8)
-        return result
+    mean = torch.tensor(common.MEAN_COLOR, dtype=torch.uint8)[:, None, None]
+
+    def naive_blur(image):  # beyond the picture the mean colour
+        wide = mean.repeat(1, image.shape[1] + 4, image.shape[2] + 4)
+        wide[:, 2:-2, 2:-2] = image
+        return F.conv2d(wide[:, None].float(), kernel[None, None])[:, 0].round().to(torch.uint8)
 
     def steepest(image):  # step from a pixel to its neighbour; a turned edge keeps nearly all of it, a soft one about a third
         return max(image[:, 2:-2, 2:-2].int().diff(dim=d).abs().max().item() for d in (1, 2))
     rotated = blurred = both = neither = 0
     for seed in range(120):
-        new_image, new_label = dars.rotate_and_blur(image, label, common.rng("rotate", seed))
+        new_image, new_label = rotate_whole(image, label, common.rng("rotate", seed))
         assert new_image.shape == image.shape and new_label.shape == label.shape and new_image.dtype == new_label.dtype == torch.uint8
         assert set(new_label.flatten().tolist()) <= {*range(K), 255}
         middle = inside(new_label)
@@ -708,7 +820,7 @@ def test_rotation_and_blur_by_content():
         neither += torch.equal(new_image, image)
         rotated, both = rotated + turned, both + (turned and soft)
     assert 40 < rotated < 80 and 15 < blurred < 48 and 15 < neither < 48 and 15 < both < 48
-    again = [dars.rotate_and_blur(image, label, common.rng("rotate", 3)) for _ in range(2)]
+    again = [rotate_whole(image, label, common.rng("rotate", 3)) for _ in range(2)]
     assert torch.equal(again[0][0], again[1][0]) and torch.equal(again[0][1], again[1][1])
     assert torch.equal(image, coded_picture()[0]) and torch.equal(label, coded_picture()[1])  # the originals are as they were
 
@@ -718,11 +830,49 @@ def test_rotation_is_by_up_to_ten_degrees():
     label[50, 51:] = 1  # a ray to the right
     angles = []
     for seed in range(150):
-        _, new = dars.rotate_and_blur(image, label, common.rng("angle", seed))
+        _, new = rotate_whole(image, label, common.rng("angle", seed))
         y, x = torch.nonzero(new == 1).double().mean(0).tolist()
         if not torch.equal(new, label):
             angles.append(math.degrees(math.atan2(50 - y, x - 50)))
     assert -10.5 < min(angles) < -7 and 7 < max(angles) < 10.5 and abs(sum(angles) / len(angles)) < 2
+
+
+def test_the_crop_is_that_of_the_whole_picture_rotated_and_blurred():
+    """Against PIL's rotate() and a naive blur of the whole: at the crop's border, too, real neighbours are blurred."""
+    r, kernel = np.random.RandomState(0), np.array([math.exp(-x * x / (2 * 1.1 ** 2)) for x in range(-2, 3)])
+    kernel = torch.from_numpy(np.outer(kernel, kernel) / kernel.sum() ** 2)[None, None]
+    seen = set()
+    for seed in range(80):
+        (height, width), crop = ((60, 80), (61, 79))[seed % 2], (20, 31)
+        image, label = r.randint(0, 256, (height, width, 3)).astype(np.uint8), r.randint(0, 19, (height, width)).astype(np.uint8)
+        top, left = r.randint(2, height - crop[0] - 1), r.randint(2, width - crop[1] - 1)
+        generator = common.rng("crop", seed)
+        rotate, angle, blur = generator.uniform() < .5, generator.uniform(-10, 10), generator.uniform() < .5
+        angle = angle if rotate else 0
+        whole = torch.from_numpy(np.array(Image.fromarray(image).rotate(angle, Image.Resampling.BILINEAR, fillcolor=common.MEAN_COLOR))).permute(2, 0, 1).double()
+        masks = np.array(Image.fromarray(label).rotate(angle, Image.Resampling.NEAREST, fillcolor=255))
+        if blur:
+            whole[:, 2:-2, 2:-2] = F.conv2d(whole[:, None], kernel)[:, 0]
+        window = slice(top, top + crop[0]), slice(left, left + crop[1])
+        x, y = dars.rotate_and_blur(torch.from_numpy(image).permute(2, 0, 1).contiguous(), torch.from_numpy(label), top, left, crop, common.rng("crop", seed))
+        assert x.shape == (3, *crop) and y.shape == crop and x.is_contiguous() and y.is_contiguous()
+        assert (x - whole[:, window[0], window[1]]).abs().max() <= 1
+        assert (y.numpy() != masks[window]).sum() <= 1  # where the nearest pixel is a tie
+        seen.add((rotate, blur))
+    assert len(seen) == 4
+
+
+def test_a_cut_of_ones_own_draws_after_the_weak_view():
+    """Scale, place and flip are those of the view without it, however many numbers it draws."""
+    image, label = coded_picture()
+    image = image.permute(1, 2, 0).numpy()
+
+    def cut(image, label, top, left, crop, generator):
+        generator.uniform(size=int(generator.uniform(1, 9)))
+        return image[:, top:top + crop[0], left:left + crop[1]], label[top:top + crop[0], left:left + crop[1]]
+    for seed in range(20):
+        plain, own = (common.weak_view(image, label.numpy(), common.rng("cut", seed), (24, 30), (.6, 1.4), *more) for more in ((), (cut,)))
+        assert all(map(torch.equal, plain[:3], own[:3])) and plain[3] == own[3]
 
 
 def test_the_weak_view_rotates_and_pads():
@@ -756,12 +906,12 @@ def test_cross_entropy_is_the_mean_over_valid_pixels():
                     z = logits[b, :, y, x].double()
                     total -= float(z[label[b, y, x]] - torch.log(torch.exp(z).sum()))
                     count += 1
-    assert dars.cross_entropy(logits, label).item() == pytest.approx(total / count, abs=1e-6)
+    assert dars.cross_entropy(logits, label, torch.tensor(count)).item() == pytest.approx(total / count, abs=1e-6)
 
 
 def test_all_ignored_gives_loss_0_and_gradient_0():
     logits = torch.randn(1, K, 3, 4, requires_grad=True)
-    loss = dars.cross_entropy(logits, torch.full((1, 3, 4), 255))
+    loss = dars.cross_entropy(logits, torch.full((1, 3, 4), 255), torch.tensor(0))
     loss.backward()
     assert loss.item() == 0 and logits.grad.abs().max() == 0
 
@@ -769,10 +919,10 @@ def test_all_ignored_gives_loss_0_and_gradient_0():
 def test_the_mean_of_the_processes_losses_is_the_loss_of_the_whole_batch(monkeypatch):
     logits, label = torch.randn(2, K, 3, 4), torch.randint(K, (2, 3, 4))
     label[0, :2] = 255
-    whole, valid = dars.cross_entropy(logits, label), (label != 255).sum()
-    monkeypatch.setattr(common, "all_reduce", lambda count: valid)
+    valid = (label != 255).sum()
+    whole = dars.cross_entropy(logits, label, valid)
     monkeypatch.setattr(common, "world_size", lambda: 2)
-    assert (dars.cross_entropy(logits[:1], label[:1]) + dars.cross_entropy(logits[1:], label[1:])) / 2 == pytest.approx(whole.item(), abs=1e-6)
+    assert (dars.cross_entropy(logits[:1], label[:1], valid) + dars.cross_entropy(logits[1:], label[1:], valid)) / 2 == pytest.approx(whole.item(), abs=1e-6)
 
 
 class Stop(Exception):
@@ -819,7 +969,7 @@ def test_eqs_1_and_2_the_loss_of_a_step(number, empty, tmp_path, monkeypatch, ca
     monkeypatch.setattr(dars, "histograms", lambda *_: ([], {}))
     if empty:
         monkeypatch.setattr(dars, "select", select)
-    rounds = [{"round": k, "iterations": 1 if k == number else 0, "alpha": .9 if k else None, "scale": (.9, 1.1)} for k in range(number + 1)]
+    rounds = [(k, 1 if k == number else 0, .9 if k else None, (.9, 1.1)) for k in range(number + 1)]
     with pytest.raises(Stop):
         dars.train(args, rounds, data, labeled, unlabeled, CPU)
     parts = recorded["batches"]
@@ -827,7 +977,7 @@ def test_eqs_1_and_2_the_loss_of_a_step(number, empty, tmp_path, monkeypatch, ca
     assert torch.equal(recorded["image"], torch.cat([part["image"] for part in parts]).float() / 255)
     expected = {}
     for weight, suffix, z in zip((1, .4), ("", "_aux"), recorded["outputs"]):
-        z = F.interpolate(z, (32, 64), mode="bilinear", align_corners=True)
+        z = F.interpolate(z, (32, 64), mode="bilinear", align_corners=False)  # 32 x 64 is no 4 n + 1
         for i, (kind, part) in enumerate(zip(("labeled", "pseudo"), parts)):
             known = part["label"] != 255
             value = F.cross_entropy(z[2 * i:2 * i + 2], part["label"], ignore_index=255).item() if known.any() else 0.
@@ -861,6 +1011,14 @@ def rounds(monkeypatch):
     return run
 
 
+def iterations(table):
+    return [n for _, n, _, _ in table]
+
+
+def alphas(table):
+    return [alpha for _, _, alpha, _ in table]
+
+
 ROWS = [  # notes/dars.md, Numbers: argv; crop, base, scale of rounds 0 and 1, of round 2, alpha, batch sizes of round 0 and later, lr
     ("cityscapes --labels 372", 361, 1024, (.25, 1), (.2, 1.5), (.2, .5), (16, 8), .01),
     ("cityscapes --labels 1/8", 361, 1024, (.25, 1), (.2, 1.5), (.2, .5), (16, 8), .01),
@@ -876,12 +1034,12 @@ ROWS = [  # notes/dars.md, Numbers: argv; crop, base, scale of rounds 0 and 1, o
 @pytest.mark.parametrize("argv, crop, base, scale, scale_2, alpha, batch, lr", ROWS, ids=[row[0] for row in ROWS])
 def test_the_papers_rows(rounds, argv, crop, base, scale, scale_2, alpha, batch, lr):
     args, table = rounds("--dataset", *argv.split(), "--data-root", "x")
-    assert [r["round"] for r in table] == [0, 1, 2] and [r["alpha"] for r in table] == [None, *alpha]
-    for r, expected in zip(table, (scale, scale, scale_2)):
-        assert r["scale"] == pytest.approx(expected)
+    assert [number for number, *_ in table] == [0, 1, 2] and alphas(table) == [None, *alpha]
+    for (*_, its_scale), expected in zip(table, (scale, scale, scale_2)):
+        assert its_scale == pytest.approx(expected)
     assert (tuple(args.crop), args.base_size, args.round0_batch_size, args.batch_size, args.lr) == ((crop, crop), base, *batch, lr)
     epochs, labeled, unlabeled = (50, 1464, 9118) if "voc" in argv else (200, 744, 2231) if "744" in argv or "1/4" in argv else (200, 372, 2603)
-    assert [r["iterations"] for r in table] == [epochs * labeled // batch[0]] + [epochs * unlabeled // batch[1]] * 2
+    assert iterations(table) == [epochs * labeled // batch[0]] + [epochs * unlabeled // batch[1]] * 2
     assert (args.optimizer, args.weight_decay, args.head_lr, args.flip, args.batch_norm) == ("sgd", 1e-4, 10, True, "frozen" if "deeplab" in argv else "sync")
     assert (args.network, args.backbone) == (("deeplabv2", "resnet101") if "deeplab" in argv else ("pspnet", "resnet50"))
     number = {("cityscapes", None, 372): 69.64, ("cityscapes", None, 744): 71.30, ("cityscapes", "713", 372): 72.78, ("cityscapes", "713", 744): 74.32,
@@ -898,23 +1056,25 @@ def test_a_setting_of_ones_own_has_no_number_of_the_paper(rounds):
 
 def test_scales_and_alpha_of_each_round(rounds):
     args, table = rounds("--rounds", "3", "--alpha", ".1", ".5", "1", "--beta-min", "0", ".2", ".5", "--beta-max", "0", ".5", "1", "--scale", ".5", "2")
-    assert [r["alpha"] for r in table] == [None, .1, .5, 1]
-    assert [r["scale"] for r in table] == [pytest.approx(x) for x in ((.5, 2), (.5, 2), (.4, 3), (.25, 4))]  # of the base range, not of the round before
+    assert alphas(table) == [None, .1, .5, 1]
+    assert [scale for *_, scale in table] == [pytest.approx(x) for x in ((.5, 2), (.5, 2), (.4, 3), (.25, 4))]  # of the base range, not of the round before
     _, table = rounds("--rounds", "0")
     assert len(table) == 1
 
 
 def test_iterations_from_epochs(rounds):
     base = ["--dataset", "cityscapes", "--data-root", "x"]
-    assert [r["iterations"] for r in rounds(*base, "--epochs", "3")[1]] == [3 * 372 // 16, 3 * 2603 // 8, 3 * 2603 // 8]
-    assert [r["iterations"] for r in rounds(*base, "--iterations", "5")[1]] == [200 * 372 // 16, 5, 5]
-    assert [r["iterations"] for r in rounds(*base, "--iterations", "5", "--round0-iterations", "7")[1]] == [7, 5, 5]
-    assert [r["iterations"] for r in rounds(*base, "--supervised", "--iterations", "5", "--round0-iterations", "7")[1]] == [17]
-    assert [r["iterations"] for r in rounds(*base, "--batch-size", "16", "--epochs", "1")[1]] == [23, 162, 162]
+    assert iterations(rounds(*base, "--epochs", "3")[1]) == [3 * 372 // 16, 3 * 2603 // 8, 3 * 2603 // 8]
+    assert iterations(rounds(*base, "--iterations", "5")[1]) == [5, 5, 5]  # the table has no number for round 0
+    assert iterations(rounds(*base, "--round0-iterations", "7")[1]) == [7, 200 * 2603 // 8, 200 * 2603 // 8]
+    assert iterations(rounds("--iterations", "5")[1]) == [1500, 5, 5]  # that of the streets has
+    assert iterations(rounds(*base, "--iterations", "5", "--round0-iterations", "7")[1]) == [7, 5, 5]
+    assert iterations(rounds(*base, "--supervised", "--iterations", "5", "--round0-iterations", "7")[1]) == [17]
+    assert iterations(rounds(*base, "--batch-size", "16", "--epochs", "1")[1]) == [23, 162, 162]
 
 
 def test_epochs_are_heeded_where_the_table_has_iterations(rounds):
-    assert [r["iterations"] for r in rounds("--epochs", "1")[1]] == [16 // 8, 240 // 4, 240 // 4]
+    assert iterations(rounds("--epochs", "1")[1]) == [16 // 8, 240 // 4, 240 // 4]
 
 
 def test_a_split_file_of_744_pictures_takes_the_row_of_744(rounds, monkeypatch, tmp_path):
@@ -927,8 +1087,26 @@ def test_a_split_file_of_744_pictures_takes_the_row_of_744(rounds, monkeypatch, 
     for n, alpha in ((744, [.4, .6]), (372, [.2, .5]), (500, [.2, .5])):
         (tmp_path / "list.txt").write_text("".join(f"picture_{i}\n" for i in range(n)))
         args, table = rounds("--dataset", "cityscapes", "--data-root", "x", "--split", "list.txt")
-        assert [r["alpha"] for r in table] == [None, *alpha] and args.labels == n
-        assert table[0]["iterations"] == 200 * n // 16
+        assert alphas(table) == [None, *alpha] and args.labels == n
+        assert iterations(table)[0] == 200 * n // 16
+
+
+def test_batch_norm_needs_two_pictures_in_each_process(rounds, monkeypatch):
+    base = ["--dataset", "cityscapes", "--data-root", "x", "--round0-batch-size"]
+
+    def refused(n, *flags):
+        with pytest.raises(common.UserError, match=f"--round0-batch-size {n}: batch norm needs two pictures"):
+            rounds(*base, n, *flags)
+    refused("1")
+    rounds(*base, "2")
+    rounds(*base, "1", "--preset", "deeplabv2")  # frozen
+    rounds("--round0-batch-size", "1")  # the tiny backbone has group norm
+    monkeypatch.setattr(common, "world_size", lambda: 2)
+    refused("2")
+    rounds(*base, "4")
+    monkeypatch.setattr(common, "setup", lambda args: torch.device("cuda"))
+    rounds(*base, "2")  # synchronized: over all GPUs
+    refused("2", "--batch-norm", "train")
 
 
 # ---- analysis --------------------------------------------------------------------------------------------------------
@@ -940,9 +1118,22 @@ def test_tail_classes():
     assert len(dars.tail_classes(torch.arange(10))) == 7
 
 
-def test_groups_and_sizes_against_a_naive_count(monkeypatch):
-    """analyze() on drawn masks: the student is right on class 0 and 1, wrong elsewhere."""
-    r, crop = np.random.RandomState(0), (10, 10)
+def test_tail_miou():
+    table, labels = torch.tensor([[9, 1, 0, 0], [2, 5, 1, 0], [0, 0, 0, 0], [0, 3, 0, 1]]), torch.tensor([50, 9, 8, 7])
+    assert dars.tail_classes(labels) == [1, 2, 3]
+    assert dars.tail_miou(table, labels) == pytest.approx(100 * (5 / 12 + 0 / 1 + 1 / 4) / 3)
+    table[1, 1] += table[1, 2]
+    table[1, 2] = 0  # class 2 is nowhere: left out
+    assert dars.tail_miou(table, labels) == pytest.approx(100 * (6 / 12 + 1 / 4) / 2)
+    assert dars.tail_miou(torch.diag(torch.tensor([9, 0, 0, 0])), labels) is None
+
+
+@pytest.mark.parametrize("base_size", [0, 12, 6])
+def test_groups_and_sizes_against_a_naive_count(monkeypatch, base_size):
+    """analyze() on drawn masks: the student is right on class 0 and 1, wrong elsewhere.
+
+    base_size 6: a crop of 5 x 5 shows as much of a picture, half as large, as one of 10 x 10 of the whole."""
+    r, crop = np.random.RandomState(0), (5, 5) if base_size == 6 else (10, 10)
     masks = {f"l{i}": r.choice(4, (8, 12), p=[.6, .3, .08, .02]) for i in range(5)} | {f"v{i}": r.choice(4, (8, 12), p=[.6, .3, .08, .02]) for i in range(3)}
     masks["l0"][:2], masks["v1"][:, 3] = 255, 255
 
@@ -962,8 +1153,9 @@ def test_groups_and_sizes_against_a_naive_count(monkeypatch):
     monkeypatch.setattr(common, "predict", predict)
     labels = torch.tensor([sum((masks[f"l{i}"] == j).sum() for i in range(5)) for j in range(4)])
     one, two = torch.eye(4).long() * 10 + 1, torch.eye(4).long() * 30 + 1
-    args = SimpleNamespace(crop=crop, flip=False)
-    extra = dars.analyze(torch.nn.Identity(), [one, two], Data(), [f"l{i}" for i in range(5)], labels, args, CPU)
+    pictures = torch.tensor([sum((masks[f"l{i}"] == j).any() for i in range(5)) for j in range(4)])
+    args = SimpleNamespace(crop=crop, flip=False, base_size=base_size)
+    extra = dars.analyze(torch.nn.Identity(), [one, two], Data(), [f"l{i}" for i in range(5)], labels, pictures, args, CPU)
     gain = common.iou(two) - common.iou(one)
     groups = {name: set() for name in ("frequent, large", "frequent, small", "rare, large", "rare, small")}
     for j in range(4):
@@ -987,8 +1179,11 @@ def test_groups_and_sizes_against_a_naive_count(monkeypatch):
     for i, entry in enumerate(extra["accuracy_by_size"]):
         hit, total = naive.get(((.001, .024, .08)[i // 10], i % 10), (0, 0))
         assert entry["accuracy"] == (pytest.approx(100 * hit / total) if total else None)
-    assert extra["tail_classes"] == list("bcd")  # class a is the most frequent one
-    assert extra["tail_miou"] == {"round_0": pytest.approx(float(common.iou(one)[1:].mean())), "student": pytest.approx(float(common.iou(two)[1:].mean()))}
+        part, b = (.001, .024, .08)[i // 10], i % 10
+        assert entry["pixels"] == [round(b * 100 * part), round((b + 1) * 100 * part)]
+    assert dars.tail_classes(labels) == [1, 2, 3]  # class a is the most frequent one
+    assert dars.tail_miou(one, labels) == pytest.approx(float(common.iou(one)[1:].mean())) and dars.tail_miou(two, labels) == pytest.approx(float(common.iou(two)[1:].mean()))
+    assert not {"tail_classes", "tail_miou"} & set(extra)
 
 
 def test_an_object_at_the_end_of_a_bin(monkeypatch):
@@ -1001,8 +1196,9 @@ def test_an_object_at_the_end_of_a_bin(monkeypatch):
         def label(self, id, full_size=False):
             return np.repeat([0, 1], 961).reshape(31, 62).astype(np.uint8)
     monkeypatch.setattr(common, "predict", lambda network, image, args, size, logits=False: torch.ones(1, 2, *size))
-    args = SimpleNamespace(crop=(310, 310), flip=False)
-    extra = dars.analyze(torch.nn.Identity(), [torch.eye(2).long()], Data(), ["l0"], torch.tensor([1, 1]), args, CPU)
+    args = SimpleNamespace(crop=(310, 310), flip=False, base_size=0)
+    extra = dars.analyze(torch.nn.Identity(), [torch.eye(2).long()], Data(), ["l0"], torch.tensor([1, 1]), torch.tensor([1, 1]), args, CPU)
+    assert "groups" not in extra  # --supervised: nothing to gain over
     accuracy = [entry["accuracy"] for entry in extra["accuracy_by_size"]]
     assert accuracy[9] in (None, 50) and accuracy[10] == accuracy[20] == 50  # ten widths are where the finest bins end: all is told as class a, half is right
     assert accuracy[:9] == [None] * 9 and accuracy[11:20] == accuracy[21:] == [None] * 9
