@@ -740,7 +740,7 @@ def upsample(logits, size, align_corners=False):
     """Logits (B, K, h, w) at size (H, W), in float32.
 
     align_corners holds only where H = (h - 1) stride + 1, as in crops of 361 or 713: there corners lie on corners. Elsewhere it would stretch the map."""
-    fits = all(n - 1 in (4 * (m - 1), 8 * (m - 1)) for n, m in zip(size, logits.shape[2:]))
+    fits = all(n - 1 in [stride * (m - 1) for stride in (1, 2, 4, 8, 16)] for n, m in zip(size, logits.shape[2:]))
     return F.interpolate(logits.float(), size, mode="bilinear", align_corners=align_corners and fits)
 
 

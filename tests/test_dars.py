@@ -628,7 +628,8 @@ def test_pseudo_labels_are_predicted_in_fp32(monkeypatch):
 
 
 @pytest.mark.parametrize("size, cells, aligned", [
-    ((361, 361), (46, 46), True), ((713, 713), (90, 90), True), ((321, 321), (41, 41), True), ((361, 713), (46, 90), True), ((9, 33), (1, 5), True),
+    ((361, 361), (46, 46), True), ((713, 713), (90, 90), True), ((321, 321), (41, 41), True), ((361, 713), (46, 90), True), ((17, 33), (3, 5), True),
+    ((64, 64), (8, 8), False),
     ((360, 360), (45, 45), False), ((361, 720), (46, 90), False), ((720, 361), (90, 46), False), ((64, 128), (16, 32), False), ((512, 1024), (64, 128), False)])
 def test_corners_lie_on_corners_in_crops_of_8_n_plus_1_alone(size, cells, aligned):
     logits = torch.randn(1, 2, *cells)
