@@ -73,7 +73,7 @@ PAPER = {
     # Drawn scenes and a small network from scratch, minutes on a CPU.
     "streets": dict(
         labels="16", size=(64, 128), crop=(64, 128), base_size=128, scale=(.75, 1.25), batch_size=4, round0_batch_size=8, iterations=1500,
-        round0_iterations=1500, alpha=(.6, .9), beta_min=(0., .2), beta_max=(0., .2), network="pspnet", backbone="tiny", weights="none",
+        round0_iterations=1500, alpha=(.5, .65), beta_min=(0., .2), beta_max=(0., .2), network="pspnet", backbone="tiny", weights="none",
         batch_norm="frozen", head="plain", optimizer="adamw", lr=3e-3, head_lr=1., weight_decay=1e-2, flip=True, workers=0, log_every=50,
         eval_every=500, save_every=100),
 }
