@@ -1728,7 +1728,7 @@ def draw_bars(title, categories, series, font=ImageFont.load_default(15)):
     picture = Image.new("RGB", (left + group * len(categories) + 20, top + height + int(room) + 20), "white")
     pen, high = ImageDraw.Draw(picture), max(max(values) for values in series.values())
     pen.text((left, 6), title, fill="black", font=font)
-    for value in (x for x in (0, .1, 1, 5, 10, 20, 40, 60, 80, 100) if x <= high):
+    for value in (x for x in (0, 1, 5, 10, 20, 40, 60, 80, 100) if x <= high):
         y = top + height - height * (value / high) ** .5
         pen.line((left, y, picture.width - 10, y), fill=(225, 225, 225))
         pen.text((8, y - 8), f"{value:g}", fill="gray", font=font)
@@ -1738,7 +1738,8 @@ def draw_bars(title, categories, series, font=ImageFont.load_default(15)):
         pen.text((x + 16, 31), name, fill="black", font=font)
         for c, value in enumerate(values):
             x = left + 7 + c * group + i * bar
-            pen.rectangle((x, top + height - height * (value / high) ** .5, x + bar - 2, top + height), fill=palette[i])
+            if value > 0:
+                pen.rectangle((x, top + height - height * (value / high) ** .5, x + bar - 2, top + height), fill=palette[i])
     for c, name in enumerate(categories):  # upright
         word = Image.new("L", (int(room) + 2, 20))
         ImageDraw.Draw(word).text((room - font.getlength(name), 0), name, fill=255, font=font)

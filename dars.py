@@ -37,12 +37,14 @@ Choices that the paper leaves open, and why
     Learning rate: within round k, lr ((1 - t) / (k + 1))^.9, t from 0 to 1 (authors' code). The optimizer starts anew.  --restart-schedule
     A step of rounds 1, 2, .. has --batch-size labeled and as many pseudo-labeled pictures, one of round 0 --round0-batch-size labeled ones.
         Each half's loss is its mean over the valid pixels of all processes; batch norm sees both halves together.
-    Other numbers of labels than 372 and 744 take the alphas of 372; on streets and CamVid they are ours (README.md).
+    The paper gives alpha and beta for Cityscapes 1/8, crop 361 (Table 6); the other rows of Cityscapes and VOC are the authors' code's. Other
+        numbers of labels than 372 and 744 take those of 372. On streets and CamVid they are ours: larger alphas trained better, but
+        left too few predictions to align.
     Head: ten times the learning rate (authors' code). Auxiliary head (PSPNet): weight .4.                    --head-lr
     Tail classes: all but the 6 of 19 most frequent of the labels, in proportion (the 13 of Table 4 on Cityscapes, whose printed
         means differ from their columns' by up to .7).
-    The baseline (--supervised) is round 0 for as many steps as all rounds have together. The paper's own baseline is shorter: round 0, which
-        result.json has as round_0.
+    The baseline (--supervised) is round 0 for as many steps as all rounds have together. The paper's own baseline is shorter: round 0,
+        which result.json has as round_0.                                                                --supervised --rounds 0
     Reported: the student at the last iteration, by windows and flip as the authors do; without flip it is in result.json too.
 """
 
@@ -100,17 +102,18 @@ METHODS = "st", "cbst", "da", "dars"
 
 def get_parser():
     parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__.split("\n\n")[1],
-                                     epilog="What is left out comes from the table PAPER in this file, by dataset, preset and labels.")
+                                     epilog="What is left out comes from the table PAPER at the top of dars.py, by dataset, preset and labels; a run writes all "
+                                            "values to args.json. Presets: cityscapes 713, deeplabv2; camvid cpu, gpu.")
     a = parser.add_argument_group("distribution alignment and random sampling").add_argument
-    a("--pseudo", choices=METHODS, default="dars", help="one threshold, one share of each predicted class, alignment, alignment and sampling (Table 4)")
+    a("--pseudo", choices=METHODS, default="dars", help="st: one threshold; cbst: one share of each predicted class; da: aligned; dars: aligned, then sampled (Table 4)")
     a("--temperature", type=float, default=1., help="of the softmax whose maximum is the confidence (TS of Tables 4, 5: 1.27)")
     a("--confidence", choices=["fp16", "fine"], default="fp16", help="how finely confidences are told apart (Fig. 3)")
     a("--rounds", type=int, default=2, help="of self-training after round 0 (Table 4: 1 without, 2 with iterative training)")
-    a("--alpha", type=float, nargs="+", help="labeling ratio of each round (Sect. 3.3, Table 6)")
+    a("--alpha", type=float, nargs="+", help="labeling ratio of each round, in (0, 1] (Sect. 3.3, Table 6)")
     a("--beta-min", type=float, nargs="+", help="how far the lower end of --scale falls in each round (Sect. 3.3)")
     a("--beta-max", type=float, nargs="+", help="how far the upper end of --scale rises in each round (Sect. 3.3)")
-    a("--epochs", type=int, help="of a round, if not --iterations: passes over the unlabeled pictures, in round 0 over the labeled ones (Sect. 4.1)")
-    a("--round0-iterations", type=int, help="of round 0, if not --epochs")
+    a("--epochs", type=int, help="instead of --iterations: passes over the unlabeled pictures, in round 0 over the labeled ones (Sect. 4.1)")
+    a("--round0-iterations", type=int, help="of round 0 (default: as many as --iterations or --epochs say)")
     a("--round0-batch-size", type=int, help="labeled pictures a step in round 0")
     a("--head-lr", type=float, help="the heads' learning rate, times --lr")
     a("--restart-schedule", action="store_true", help="each round starts at the full learning rate")
@@ -279,8 +282,8 @@ def make_pseudo_labels(teacher, data, unlabeled, labels, alpha, number, run, arg
                "coverage": int(counts.sum()) / report["pixels"], "pseudo_miou": finite(common.mean_iou(matrix))}
     if common.is_main():
         show(report, data, args)
-        series = {"labeled": report["labeled_share"], "ST": report["expected"]["st"]["share"], args.pseudo.upper(): report["share"]}
-        run.picture(f"distribution_round_{number}", common.draw_bars("share of each class in percent (Fig. 1)", data.names, {
+        series = {"true labels": report["labeled_share"], "ST": report["expected"]["st"]["share"], args.pseudo.upper(): report["share"]}
+        run.picture(f"distribution_round_{number}", common.draw_bars("share of each class, percent of pixels, square-root scale (Fig. 1)", data.names, {
             name: [100 * x for x in shares] for name, shares in series.items()}))
         columns = {"unlabeled picture": [], "truth (not used)": [], "teacher predicts": [], "confidence": [], "ST would keep": [], f"{args.pseudo.upper()} keeps": []}
         for id in unlabeled[:5]:
@@ -293,7 +296,7 @@ def make_pseudo_labels(teacher, data, unlabeled, labels, alpha, number, run, arg
         run.panel(f"pseudo_round_{number}", columns)
         predicted = torch.nonzero(table.sum(1)).flatten().tolist()
         head, tail = max(predicted, key=lambda j: labels[j]), min(predicted, key=lambda j: labels[j])
-        run.picture(f"confidence_round_{number}", common.draw_bars("share of a class's predicted pixels in percent, by confidence (Fig. 3)", *histograms(
+        run.picture(f"confidence_round_{number}", common.draw_bars("share of a class's predicted pixels by confidence from .., percent, square-root scale (Fig. 3)", *histograms(
             table, [head, tail], data.names, args)))
         run.write_json(f"pseudo_labels/round_{number}/report.json", report)
         shutil.rmtree(run.folder / "predictions", ignore_errors=True)
@@ -348,19 +351,20 @@ def told(d_kl):
 
 def show(report, data, args):
     """Print the pseudo-labels of a round: by class, and Table 5 for all methods on the same predictions."""
-    print(f"\nround {report['round']}: pseudo-labels for {100 * report['alpha']:.0f} % of the pixels wanted; share of each class in percent")
+    print(f"\nround {report['round']}: {100 * report['alpha']:.0f} % of the unlabeled pixels are to get a pseudo-label. Share of each class among them, in percent:")
     print(f"{'':14}{'labeled':>9}{'predicted':>11}" + "".join(f"{m.upper():>8}" for m in METHODS) + f"{'threshold of ' + args.pseudo.upper():>20}")
     for j, name in enumerate(data.names):
         shares = [report["labeled_share"][j], report["predicted_share"][j]] + [report["expected"][m]["share"][j] for m in METHODS]
-        threshold = "none kept" if report["threshold"][j] is None else f"{report['threshold'][j]:.4f}"
+        threshold = report["threshold"][j]
+        threshold = "none kept" if threshold is None else "all kept" if threshold == 0 else f"{threshold:.4f}"
         print(f"{name:14}{100 * shares[0]:9.2f}{100 * shares[1]:11.2f}" + "".join(f"{100 * x:8.2f}" for x in shares[2:]) + f"{threshold:>20}")
-    print(f"{'coverage':34}" + "".join(f"{100 * report['expected'][m]['coverage']:8.2f}" for m in METHODS))
+    print(f"{'% of all pixels':34}" + "".join(f"{100 * report['expected'][m]['coverage']:8.2f}" for m in METHODS))
     print(f"{'D_KL':34}" + "".join(f"{told(report['expected'][m]['d_kl']):>8}" for m in METHODS))
     never = [name for name, share in zip(data.names, report["predicted_share"]) if share == 0]
     if never:
         common.warn(f"the teacher never predicts {', '.join(never)}: no pseudo-label can have it")
-    print(f"made with {args.pseudo.upper()}: D_KL {told(report['d_kl'])}, coverage {100 * report['coverage']:.2f} %, "
-          + ("no truth known\n" if report["pseudo_miou"] is None else f"mIoU {report['pseudo_miou']:.1f} where it is known (used for nothing)\n"), flush=True)
+    print(f"written with {args.pseudo.upper()} (what is dropped is rounded down in each picture): D_KL {told(report['d_kl'])}, coverage {100 * report['coverage']:.2f} %, "
+          + ("no truth known\n" if report["pseudo_miou"] is None else f"mIoU {report['pseudo_miou']:.1f} against the truth, which nothing learns from\n"), flush=True)
 
 
 # ---- losses ----------------------------------------------------------------------------------------------------------
@@ -473,7 +477,11 @@ def train(args, rounds, data, labeled, unlabeled, device):
         loaders = batch = None  # their processes end
 
     names = [f"round_{number}" for number, *_ in rounds[:-1]] + ["student"]
-    paper = None if args.changed else (PAPER_SUPERVISED if args.supervised else PAPER_MIOU).get((args.dataset, args.table_preset, args.labels))
+    setting = args.dataset, args.table_preset, args.labels
+    if args.supervised:  # the paper's baseline is round 0 alone
+        paper = PAPER_SUPERVISED.get(setting) if args.changed == ["rounds"] and args.rounds == 0 else None
+    else:
+        paper = None if args.changed else PAPER_MIOU.get(setting)
     tail = {name: tail_miou(table, labels) for name, table in zip(names, results)}
     names_of_tail = [data.names[j] for j in tail_classes(labels)]
     common.say(f"\ntail mIoU ({', '.join(names_of_tail)}): " + ", ".join(f"{name} {x:.2f}" for name, x in tail.items() if x is not None))

@@ -97,7 +97,7 @@ MUTUAL = {
 
 def get_parser():
     parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__.split("\n\n")[1],
-                                     epilog="What is left out comes from the table PAPER in this file, by dataset.")
+                                     epilog="What is left out comes from the table PAPER at the top of rml.py, by dataset; a run writes all values to args.json.")
     a = parser.add_argument_group("robust mutual learning").add_argument
     a("--mutual", choices=list(MUTUAL), default="indirect", help="who teaches whom (Sect. 3, 4.1; Fig. 4)")
     a("--rectify", action=argparse.BooleanOptionalAction, help="rectify pseudo-labels by prototypes (Sect. 4.2); default: for peer and indirect")
@@ -429,7 +429,7 @@ def train(args, data, labeled, unlabeled, device):
                         labels[f"teacher {i + 1}, raw"] = hard_label(outputs[i][1].float().softmax(1), args.crop, valid)
                         labels[f"pseudo-label {i + 1}"] = pseudo_labels[i]
                         labels[f"student {i + 1} predicts"] = common.predict(students[i].eval(), weak[:4], args, args.crop).argmax(1)
-                        views |= {f"student {i + 1} sees": strong[i][0], f"learns from {peer + 1}": strong[i][1][peer]}
+                        views |= {f"student {i + 1} sees": strong[i][0], f"label of teacher {peer + 1}": strong[i][1][peer]}
                     run.panel(f"pseudo_{name}", {title: cells[:min(4, B)] for title, cells in (picture | labels).items()})
                     run.panel(f"strong_{name}", {title: cells[:min(4, B)] for title, cells in (picture | views).items()})
             if done % args.save_every == 0 or last:
