@@ -3,7 +3,7 @@
 Makes pseudo-labels for N and for 10 N pictures of 1024 x 2048 with 19 classes, each in a process of its own, with predictions from a stub
 instead of a network, and prints peak memory of both, pixels per second of the alignment alone, and disk taken by the drafts.
 
-    python tests/benchmark_pseudo.py            200 and 2,000 pictures: about half an hour, 15 GB of disk
+    python tests/benchmark_pseudo.py            200 and 2,000 pictures: about twenty minutes, 13 GB of disk
     python tests/benchmark_pseudo.py 20         20 and 200
 """
 
