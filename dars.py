@@ -123,7 +123,7 @@ def get_parser():
 
 # ---- perturbations ---------------------------------------------------------------------------------------------------
 
-# 5x5 Gaussian with sigma 1.1, what OpenCV takes for this size in the authors' code. (PIL: a fifth of the time of torchvision's on a CPU.)
+# 5x5 Gaussian with sigma 1.1, what OpenCV takes for this size in the authors' code. (PIL: an eighth of the time of torchvision's on a CPU.)
 BLUR = ImageFilter.Kernel((5, 5), [math.exp(-(x * x + y * y) / (2 * 1.1 ** 2)) for y in range(-2, 3) for x in range(-2, 3)])
 
 
@@ -180,7 +180,7 @@ def distribution(counts):
 def divergence(labeled, pseudo):
     """D_KL of Eq. 3 between two distributions (K,); None, for infinite, where a class of the labels has no pseudo-label at all."""
     known = labeled > 0
-    return finite(float((labeled[known] * (labeled[known] / pseudo[known]).log()).sum()))
+    return finite(float((labeled[known] * (labeled[known] / pseudo[known]).log()).sum()))  # Eq. 3
 
 
 def finite(x):
@@ -198,7 +198,7 @@ def align(table, labels, alpha, method):
     predicted = at_least[:, 0]
     if method == "st":  # one threshold for all classes
         n = torch.full_like(predicted, math.floor(alpha * int(predicted.sum())))
-        threshold = ((at_least.sum(0) >= n[:, None]).sum(1) - 1)
+        threshold = (at_least.sum(0) >= n[:, None]).sum(1) - 1
     else:
         if method == "cbst":  # the same share of what is predicted of each class
             n = (alpha * predicted.double()).floor().long()
@@ -214,11 +214,11 @@ def select(label, code, threshold, kept, wanted, generator):
     """The pseudo-label of one picture: Algorithm 1, lines 3 and 6.
 
     label (H, W) uint8, code (H, W) int16, threshold, kept, wanted (K,) from align(), all numpy -> (H, W) uint8, 255 where ignored."""
-    pseudo_label = np.where(code >= threshold[label], label, IGNORE).astype(np.uint8)
+    pseudo_label = np.where(code >= threshold[label], label, IGNORE).astype(np.uint8)  # line 3
     for j in np.flatnonzero(wanted < kept):
         pixels = np.flatnonzero(pseudo_label == j)
-        drop = len(pixels) * int(kept[j] - wanted[j]) // int(kept[j])  # the share 1 - s_j, s_j = n_j / n~_j
-        np.put(pseudo_label, generator.choice(pixels, drop, replace=False), IGNORE)
+        drop = len(pixels) * int(kept[j] - wanted[j]) // int(kept[j])  # line 5: the share 1 - s_j, s_j = n_j / n~_j
+        np.put(pseudo_label, generator.choice(pixels, drop, replace=False), IGNORE)  # line 6
     return pseudo_label
 
 
@@ -282,22 +282,7 @@ def make_pseudo_labels(teacher, data, unlabeled, labels, alpha, number, run, arg
                "coverage": int(counts.sum()) / report["pixels"], "pseudo_miou": finite(common.mean_iou(matrix))}
     if common.is_main():
         show(report, data, args)
-        series = {"true labels": report["labeled_share"], "ST": report["expected"]["st"]["share"], args.pseudo.upper(): report["share"]}
-        run.picture(f"distribution_round_{number}", common.draw_bars("share of each class, percent of pixels, square-root scale (Fig. 1)", data.names, {
-            name: [100 * x for x in shares] for name, shares in series.items()}))
-        columns = {"unlabeled picture": [], "truth (not used)": [], "teacher predicts": [], "confidence": [], "ST would keep": [], f"{args.pseudo.upper()} keeps": []}
-        for id in unlabeled[:5]:
-            label, code = read_draft(drafts, id)
-            confidence = np.array(confidences[:CODES])[code]
-            for cells, array in zip(columns.values(), (data.image(id).transpose(2, 0, 1), common.truth_for_the_log(data, id), label,
-                                                       np.repeat((255 * confidence[None]).astype(np.uint8), 3, 0),
-                                                       select(label, code, *counts_of["st"], None), common.read_pseudo_label(folder, id))):
-                cells.append(torch.from_numpy(array.copy()))
-        run.panel(f"pseudo_round_{number}", columns)
-        predicted = torch.nonzero(table.sum(1)).flatten().tolist()
-        head, tail = max(predicted, key=lambda j: labels[j]), min(predicted, key=lambda j: labels[j])
-        run.picture(f"confidence_round_{number}", common.draw_bars("share of a class's predicted pixels by confidence from .., percent, square-root scale (Fig. 3)", *histograms(
-            table, [head, tail], data.names, args)))
+        draw(report, table, counts_of["st"], unlabeled[:5], folder, drafts, data, run, args)
         run.write_json(f"pseudo_labels/round_{number}/report.json", report)
         shutil.rmtree(run.folder / "predictions", ignore_errors=True)
     common.barrier()
@@ -365,6 +350,27 @@ def show(report, data, args):
         common.warn(f"the teacher never predicts {', '.join(never)}: no pseudo-label can have it")
     print(f"written with {args.pseudo.upper()} (what is dropped is rounded down in each picture): D_KL {told(report['d_kl'])}, coverage {100 * report['coverage']:.2f} %, "
           + ("no truth known\n" if report["pseudo_miou"] is None else f"mIoU {report['pseudo_miou']:.1f} against the truth, which nothing learns from\n"), flush=True)
+
+
+def draw(report, table, single_threshold, ids, folder, drafts, data, run, args):
+    """The pictures of a round: Figs. 1 and 3, and what ST (single_threshold, its counts from align()) and the method keep of these ids."""
+    series = {"true labels": report["labeled_share"], "ST": report["expected"]["st"]["share"], args.pseudo.upper(): report["share"]}
+    run.picture(f"distribution_round_{report['round']}", common.draw_bars("share of each class, percent of pixels, square-root scale (Fig. 1)", data.names, {
+        name: [100 * x for x in shares] for name, shares in series.items()}))
+    confidences = np.array(confidence_values(args))
+    columns = {"unlabeled picture": [], "truth (not used)": [], "teacher predicts": [], "confidence": [], "ST would keep": [], f"{args.pseudo.upper()} keeps": []}
+    for id in ids:
+        label, code = read_draft(drafts, id)
+        confidence = (255 * confidences[code][None]).astype(np.uint8).repeat(3, 0)  # (3, H, W)
+        shown = (data.image(id).transpose(2, 0, 1), common.truth_for_the_log(data, id), label, confidence,
+                 select(label, code, *single_threshold, None), common.read_pseudo_label(folder, id))
+        for cells, array in zip(columns.values(), shown):
+            cells.append(torch.from_numpy(array.copy()))
+    run.panel(f"pseudo_round_{report['round']}", columns)
+    predicted, share = torch.nonzero(table.sum(1)).flatten().tolist(), report["labeled_share"]
+    head, tail = max(predicted, key=lambda j: share[j]), min(predicted, key=lambda j: share[j])
+    title = "share of a class's predicted pixels by confidence from .., percent, square-root scale (Fig. 3)"
+    run.picture(f"confidence_round_{report['round']}", common.draw_bars(title, *histograms(table, [head, tail], data.names, args)))
 
 
 # ---- losses ----------------------------------------------------------------------------------------------------------
@@ -473,7 +479,6 @@ def train(args, rounds, data, labeled, unlabeled, device):
 
         if len(results) == number:  # a round of no iterations
             results = results + [common.evaluate({"student": student}, data, args, device)["student"]]
-
         loaders = batch = None  # their processes end
 
     names = [f"round_{number}" for number, *_ in rounds[:-1]] + ["student"]
@@ -566,13 +571,13 @@ def main():
     if "epochs" in args.given:  # goes before the iterations of the table
         args.iterations = args.iterations if "iterations" in args.given else None
         args.round0_iterations = args.round0_iterations if "round0_iterations" in args.given else None
-    def count(given, ids, batch_size):
+    def steps(given, ids, batch_size):
         return given if given is not None else args.epochs * len(ids) // batch_size
     first = args.iterations if args.round0_iterations is None else args.round0_iterations
-    (low, high), rounds = args.scale, [(0, count(first, labeled, args.round0_batch_size), None, tuple(args.scale))]
+    (low, high), rounds = args.scale, [(0, steps(first, labeled, args.round0_batch_size), None, tuple(args.scale))]
     for k in range(args.rounds):
         scale = (1 - args.beta_min[k]) * low, (1 + args.beta_max[k]) * high  # Sect. 3.3
-        rounds.append((k + 1, count(args.iterations, unlabeled, args.batch_size), args.alpha[k], scale))
+        rounds.append((k + 1, steps(args.iterations, unlabeled, args.batch_size), args.alpha[k], scale))
     if args.supervised:
         rounds = [(0, sum(iterations for _, iterations, _, _ in rounds), None, tuple(args.scale))]
     for number, iterations, alpha, scale in rounds:
