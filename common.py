@@ -713,14 +713,14 @@ def predict(network, image, args, size, logits=False):
     With --base-size the pictures are resized until their longer side has that length, and shown window by window (slide).
     logits: average logits, not probabilities, and return those."""
     def look(x, size):  # the network's answer to x and, with --flip, to its mirror image
-        answers = []
-        for flip in ([False, True] if args.flip else [False]):
-            with autocast(args, image.device):
-                output = network(x.flip(-1) if flip else x)
-            output = upsample(output, size, network.align_corners)
-            output = output if logits else output.softmax(1)
-            answers.append(output.flip(-1) if flip else output)
-        return sum(answers) / len(answers)
+        with autocast(args, image.device):
+            output = network(torch.cat([x, x.flip(-1)]) if args.flip else x)
+        output = upsample(output, size, network.align_corners)
+        output = output if logits else output.softmax(1)
+        if args.flip:
+            output, mirrored = output.chunk(2)
+            output = (output + mirrored.flip(-1)) / 2
+        return output
 
     total = 0
     for scale in args.scales:
@@ -1166,13 +1166,13 @@ def add_arguments(parser):
     a("--split", nargs="+", metavar="FILE", help="list of labeled pictures, or two lists: labeled, unlabeled")
     a("--split-seed", type=int, metavar="N", help="which pictures are labeled (default: --seed; on Cityscapes French et al.'s five)")
     a("--size", type=int, nargs=2, metavar=("H", "W"), help="pictures are resized to this")
-    a("--crop", type=int, nargs=2, metavar=("H", "W"))
+    a("--crop", type=int, nargs=2, metavar=("H", "W"), help="what the network sees of a picture, and the size of a window (--base-size)")
     a("--scale", type=float, nargs=2, metavar=("LOW", "HIGH"), help="random scale of the weak view")
     a("--cache", metavar="DIR", default="runs/cache", help="where big pictures are kept at --size (default: %(default)s)")
     a("--workers", type=int, metavar="N", help="loader processes for each stream")
     a = parser.add_argument_group("network").add_argument
-    a("--network", choices=["deeplabv2", "pspnet"])
-    a("--backbone", choices=["tiny", "resnet50", "resnet101"])
+    a("--network", choices=["deeplabv2", "pspnet"], help="which head sits on the backbone")
+    a("--backbone", choices=["tiny", "resnet50", "resnet101"], help="tiny: a small ResNet-18, to train from scratch on a CPU")
     a("--head", choices=["bottleneck", "plain"], help="ASPP with a 256-d feature before the last 1x1 conv (ProDA), or straight to classes (DeepLabv2)")
     a("--aspp-branches", type=int, choices=[1, 2, 3, 4], default=4, help="the lineage's code summed only 2 by mistake (default: 4)")
     a("--weights", metavar="W", help="imagenet, coco, none, or a file")
@@ -1182,17 +1182,17 @@ def add_arguments(parser):
     a("--supervised", action="store_true", help="the baseline: labeled pictures only, the same number of steps")
     a("--iterations", type=int, metavar="N", help="per stage or round")
     a("--batch-size", type=int, metavar="N", help="labeled pictures an iteration, and as many unlabeled; the sum over all processes")
-    a("--optimizer", choices=["sgd", "adamw"])
-    a("--lr", type=float, metavar="X")
-    a("--weight-decay", type=float, metavar="X")
-    a("--seed", type=int, default=0, metavar="N")
+    a("--optimizer", choices=["sgd", "adamw"], help="sgd with momentum .9, or adamw")
+    a("--lr", type=float, metavar="X", help="learning rate at the start")
+    a("--weight-decay", type=float, metavar="X", help="of the optimizer")
+    a("--seed", type=int, default=0, metavar="N", help="of weights, order, views and noise, and of which pictures are labeled (default: %(default)s)")
     a("--precision", choices=["fp32", "bf16", "fp16"], help="default: bf16 on a GPU, fp32 on a CPU")
     a = parser.add_argument_group("run").add_argument
     a("--out", metavar="DIR", help="run folder (default: runs/METHOD-DATASET-LABELS-sSEED), or where predictions go (default: predictions)")
     a("--overwrite", action="store_true", help="begin a finished or different run in this folder anew")
-    a("--log-every", type=int, metavar="N")
-    a("--eval-every", type=int, metavar="N")
-    a("--save-every", type=int, metavar="N")
+    a("--log-every", type=int, metavar="N", help="iterations between records in log.jsonl")
+    a("--eval-every", type=int, metavar="N", help="iterations between evaluations on val, and pictures; the last is always evaluated")
+    a("--save-every", type=int, metavar="N", help="iterations between checkpoints (last.pt)")
     a("--scales", type=float, nargs="+", default=[1.0], metavar="X", help="evaluate at these scales and average the probabilities")
     a("--flip", action=argparse.BooleanOptionalAction, help="evaluate the mirrored picture too")
     a("--base-size", type=int, metavar="N", help="evaluate by windows of the crop's size on pictures whose longer side is N (0: whole pictures)")
@@ -1415,8 +1415,9 @@ class Run:
     """A run's folder: args.json, log.jsonl, last.pt, pictures/, result.json (and soft_labels/ while it trains).
 
     state is the checkpoint to go on from, or None. A UserError if the folder holds a finished run, or one of another
-    configuration. lengths: {stage: iterations}, for the progress line."""
+    configuration. lengths: {stage: iterations}, for the progress line. word: what the paper calls a stage."""
 
+    word = "stage"
     OURS = "args.json", "log.jsonl", "last.pt", "result.json", "pictures", "soft_labels", "pseudo_labels", "predictions"
 
     def __init__(self, method, args, data, labeled, unlabeled, device, lengths):
@@ -1508,7 +1509,7 @@ class Run:
                 arrived.synchronize()
             for name, value in zip(self.names, values.tolist()):
                 if not math.isfinite(value):
-                    raise UserError(f"stage {stage}, iteration {iteration}: the loss term {name} is {value}; {self.folder}/last.pt is as the last "
+                    raise UserError(f"{self.word} {stage}, iteration {iteration}: the loss term {name} is {value}; {self.folder}/last.pt is as the last "
                                     "checkpoint left it. Try a lower --lr, or --precision fp32")
             self.pending = None
 
@@ -1544,7 +1545,7 @@ class Run:
         for key, value in record.items():  # on the screen the mean over the students, in the log each term
             if key.startswith("loss"):
                 terms.setdefault(re.sub(r"_\d.*", "", key).replace("_", " "), []).append(value)
-        words = [f"{self.step}/{self.total}", f"stage {record['stage']}"] + ([f"{duration(self.left)} left in it"] if self.left is not None else [])
+        words = [f"{self.step}/{self.total}", f"{self.word} {record['stage']}"] + ([f"{duration(self.left)} left in it"] if self.left is not None else [])
         words += [f"{name} {sum(values) / len(values):.3f}" for name, values in terms.items()]
         words += [f"{key.replace('_', ' ').replace('miou', 'mIoU')} {value:.1f}" for key, value in record.items() if "miou" in key and isinstance(value, float)]
         if "val" in record:

@@ -106,16 +106,16 @@ def get_parser():
                                             "values to args.json. Presets: cityscapes 713, deeplabv2; camvid cpu, gpu.")
     a = parser.add_argument_group("distribution alignment and random sampling").add_argument
     a("--pseudo", choices=METHODS, default="dars", help="st: one threshold; cbst: one share of each predicted class; da: aligned; dars: aligned, then sampled (Table 4)")
-    a("--temperature", type=float, default=1., help="of the softmax whose maximum is the confidence (TS of Tables 4, 5: 1.27)")
+    a("--temperature", type=float, metavar="T", default=1., help="of the softmax whose maximum is the confidence (TS of Tables 4, 5: 1.27)")
     a("--confidence", choices=["fp16", "fine"], default="fp16", help="how finely confidences are told apart (Fig. 3)")
-    a("--rounds", type=int, default=2, help="of self-training after round 0 (Table 4: 1 without, 2 with iterative training)")
-    a("--alpha", type=float, nargs="+", help="labeling ratio of each round, in (0, 1] (Sect. 3.3, Table 6)")
-    a("--beta-min", type=float, nargs="+", help="how far the lower end of --scale falls in each round (Sect. 3.3)")
-    a("--beta-max", type=float, nargs="+", help="how far the upper end of --scale rises in each round (Sect. 3.3)")
-    a("--epochs", type=int, help="instead of --iterations: passes over the unlabeled pictures, in round 0 over the labeled ones (Sect. 4.1)")
-    a("--round0-iterations", type=int, help="of round 0 (default: as many as --iterations or --epochs say)")
-    a("--round0-batch-size", type=int, help="labeled pictures a step in round 0")
-    a("--head-lr", type=float, help="the heads' learning rate, times --lr")
+    a("--rounds", type=int, metavar="N", default=2, help="of self-training after round 0 (Table 4: 1 without, 2 with iterative training)")
+    a("--alpha", type=float, metavar="A", nargs="+", help="labeling ratio of each round, in (0, 1] (Sect. 3.3, Table 6)")
+    a("--beta-min", type=float, metavar="B", nargs="+", help="how far the lower end of --scale falls in each round (Sect. 3.3)")
+    a("--beta-max", type=float, metavar="B", nargs="+", help="how far the upper end of --scale rises in each round (Sect. 3.3)")
+    a("--epochs", type=int, metavar="N", help="instead of --iterations: passes over the unlabeled pictures, in round 0 over the labeled ones (Sect. 4.1)")
+    a("--round0-iterations", type=int, metavar="N", help="of round 0 (default: as many as --iterations or --epochs say)")
+    a("--round0-batch-size", type=int, metavar="N", help="labeled pictures a step in round 0")
+    a("--head-lr", type=float, metavar="X", help="the heads' learning rate, times --lr")
     a("--restart-schedule", action="store_true", help="each round starts at the full learning rate")
     common.add_arguments(parser)
     return parser
@@ -390,6 +390,7 @@ def cross_entropy(logits, label, count):
 def train(args, rounds, data, labeled, unlabeled, device):
     student = common.build_network(args, data, device)
     run = common.Run("dars-supervised" if args.supervised else "dars", args, data, labeled, unlabeled, device, {number: iterations for number, iterations, _, _ in rounds})
+    run.word = "round"
     teacher = copy.deepcopy(student).requires_grad_(False).eval()  # the student at the end of the round before
     learner = common.parallel(student, device)
     labels, pictures = count_pixels(data, labeled, device)

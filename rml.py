@@ -112,7 +112,7 @@ def get_parser():
     a("--prototype-decay", type=float, help="lambda of Eq. 11")
     a("--prototype-min-cells", type=int, help="a picture counts for a class's prototype from this many cells on (Eq. 10)")
     a("--stage0-iterations", type=int, help="supervised start")
-    a("--stage0-lr", type=float)
+    a("--stage0-lr", type=float, help="learning rate at the start of stage 0")
     a("--stage0-head-lr", type=float, help="the head's learning rate in stage 0, times --stage0-lr")
     common.add_arguments(parser)
     return parser
