@@ -665,10 +665,16 @@ def pseudo_label_path(folder, id):
 def batches(stream, args, device, start, stop, batch_size=None):
     """Batches of iterations start..stop-1 on the device; each process gets its share of the global batch (default: --batch-size).
 
+    Shares differ by one where the batch does not divide; a process without any gets batches of no pictures.
     label and truth become int64; "position" stays on the host, where augmentations draw from it."""
     batch_size = batch_size or args.batch_size
-    share = batch_size // world_size()
-    positions = ([t * batch_size + rank() * share + j for j in range(share)] for t in range(start, stop))
+    first, last = rank() * batch_size // world_size(), (rank() + 1) * batch_size // world_size()
+    if first == last:
+        size, kind = stream.crop, "label" if stream.labeled else "truth"
+        empty = {"image": torch.zeros(0, 3, *size, dtype=torch.uint8), kind: torch.zeros(0, *size, dtype=torch.int64), "valid": torch.zeros(0, *size, dtype=torch.bool)}
+        yield from ({key: value.to(device) for key, value in empty.items()} | {"position": []} for _ in range(start, stop))
+        return
+    positions = ([t * batch_size + j for j in range(first, last)] for t in range(start, stop))
     loader = torch.utils.data.DataLoader(stream, batch_sampler=positions, num_workers=args.workers, pin_memory=device.type == "cuda",
                                          persistent_workers=args.workers > 0)
     for batch in loader:
@@ -1428,6 +1434,7 @@ class Run:
                 "given"}  # may differ when a run is resumed
         fixed = {key: value for key, value in vars(args).items() if key not in free} | {"method": method, "split_sha256": checksum, "processes": world_size()}
         fixed = json.loads(json.dumps(fixed))
+        self.identity = hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()
         if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and (self.folder / "result.json").exists():
             say(f"run       {self.folder} was finished before torchrun started this process again")
             raise SystemExit(0)
@@ -1583,6 +1590,19 @@ class Run:
             raise UserError(f"{self.folder}/last.pt: cannot be written ({str(error).splitlines()[0]}; {shutil.disk_usage(self.folder).free / 2 ** 30:.1f} GB "
                             "free on this disk); the checkpoint before is intact. Free some space, then the same command goes on") from None
         self.interval = self.interval + time.time() - began if self.count else time.time()  # the pace is that of iterations
+
+    def claim(self, folder):
+        """Mark a folder of pseudo-labels as this run's. A UserError if it is marked by another run, or holds files of unknown origin."""
+        if is_main():
+            mark = folder / "made_by.json"
+            try:
+                owner = json.loads(mark.read_text())["run"] if mark.exists() else None
+            except (OSError, ValueError, KeyError, TypeError):
+                owner = "unknown"
+            if owner != self.identity and folder.exists() and any(folder.rglob("*.png")):
+                raise UserError(f"{folder}: holds pseudo-labels of another run; remove this folder, then the same command makes them anew")
+            self.write_json(mark.relative_to(self.folder), {"run": self.identity})
+        barrier()
 
     def forget_soft_labels(self, keep):
         """Delete the soft labels of stages before."""

@@ -237,6 +237,7 @@ def make_pseudo_labels(teacher, data, unlabeled, labels, alpha, number, run, arg
     labels (K,): labeled pixels by class. Each process takes its share of the pictures. What is there already from the same
     round of this run is not made again. Returns what is told about them: a dict of numbers for result.json."""
     folder, drafts, K = run.folder / "pseudo_labels" / f"round_{number}", run.folder / "predictions" / f"round_{number}", len(data.names)
+    run.claim(folder)
     there = common.is_main() and is_complete(folder, unlabeled)
     if common.all_reduce(torch.tensor(int(there), device=device)):  # the main process decides for all
         if there:
