@@ -1,5 +1,5 @@
 """A Three-Stage Self-Training Framework for Semi-Supervised Semantic Segmentation
-Rihuan Ke, Angelica I. Aviles-Rivero, Saurabh Pandey, Saikumar Reddy, Carola-Bibiane Schonlieb. arXiv 2012.00827
+Rihuan Ke, Angelica I. Aviles-Rivero, Saurabh Pandey, Saikumar Reddy, Carola-Bibiane Schonlieb. IEEE Transactions on Image Processing 31, 2022, arXiv 2012.00827
 
 Self-training in three stages, each of which starts anew. Stage 1 learns from the labeled pictures and predicts a first pseudo-mask for every picture.
 Stages 2 and 3 learn two tasks at once. Task 1 is the segmentation itself: labels where there are any, and everywhere consistency, that is,
@@ -42,8 +42,8 @@ Choices that the paper leaves open, and why
     Each loss is a mean over its valid pixels in all pictures of the step, of all processes.
     Scale on VOC: any factor from .5 to 1.5, not eleven of them.
     The baseline (--supervised) is stage 1 for as many steps as all stages have together.
-    Reported: the mean teacher at the last iteration, in all stages and the baseline alike, since it is what makes pseudo-masks, and a constant
-        learning rate leaves the student in motion. The student stands beside it, and so do the stages before.
+    Reported: the mean teacher at the last iteration, as the authors' code does for stages 2 and 3. Here stage 1 and the baseline have one too,
+        so that its gain is not counted for the method. The student stands beside it, and so do the stages before.
 """
 
 import argparse
@@ -165,16 +165,18 @@ def compose(first, second):
     return a * g + b * j, a * h + b * k, a * i + b * l + c, d * g + e * j, d * h + e * k, d * i + e * l + f
 
 
-def warp(arrays, fills, matrix):
-    """Moves arrays (C, H, W) uint8 by one map, nearest pixel; what comes from outside is each array's fill."""
+def warp(image, label, matrix):
+    """Moves a picture (3, H, W) uint8 and its label maps (L, H, W) uint8 by one map, nearest pixel; from outside come GREY and 255."""
     a, b, c, d, e, f = matrix
-    height, width = arrays[0].shape[1:]
-    x = torch.arange(width, device=arrays[0].device) + .5  # the middle of a pixel
-    y = (torch.arange(height, device=arrays[0].device) + .5)[:, None]
-    column, row = (a * x + b * y + c).floor().int(), (d * x + e * y + f).floor().int()  # (H, W)
-    outside = (column < 0) | (column >= width) | (row < 0) | (row >= height)
-    index = (row.clamp(0, height - 1) * width + column.clamp(0, width - 1)).flatten()
-    return [array.flatten(1).index_select(1, index).view_as(array).masked_fill(outside, fill) for array, fill in zip(arrays, fills)]
+    height, width = image.shape[1:]
+    pixels = F.pad(torch.cat([image, label]).flatten(1), (0, 1), value=IGNORE)  # (3 + L, HW + 1), the last one is for outside
+    pixels[:3, -1] = GREY
+    x, y = torch.arange(width, device=image.device) + .5, torch.arange(height, device=image.device)[:, None] + .5  # the middles of pixels
+    column, row = a * x + (b * y + c), d * x + (e * y + f)  # (H, W): where each pixel comes from
+    inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
+    index = torch.where(inside, row.long() * width + column.long(), height * width).flatten()
+    moved = pixels.gather(1, index.expand(len(pixels), -1)).unflatten(1, (height, width))  # one gather for all: they stay together
+    return moved[:3], moved[3:]
 
 
 def cutout(image, side, generator):
@@ -195,15 +197,15 @@ def strong_view(images, labels, generators, cutout_side):
     for image, label, r in zip(images, labels, generators):
         matrix = IDENTITY
         for _ in range(3):
-            i, apply, level, sign = r.randint(len(PHOTOMETRIC) + len(GEOMETRIC)), r.uniform() < .5, r.randint(1, 10), r.choice([-1, 1])
+            i, apply, level, sign = r.randint(len(PHOTOMETRIC) + len(GEOMETRIC)), r.uniform() < .5, r.randint(1, 10), (-1, 1)[r.randint(2)]
             if not apply:
                 continue
             if i < len(PHOTOMETRIC):
                 image = list(PHOTOMETRIC.values())[i](image, level)
             else:
-                matrix = compose(matrix, list(GEOMETRIC.values())[i - len(PHOTOMETRIC)](int(sign * level), *image.shape[1:]))
+                matrix = compose(matrix, list(GEOMETRIC.values())[i - len(PHOTOMETRIC)](sign * level, *image.shape[1:]))
         if matrix != IDENTITY:
-            image, label = warp((image, label), (GREY, IGNORE), matrix)
+            image, label = warp(image, label, matrix)
         strong.append((cutout(image, cutout_side, r), label))
     return tuple(map(torch.stack, zip(*strong))) if strong else (images, labels)
 
@@ -369,7 +371,7 @@ def train(args, stages, data, labeled, unlabeled, device):
                 weak, valid = torch.cat([image, batch[1]["image"]]), torch.cat([batch[0]["valid"], batch[1]["valid"]])  # (B_l + B, ..)
                 if args.consistency:
                     with torch.no_grad(), common.autocast(args, device):
-                        logits = (teacher if args.ema else student)(common.to_float(weak))
+                        logits = teacher(common.to_float(weak))
                     teacher_label = common.upsample(logits, args.crop).argmax(1)  # f_theta'(x), (B_l + B, H, W)
                     targets.append(teacher_label.masked_fill(~valid, IGNORE))
                 if branch:
@@ -399,16 +401,19 @@ def train(args, stages, data, labeled, unlabeled, device):
             scaler.scale(loss).backward()
             scaler.step(optimizer)
             scaler.update()
-            common.average_buffers([student])
+            common.average_buffers([learner])
 
             # 5 EMA
-            update_teacher(teacher, student, decay_at(iteration / iterations, args.ema_decay) if args.ema else 0.)
+            update_teacher(teacher, student, decay_at(iteration / iterations, args.ema_decay) if args.ema else 0.)  # without EMA theta' = theta
 
             # 6 log, evaluate, save
             run.watch(stage, iteration, losses)
             done, last = iteration + 1, iteration + 1 == iterations
             if done % args.log_every == 0 or last:
-                run.log(stage, done, **({"pseudo_miou": pseudo_miou[stage - 1]} if branch else {}))
+                extra = {"lr": optimizer.param_groups[1]["lr"]}
+                if branch:
+                    extra |= {"pseudo_miou": pseudo_miou[stage - 1], "pseudo_coverage": float((targets[-1] != IGNORE).float().mean())}
+                run.log(stage, done, **extra)
             if done % args.eval_every == 0 or last:
                 tables = common.evaluate({"student": student, "teacher": teacher}, data, args, device)
                 run.log(stage, done, val={name: common.mean_iou(table) for name, table in tables.items()})
