@@ -5,10 +5,12 @@ the same networks at the same sizes: forward and backward of the students, forwa
 
     python tests/benchmark_step.py rml                  streets, the CPU preset
     python tests/benchmark_step.py dars
+    python tests/benchmark_step.py three_stage          stage 2, whose branch is the larger one
     python tests/benchmark_step.py rml --dataset cityscapes --data-root DIR --iterations 5       the paper's configuration
 Any argument of the script may be given.
 """
 
+import copy
 import os
 import resource
 import shutil
@@ -25,10 +27,12 @@ import torch
 import common
 import dars
 import rml
+import three_stage
 
-# What makes a short run with 40 steps of the kind to be timed, and whether teachers look at each batch.
-SCRIPTS = {"rml": (rml, ["--iterations", "40", "--stage0-iterations", "2", "--stages", "1"], True),
-           "dars": (dars, ["--iterations", "40", "--round0-iterations", "2", "--rounds", "1"], False)}
+# What makes a short run with 40 steps of the kind to be timed; how many students, and whether teachers look at each batch; the stage that is timed.
+SCRIPTS = {"rml": (rml, ["--iterations", "40", "--stage0-iterations", "2", "--stages", "1"], 2, True, 1),
+           "dars": (dars, ["--iterations", "40", "--round0-iterations", "2", "--rounds", "1"], 1, False, 1),
+           "three_stage": (three_stage, ["--iterations", "40", "--stage1-iterations", "2", "--stages", "2"], 1, True, 2)}
 
 
 def synchronize(device):
@@ -45,7 +49,7 @@ def bare_passes(students, teachers, images, args, device):
             teacher(images)
     for student in students:
         with common.autocast(args, device):
-            outputs = student.train()(images, aux=True)
+            outputs = student.train()(images, aux=True) if isinstance(student, common.SegmentationNetwork) else student.train()(images)
         torch.autograd.backward(outputs, [torch.ones_like(logits) for logits in outputs])
     synchronize(device)
     seconds = time.perf_counter() - start
@@ -56,45 +60,48 @@ def bare_passes(students, teachers, images, args, device):
 
 def main():
     name = sys.argv.pop(1) if len(sys.argv) > 1 and sys.argv[1] in SCRIPTS else "rml"
-    script, short, with_teachers = SCRIPTS[name]
+    script, short, how_many, with_teachers, timed = SCRIPTS[name]
     folder = tempfile.mkdtemp()
     sys.argv[1:1] = short + ["--out", folder, "--overwrite", "--eval-every", "1000000", "--log-every", "50"]
     students, teachers, steps, bare, began = [], [], [], [], [None]
-    build, watch, parse = common.build_network, common.Run.watch, common.parse_args
+    build, parallel, watch, parse = common.build_network, common.parallel, common.Run.watch, common.parse_args
     seen = {}
 
     def remember_arguments(*a, **k):
         seen["args"] = parse(*a, **k)
         return seen["args"]
 
-    def remember_network(args, data, device, member=0):
+    def few_val_pictures(args, data, device, member=0):
         data.val = data.val[:1]
-        students.append(build(args, data, device, member))
+        return build(args, data, device, member)
+
+    def remember_student(student, device):
+        students.append(copy.deepcopy(student))
         if with_teachers:
-            teachers.append(build(args, data, device, member).eval())
-        return students[-1]
+            teachers.append(copy.deepcopy(getattr(student, "network", student)).eval())
+        return parallel(student, device)
 
     def time_step(run, stage, iteration, losses):
         watch(run, stage, iteration, losses)
-        args, device = seen["args"], run.device
-        synchronize(device)
-        if stage and began[0]:
-            steps.append(time.perf_counter() - began[0])
-        if stage:  # the students' gradients are used up by now; teachers have the same architecture
-            seen["device"] = device
-            bare.append(bare_passes(students, teachers, torch.rand(2 * args.batch_size, 3, *args.crop, device=device), args, device))
-        began[0] = time.perf_counter() if stage else None
+        synchronize(run.device)
+        if stage == timed:
+            if began[0]:
+                steps.append(time.perf_counter() - began[0])
+            seen["device"], seen["images"] = run.device, run.images
+            images = torch.rand(run.images, 3, *seen["args"].crop, device=run.device)
+            bare.append(bare_passes(students[-how_many:], teachers[-how_many:], images, seen["args"], run.device))
+            began[0] = time.perf_counter()
 
-    common.build_network, common.Run.watch, common.parse_args = remember_network, time_step, remember_arguments
+    common.build_network, common.parallel, common.Run.watch, common.parse_args = few_val_pictures, remember_student, time_step, remember_arguments
     script.main()
     shutil.rmtree(folder)
-    args, device = seen["args"], seen["device"]
+    device = seen["device"]
     skip = min(3, len(steps) - 1)  # the first ones warm up
     step, passes = statistics.median(steps[skip:]), statistics.median(bare[skip:])
     memory = torch.cuda.max_memory_allocated() / 2 ** 20 if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     print(f"\n{name}: step {1000 * step:.1f} ms, bare network passes {1000 * passes:.1f} ms, ratio {step / passes:.3f} "
           f"(medians of {len(steps) - skip}; {common.device_name(device)}, {os.environ.get('OMP_NUM_THREADS', 'default')} OMP threads; "
-          f"{2 * args.batch_size / step:.1f} images per second; peak memory {memory:.0f} MB)")
+          f"{seen['images'] / step:.1f} images per second; peak memory {memory:.0f} MB)")
 
 
 if __name__ == "__main__":
