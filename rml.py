@@ -123,8 +123,10 @@ def get_parser():
 def sharpness(image, factor):
     """PIL's Sharpness: blend with a smoothed picture, 0 smooth, 1 as it is. (torchvision's copies its kernel to the GPU each time: a sync.)"""
     x, smooth = image.float(), image.float()
-    smooth[:, 1:-1, 1:-1] = ((9 * F.avg_pool2d(x, 3, 1) + 4 * x[:, 1:-1, 1:-1]) / 13).round()  # 3x3 of ones with 5 in the middle
-    return (factor * x + (1 - factor) * smooth).clamp(0, 255).to(torch.uint8)
+    rows = x[:, :-2] + x[:, 1:-1] + x[:, 2:]
+    box = rows[..., :-2] + rows[..., 1:-1] + rows[..., 2:]
+    smooth[:, 1:-1, 1:-1] = ((box + 4 * x[:, 1:-1, 1:-1]) / 13).round()  # 3x3 of ones with 5 in the middle
+    return smooth.mul_(1 - factor).add_(x.mul_(factor)).clamp_(0, 255).to(torch.uint8)
 
 
 # RandAugment's photometric operations, level v = 1..9.  image (3, H, W) uint8 -> the same.

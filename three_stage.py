@@ -122,8 +122,10 @@ GREY = 128  # what is outside of a moved picture, and inside of Cutout's squares
 def sharpness(image, factor):
     """PIL's Sharpness: blend with a smoothed picture, 0 smooth, 1 as it is. (torchvision's copies its kernel to the GPU each time: a sync.)"""
     x, smooth = image.float(), image.float()
-    smooth[:, 1:-1, 1:-1] = ((9 * F.avg_pool2d(x, 3, 1) + 4 * x[:, 1:-1, 1:-1]) / 13).round()  # 3x3 of ones with 5 in the middle
-    return (factor * x + (1 - factor) * smooth).clamp(0, 255).to(torch.uint8)
+    rows = x[:, :-2] + x[:, 1:-1] + x[:, 2:]
+    box = rows[..., :-2] + rows[..., 1:-1] + rows[..., 2:]
+    smooth[:, 1:-1, 1:-1] = ((box + 4 * x[:, 1:-1, 1:-1]) / 13).round()  # 3x3 of ones with 5 in the middle
+    return smooth.mul_(1 - factor).add_(x.mul_(factor)).clamp_(0, 255).to(torch.uint8)
 
 
 # RandAugment's operations at level v = 1..9.  Photometric: image (3, H, W) uint8 -> the same.
@@ -172,9 +174,9 @@ def warp(image, label, matrix):
     pixels = F.pad(torch.cat([image, label]).flatten(1), (0, 1), value=IGNORE)  # (3 + L, HW + 1), the last one is for outside
     pixels[:3, -1] = GREY
     x, y = torch.arange(width, device=image.device) + .5, torch.arange(height, device=image.device)[:, None] + .5  # the middles of pixels
-    column, row = a * x + (b * y + c), d * x + (e * y + f)  # (H, W): where each pixel comes from
-    inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
-    index = torch.where(inside, row.long() * width + column.long(), height * width).flatten()
+    column, row = (a * x + (b * y + c)).floor_(), (d * x + (e * y + f)).floor_()  # (H, W): where each pixel comes from
+    outside = (column < 0) | (column >= width) | (row < 0) | (row >= height)
+    index = row.mul_(width).add_(column).masked_fill_(outside, height * width).long().flatten()  # exact in float32 up to 4096 x 4096
     moved = pixels.gather(1, index.expand(len(pixels), -1)).unflatten(1, (height, width))  # one gather for all: they stay together
     return moved[:3], moved[3:]
 
@@ -436,7 +438,7 @@ def train(args, stages, data, labeled, unlabeled, device):
         loaders = batch = None  # their processes end
     show_stages(teacher, data, unlabeled or labeled, stages, run, args, device)
 
-    paper = None if args.changed or args.supervised else PAPER_MIOU.get((args.dataset, args.weights, args.labels))
+    paper = None if set(args.changed) - {"weights"} or args.supervised else PAPER_MIOU.get((args.dataset, args.weights, args.labels))
     last = stages[-1][0]
     tables = {name: table for name, table in results.items() if not name.endswith("_student") and name != f"stage_{last}"}
     tables |= {"student": results[f"stage_{last}_student"], "teacher": results[f"stage_{last}"]}

@@ -9,6 +9,7 @@ from pathlib import Path
 import common
 import dars
 import rml
+import three_stage
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -24,7 +25,7 @@ def test_the_two_commands_stand_on_the_first_screen():
 
 def test_every_command_parses():
     """Every command line of a script is accepted by its parser, with every value filled from the table."""
-    for script, least in ((rml, 12), (dars, 12)):
+    for script, least in ((rml, 12), (dars, 12), (three_stage, 10)):
         parsed, name = 0, script.__name__ + ".py"
         for command in COMMANDS:
             words = shlex.split(command)
@@ -46,7 +47,7 @@ def test_torchrun_options_exist():
 
 
 def test_help_needs_no_data(tmp_path):
-    for script, flag in (("rml.py", "--mutual"), ("dars.py", "--pseudo")):
+    for script, flag in (("rml.py", "--mutual"), ("dars.py", "--pseudo"), ("three_stage.py", "--lambda1")):
         done = subprocess.run([sys.executable, str(ROOT / script), "--help"], cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == 0 and flag in done.stdout and "Table 4" in done.stdout
     assert not list(tmp_path.iterdir())
