@@ -30,8 +30,8 @@ Choices that the paper leaves open, and why
     Hard targets, the class of the highest logit, for consistency as for pseudo-masks; no threshold. They come from the whole,
         unaugmented picture in one pass. Labeled pictures have pseudo-masks too, and A = B = identity (Sect. IV-B).
     Pseudo-masks are the mean teacher's (authors' code); the paper writes f_theta.          --pseudo-masks-of student
-    RandAugment (authors' code): three operations of the 14, drawn with replacement, each applied with probability .5 at a level
-        from 1 to 9. The geometric ones are composed into one map and sampled once, nearest, after the photometric ones, for
+    RandAugment (authors' code): three operations of the 14, drawn with replacement, each applied with probability .5 at level
+        1 to 9. The geometric ones are composed into one map and sampled once, nearest, after the photometric ones, for
         picture, teacher's label and pseudo-mask alike: what they show stays together to the pixel. What comes from outside
         is mid-grey in the picture and 255 in labels. Cutout: three squares in mid-grey; labels are not cut.
     Start of a stage: the pretrained weights again; a new head, a new branch, a new optimizer. From scratch (tiny): new weights.
