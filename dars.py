@@ -74,10 +74,10 @@ PAPER = {
         head="plain", optimizer="sgd", lr=.01, head_lr=10., weight_decay=1e-4, flip=True, workers=4, log_every=50, eval_every=20_000, save_every=1000),
     # Drawn scenes and a small network from scratch, minutes on a CPU.
     "streets": dict(
-        labels="16", size=(64, 128), crop=(64, 128), base_size=128, scale=(.75, 1.25), batch_size=4, round0_batch_size=8, iterations=1500,
-        round0_iterations=1500, alpha=(.5, .65), beta_min=(0., .2), beta_max=(0., .2), network="pspnet", backbone="tiny", weights="none",
+        labels="16", size=(64, 128), crop=(64, 64), base_size=128, scale=(.5, 1.5), batch_size=4, round0_batch_size=8, iterations=3000,
+        round0_iterations=3000, alpha=(.5, .8), beta_min=(.2, .2), beta_max=(.2, .4), network="pspnet", backbone="tiny", weights="none",
         batch_norm="frozen", head="plain", optimizer="adamw", lr=3e-3, head_lr=1., weight_decay=1e-2, flip=True, workers=0, log_every=50,
-        eval_every=500, save_every=100),
+        eval_every=1000, save_every=100),
 }
 PAPER["cityscapes/744"] = PAPER["cityscapes/1/4"] = PAPER["cityscapes"] | dict(labels="744", alpha=(.4, .6))
 PAPER["cityscapes-713"] = PAPER["cityscapes"] | dict(crop=(713, 713), base_size=2048, scale=(.5, 2.), alpha=(.4, .65), beta_min=(0., 0.))
@@ -87,7 +87,7 @@ PAPER["cityscapes-deeplabv2"] = PAPER["cityscapes"] | dict(network="deeplabv2", 
 PAPER["vocaug"] = PAPER["cityscapes"] | dict(labels="1464", size=None, crop=(321, 321), base_size=400, scale=(.5, 1.5), epochs=50,
                                              alpha=(.4, .5), beta_min=(0., 0.), beta_max=(0., 1 / 3))
 PAPER["voc"] = PAPER["vocaug"] | dict(labels="1/8")
-PAPER["camvid-cpu"] = PAPER["streets"] | dict(labels="1/8", size=(180, 240), crop=(96, 128), base_size=240, lr=2e-3, iterations=1000, round0_iterations=2000)
+PAPER["camvid-cpu"] = PAPER["streets"] | dict(labels="1/8", size=(180, 240), crop=(96, 128), base_size=240, lr=2e-3, iterations=1500, round0_iterations=2000)
 PAPER["camvid-gpu"] = PAPER["cityscapes"] | dict(labels="1/8", size=(360, 480), crop=(241, 321), base_size=480, scale=(.5, 2.))
 
 # The paper's mIoU (Tables 1, 2, 3), and of its supervised baseline.

@@ -69,9 +69,9 @@ PAPER = {
         batch_norm="frozen", optimizer="adamw", lr=3e-5, weight_decay=0., workers=4, log_every=50, eval_every=5000, save_every=1000),
     # Drawn scenes and a small network from scratch, minutes on a CPU.
     "streets": dict(
-        labels="8", size=(64, 128), crop=(64, 128), scale=(1., 1.), batch_size=4, labeled_batch_size=2, stage1_batch_size=4, iterations=1200, stage1_iterations=600,
+        labels="8", size=(64, 128), crop=(64, 128), scale=(1., 1.), batch_size=4, labeled_batch_size=2, stage1_batch_size=4, iterations=1900, stage1_iterations=700,
         lambda1=.5, lambda2=.5, ema_decay=(.98, .99, .99, .995), cutout=8, network="deeplabv2", head="plain", backbone="tiny", weights="none",
-        batch_norm="frozen", optimizer="adamw", lr=2e-3, weight_decay=0., workers=0, log_every=50, eval_every=400, save_every=100),
+        batch_norm="frozen", optimizer="adamw", lr=2e-3, weight_decay=0., workers=0, log_every=50, eval_every=500, save_every=100),
 }
 PAPER["cityscapes/1488"] = PAPER["cityscapes/1448"] = PAPER["cityscapes/1/2"] = PAPER["cityscapes"] | dict(labels="1488", labeled_batch_size=3, batch_size=2)
 PAPER["vocaug"] = PAPER["cityscapes"] | dict(labels="1/50", size=None, crop=(321, 321), scale=(.5, 1.5), batch_size=9, labeled_batch_size=1, stage1_batch_size=10,
