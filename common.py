@@ -668,7 +668,7 @@ def batches(stream, args, device, start, stop, batch_size=None):
     Shares differ by one where the batch does not divide; a process without any gets batches of no pictures.
     label and truth become int64; "position" stays on the host, where augmentations draw from it."""
     batch_size = batch_size or args.batch_size
-    first, last = rank() * batch_size // world_size(), (rank() + 1) * batch_size // world_size()
+    first, last = (math.ceil(r * batch_size / world_size()) for r in (rank(), rank() + 1))
     if first == last:
         size, kind = stream.crop, "label" if stream.labeled else "truth"
         empty = {"image": torch.zeros(0, 3, *size, dtype=torch.uint8), kind: torch.zeros(0, *size, dtype=torch.int64), "valid": torch.zeros(0, *size, dtype=torch.bool)}
