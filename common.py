@@ -1625,8 +1625,8 @@ class Run:
             self.panel(name, columns)
 
     def panel(self, name, columns):
-        """pictures/NAME.png: columns {title: list of (3, H, W) uint8 images or (H, W) labels}, one row per picture, with a legend."""
-        if is_main():
+        """pictures/NAME.png: columns {title: list of (3, H, W) uint8 images or (H, W) labels}, one row per picture, with a legend. Nothing without pictures."""
+        if is_main() and all(map(len, columns.values())):
             self.picture(name, draw_panel(columns, self.data))
 
     def picture(self, name, picture):
