@@ -317,7 +317,7 @@ def train(args, stages, data, labeled, unlabeled, device):
         if run.state and stage < run.state["stage"]:
             continue
         # Algorithm 1, lines 3, 7, 11: every stage starts from the pretrained weights
-        student = common.build_network(args, data, device, stage)
+        student = common.build_network(args, data, device, stage - 1)
         kind = args.branch or ("own-conv5" if stage == 2 else "own-aspp")
         branch = None
         if stage > 1 and args.pseudo_masks:
