@@ -435,7 +435,7 @@ def train(args, stages, data, labeled, unlabeled, device):
         loaders = batch = None  # their processes end
     show_stages(teacher, data, unlabeled or labeled, stages, run, args, device)
 
-    paper = None if args.changed or args.supervised else PAPER_MIOU.get((args.dataset, args.weights, args.labels))
+    paper = None if set(args.changed) - {"weights"} or args.supervised else PAPER_MIOU.get((args.dataset, args.weights, args.labels))
     last = stages[-1][0]
     tables = {name: table for name, table in results.items() if not name.endswith("_student") and name != f"stage_{last}"}
     tables |= {"student": results[f"stage_{last}_student"], "teacher": results[f"stage_{last}"]}
