@@ -1264,8 +1264,8 @@ def check_range(args, low, high, *names):
 
 # ---- processes -------------------------------------------------------------------------------------------------------
 
-def setup(args):
-    """Join the process group if torchrun started this process; return the device."""
+def setup(args, uneven=False):
+    """Join the process group if torchrun started this process; return the device. A UserError where a batch does not divide among them, unless uneven is fine."""
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     if args.precision == "fp16" and not cuda:
@@ -1283,7 +1283,7 @@ def setup(args):
             store = dist.PrefixStore("start " + os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
         dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=number, world_size=total, timeout=timedelta(minutes=10),
                                 device_id=device if cuda else None)
-    if args.batch_size % world_size():
+    if args.batch_size % world_size() and not uneven:
         raise UserError(f"--batch-size {args.batch_size} is not divisible by the {world_size()} processes")
     return device
 

@@ -35,7 +35,7 @@ Choices that the paper leaves open, and why
         picture, teacher's label and pseudo-mask alike: what they show stays together to the pixel. What comes from outside
         is mid-grey in the picture and 255 in labels. Cutout: three squares in mid-grey; labels are not cut.
     Start of a stage: the pretrained weights again; a new head, a new branch, a new optimizer. From scratch (tiny): new weights.
-    conv6 of g-hat: three bottlenecks as in conv5, half as wide, new; its batch norm is as that of the backbone.
+    conv6 of g-hat: three bottlenecks as in conv5, half as wide, new, from N(0, .01) (authors' code); its batch norm is as that of the backbone.
     The mean teacher's decay rises in four steps over each stage, at 1/3, 2/3 and 5/6 of it: epochs 20, 40, 50 of 60 in the
         authors' code.                                                                      --ema-decay
     Adam, constant learning rate, no weight decay, batch norm frozen as loaded. The code has a lower rate for pretrained layers.  --backbone-lr-mult
@@ -83,7 +83,7 @@ PAPER["camvid-gpu"] = PAPER["cityscapes"] | dict(labels="1/8", size=(360, 480), 
 
 # The paper's mIoU by (dataset, weights, labels): Tables II, III, IV.
 PAPER_MIOU = {("cityscapes", "imagenet", 100): 54.85, ("cityscapes", "imagenet", 372): 62.82, ("cityscapes", "imagenet", 744): 65.80,
-              ("cityscapes", "imagenet", 1488): 67.11,
+              ("cityscapes", "imagenet", 1448): 67.11, ("cityscapes", "imagenet", 1488): 67.11,  # Sect. IV-A says 1448, Table II 1488
               ("vocaug", "imagenet", 106): 55.13, ("vocaug", "imagenet", 212): 62.71, ("vocaug", "imagenet", 529): 68.23, ("vocaug", "imagenet", 1323): 69.36,
               ("vocaug", "coco", 106): 63.82, ("vocaug", "coco", 212): 70.77, ("vocaug", "coco", 529): 71.90, ("vocaug", "coco", 1323): 72.95}
 
@@ -125,7 +125,7 @@ def sharpness(image, factor):
     rows = x[:, :-2] + x[:, 1:-1] + x[:, 2:]
     box = rows[..., :-2] + rows[..., 1:-1] + rows[..., 2:]
     smooth[:, 1:-1, 1:-1] = ((box + 4 * x[:, 1:-1, 1:-1]) / 13).round()  # 3x3 of ones with 5 in the middle
-    return smooth.mul_(1 - factor).add_(x.mul_(factor)).clamp_(0, 255).to(torch.uint8)
+    return smooth.lerp(x, factor).clamp_(0, 255).to(torch.uint8)
 
 
 # RandAugment's operations at level v = 1..9.  Photometric: image (3, H, W) uint8 -> the same.
@@ -224,21 +224,15 @@ class SecondBranch(nn.Module):
         conv5, channels = network.backbone.layer4, network.backbone.channels
         self.conv6 = nn.Identity()
         if kind == "own-conv5":
-            block, norm, inside = type(conv5[0]), type(conv5[0].bn1), conv5[0].conv1.in_channels
-            norm, planes = common.group_norm if norm is nn.GroupNorm else norm, channels // 2 // block.expansion
-            blocks = []
-            for _ in conv5:
-                down = nn.Sequential(nn.Conv2d(inside, channels // 2, 1, bias=False), norm(channels // 2)) if inside != channels // 2 else None
-                blocks.append(block(inside, planes, downsample=down, norm_layer=norm))
-                for conv in (m for m in blocks[-1].modules() if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3)):
-                    conv.dilation = conv.padding = (4, 4)
-                inside = channels // 2
-            self.conv6, channels = nn.Sequential(*blocks), channels // 2
-            for module in self.conv6.modules():
-                if isinstance(module, nn.Conv2d):
-                    nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            block, inside, channels = type(conv5[0]), conv5[0].conv1.in_channels, channels // 2
+            norm = common.group_norm if isinstance(conv5[0].bn1, nn.GroupNorm) else type(conv5[0].bn1)
+            blocks = [block(inside if i == 0 else channels, channels // block.expansion, norm_layer=norm) for i in range(len(conv5))]
+            blocks[0].downsample = nn.Sequential(nn.Conv2d(inside, channels, 1, bias=False), norm(channels))  # as in conv5, where it changes the width
+            self.conv6 = nn.Sequential(*blocks)
+            for conv in (m for m in self.conv6.modules() if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3)):
+                conv.dilation = conv.padding = (4, 4)
         self.aspp = nn.ModuleList(nn.Conv2d(channels, classes, 3, padding=conv.padding, dilation=conv.dilation) for conv in network.branches)
-        for conv in self.aspp:
+        for conv in (m for m in self.modules() if isinstance(m, nn.Conv2d)):
             nn.init.normal_(conv.weight, 0, .01)
 
     def forward(self, x):
@@ -278,25 +272,33 @@ def decay_at(progress, decays):
 # ---- pseudo-masks ----------------------------------------------------------------------------------------------------
 
 @torch.no_grad()
-def make_pseudo_masks(network, data, ids, stage, run, args, device):
+def make_pseudo_masks(network, data, ids, unlabeled, stage, run, args, device):
     """Algorithm 1, lines 5 and 9: the network's class at each pixel of every training picture, as PNG in run.folder/pseudo_labels/stage_<stage>/.
 
-    Each process takes its share; what is there already is kept. Returns their mIoU against the truth, which nothing learns from, or None."""
+    Each process takes its share; what is there already is kept. Returns the mIoU of the unlabeled ones, against a truth that nothing learns from, or None."""
     folder = run.folder / "pseudo_labels" / f"stage_{stage}"
     run.claim(folder)
     network.eval()
-    share, matrix = ids[common.rank()::common.world_size()], torch.zeros(len(data.names), len(data.names), dtype=torch.int64)
+    share, matrix, unlabeled = ids[common.rank()::common.world_size()], torch.zeros(len(data.names), len(data.names), dtype=torch.int64), set(unlabeled)
     for done, id in enumerate(share, 1):
         if not common.pseudo_label_path(folder, id).exists():
             image = torch.from_numpy(data.image(id).transpose(2, 0, 1).copy())[None].to(device)
             label = common.predict(network, image, args, image.shape[2:]).argmax(1)[0].to("cpu", torch.uint8)  # arg max f(x)
             common.write_pseudo_label(folder, id, label.numpy(), data.colors)
-        truth, label = common.truth_for_the_log(data, id), common.read_pseudo_label(folder, id)
-        matrix += common.confusion_matrix(torch.from_numpy(truth).long(), torch.from_numpy(label).long(), len(data.names))
+        if id in unlabeled:
+            truth, label = common.truth_for_the_log(data, id), common.read_pseudo_label(folder, id)
+            matrix += common.confusion_matrix(torch.from_numpy(truth).long(), torch.from_numpy(label).long(), len(data.names))
         common.progress(f"stage {stage}, pseudo-masks", done, len(share))
     miou = common.mean_iou(common.all_reduce(matrix.to(device)).cpu())
+    common.say(f"stage {stage}   pseudo-masks of {len(ids)} pictures" + (f": mIoU {miou:.1f} on the unlabeled ones, whose truth nothing learns from" if math.isfinite(miou) else ""))
     common.barrier()
     return miou if math.isfinite(miou) else None
+
+
+def some_are_missing(folder, ids, device):
+    """Whether a picture has no pseudo-mask in the folder: the main process looks for all."""
+    missing = common.is_main() and not all(common.pseudo_label_path(folder, id).exists() for id in ids)
+    return bool(common.all_reduce(torch.tensor(int(missing), device=device)))
 
 
 # ---- losses ----------------------------------------------------------------------------------------------------------
@@ -314,6 +316,7 @@ def cross_entropy(logits, label):
 def train(args, stages, data, labeled, unlabeled, device):
     run = common.Run("three-stage-supervised" if args.supervised else "three-stage", args, data, labeled, unlabeled, device, dict(stages))
     everything, results, pseudo_miou = labeled + unlabeled, {}, {}  # confusion matrices at the end of each stage; mIoU of the pseudo-masks that it made
+    source = None  # the network of the stage before that makes this stage's pseudo-masks
 
     for stage, iterations in stages:
         if run.state and stage < run.state["stage"]:
@@ -327,6 +330,8 @@ def train(args, stages, data, labeled, unlabeled, device):
                 torch.manual_seed(int(common.rng(args.seed, "branch", stage).randint(2 ** 31)))
                 branch = SecondBranch(student, len(data.names), kind).to(device)
         teacher = copy.deepcopy(student).requires_grad_(False).eval()
+        if stage > 1 and source is None:  # resumed
+            source = copy.deepcopy(teacher)
         learner = common.parallel(TwoBranches(student, branch, kind), device)
         own = list(branch.parameters()) if branch else []
         optimizer = common.make_optimizer(args, args.lr, student.backbone.parameters(), student.head_parameters() + own)
@@ -334,13 +339,15 @@ def train(args, stages, data, labeled, unlabeled, device):
         scaler, begin = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16"), 0
 
         def save(iteration):
-            run.save("teacher", {"student": student, "teacher": teacher}, stage=stage, iteration=iteration, branch=branch.state_dict() if branch else {},
+            run.save("teacher", {"student": student, "teacher": teacher} | ({f"stage_{stage - 1}": source} if source else {}), stage=stage, iteration=iteration, branch=branch.state_dict() if branch else {},
                      optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), results=results, pseudo_miou=pseudo_miou)
 
         if run.state:  # go on where the checkpoint was written
             begin, results, pseudo_miou = run.state["iteration"], run.state["results"], run.state["pseudo_miou"]
             student.load_state_dict(run.state["models"]["student"])
             teacher.load_state_dict(run.state["models"]["teacher"])
+            if source:
+                source.load_state_dict(run.state["models"][f"stage_{stage - 1}"])
             if branch:
                 branch.load_state_dict(run.state["branch"])
             optimizer.load_state_dict(run.state["optimizer"])
@@ -349,12 +356,16 @@ def train(args, stages, data, labeled, unlabeled, device):
         else:
             save(0)
 
+        # Algorithm 1, lines 5, 9: pseudo-masks of the stage before
+        masks = run.folder / "pseudo_labels" / f"stage_{stage - 1}"
+        if stage > 1 and (stage - 1 not in pseudo_miou or some_are_missing(masks, everything, device)):
+            pseudo_miou = {**pseudo_miou, stage - 1: make_pseudo_masks(source, data, everything, unlabeled, stage - 1, run, args, device)}
+
         # Streams of the same name show the same views: once with the label, once with the pseudo-mask.
-        masks = run.folder / "pseudo_labels" / f"stage_{stage - 1}" if branch else None
         sizes = [args.labeled_batch_size if stage > 1 else args.stage1_batch_size]
         streams = [common.Stream(data, labeled, f"labeled, stage {stage}", args)]
         if stage > 1:
-            streams.append(common.Stream(data, everything, f"all, stage {stage}", args, labeled=masks is not None, pseudo_labels=masks))
+            streams.append(common.Stream(data, everything, f"all, stage {stage}", args, labeled=branch is not None, pseudo_labels=masks if branch else None))
             sizes.append(args.batch_size)
         if branch:
             streams.append(common.Stream(data, labeled, f"labeled, stage {stage}", args, pseudo_labels=masks))
@@ -431,10 +442,7 @@ def train(args, stages, data, labeled, unlabeled, device):
             if done % args.save_every == 0 or last:
                 save(done)
 
-        if stage < stages[-1][0]:
-            pseudo_miou = {**pseudo_miou, stage: make_pseudo_masks({"teacher": teacher, "student": student}[args.pseudo_masks_of], data, everything, stage, run, args, device)}
-            said = pseudo_miou[stage]
-            common.say(f"stage {stage}   pseudo-masks of {len(everything)} pictures" + (f": {said:.1f} mIoU against the truth, which nothing learns from" if said else ""))
+        source = {"teacher": teacher, "student": student}[args.pseudo_masks_of]
         loaders = batch = None  # their processes end
     show_stages(teacher, data, unlabeled or labeled, stages, run, args, device)
 
@@ -459,7 +467,7 @@ def show_stages(teacher, data, ids, stages, run, args, device):
 
 def main():
     args = common.parse_args(get_parser(), PAPER)
-    device = common.setup(args)
+    device = common.setup(args, uneven=True)
     if args.evaluate or args.predict:
         return common.use_checkpoint(args, device)
     common.check_range(args, 1, math.inf, "stages", "labeled_batch_size", "stage1_batch_size", "cutout")

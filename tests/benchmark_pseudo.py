@@ -64,7 +64,7 @@ def one(count):
     dars.predict_picture = stub
     dars.select, dars.read_draft, torch.bincount = timed("select", dars.select), timed("read drafts", dars.read_draft), timed("read and count", torch.bincount)
     with tempfile.TemporaryDirectory() as folder:
-        run = SimpleNamespace(folder=Path(folder), picture=lambda *arguments: None, panel=lambda *arguments: None, write_json=lambda *arguments: None)
+        run = SimpleNamespace(folder=Path(folder), picture=lambda *arguments: None, panel=lambda *arguments: None, write_json=lambda *arguments: None, claim=lambda folder: None)
         sizes, forget = [], dars.shutil.rmtree
         dars.shutil.rmtree = lambda path, **options: (sizes.append(sum(p.stat().st_size for p in Path(path).rglob("*.npz"))), forget(path, **options))
         args = SimpleNamespace(pseudo="dars", confidence="fp16", seed=0)

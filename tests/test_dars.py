@@ -239,7 +239,7 @@ def make(monkeypatch, tmp_path):
 
     def run(pictures, labels, alpha, folder="run", number=1, data=StubData(), **args):
         monkeypatch.setattr(dars, "predict_picture", lambda teacher, image, args: tuple(map(torch.from_numpy, pictures[int(image[0, 0, 0])])))
-        ids, place = [f"city/x_{i}" for i in range(len(pictures))], SimpleNamespace(folder=tmp_path / folder, picture=lambda *_: None, panel=lambda *_: None)
+        ids, place = [f"city/x_{i}" for i in range(len(pictures))], SimpleNamespace(folder=tmp_path / folder, picture=lambda *_: None, panel=lambda *_: None, claim=lambda _: None)
         place.write_json = partial(common.Run.write_json, place)
         report = dars.make_pseudo_labels(torch.nn.Identity(), data, ids, torch.tensor(labels), alpha, number, place, stub_args(**args), CPU)
         made = place.folder / "pseudo_labels" / f"round_{number}"
@@ -606,7 +606,7 @@ def test_predict_by_windows_against_a_naive_loop(logits, flip, align_corners):
 def test_pseudo_labels_come_from_averaged_logits(monkeypatch):
     """Two views of a pixel disagree: the mean of the logits says another class than the mean of the probabilities."""
     network = Lopsided(False)
-    network.forward = lambda x: torch.tensor([[0., 20.], [1., 0.]]).flip(1).view(1, 2, 1, 2).expand(1, 2, 1, 2)
+    network.forward = lambda x: torch.tensor([[0., 20.], [1., 0.]]).flip(1).view(1, 2, 1, 2).expand(len(x), 2, 1, 2)
     args = stub_args(flip=True)
     image = torch.zeros(1, 3, 1, 2, dtype=torch.uint8)
     mean_logits = torch.tensor([10., .5])
@@ -1068,7 +1068,7 @@ def test_iterations_from_epochs(rounds):
     assert iterations(rounds(*base, "--epochs", "3")[1]) == [3 * 372 // 16, 3 * 2603 // 8, 3 * 2603 // 8]
     assert iterations(rounds(*base, "--iterations", "5")[1]) == [5, 5, 5]  # the table has no number for round 0
     assert iterations(rounds(*base, "--round0-iterations", "7")[1]) == [7, 200 * 2603 // 8, 200 * 2603 // 8]
-    assert iterations(rounds("--iterations", "5")[1]) == [1500, 5, 5]  # that of the streets has
+    assert iterations(rounds("--iterations", "5")[1]) == [3000, 5, 5]  # that of the streets has
     assert iterations(rounds(*base, "--iterations", "5", "--round0-iterations", "7")[1]) == [7, 5, 5]
     assert iterations(rounds(*base, "--supervised", "--iterations", "5", "--round0-iterations", "7")[1]) == [17]
     assert iterations(rounds(*base, "--batch-size", "16", "--epochs", "1")[1]) == [23, 162, 162]

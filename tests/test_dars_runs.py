@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -185,7 +186,7 @@ def test_every_unlabeled_picture_has_a_pseudo_label(whole):
     assert len(args["unlabeled"]) == 4 and not set(args["unlabeled"]) & set(args["labeled"])
     for report in result["rounds"]:
         folder = whole / "pseudo_labels" / f"round_{report['round']}"
-        assert {p.name for p in folder.iterdir()} == {f"{id}.png" for id in args["unlabeled"]} | {"report.json"}
+        assert {p.name for p in folder.iterdir()} == {f"{id}.png" for id in args["unlabeled"]} | {"report.json", "made_by.json"}
         assert strict((folder / "report.json").read_text()) == report
         counts = np.zeros(256, int)
         for id in args["unlabeled"]:
@@ -444,7 +445,7 @@ def pseudo_labels_alone(folder):
     torch.nn.init.normal_(network.last.weight, 0, 5)  # several classes, sure of some pixels
     args = common.parse_args(dars.get_parser(), dars.PAPER, ["--crop", "32", "64", "--base-size", "64"])
     data = common.Streets()
-    run = SimpleNamespace(folder=Path(folder), picture=lambda *_: None, panel=lambda *_: None)
+    run = SimpleNamespace(folder=Path(folder), picture=lambda *_: None, panel=lambda *_: None, claim=lambda _: None)
     run.write_json = partial(common.Run.write_json, run)
     labels, _ = dars.count_pixels(data, data.train[:3], torch.device("cpu"))
     return dars.make_pseudo_labels(network, data, data.train[3:8], labels, .5, 1, run, args, torch.device("cpu"))
@@ -474,12 +475,25 @@ def test_two_processes_make_the_pseudo_labels_of_one_and_give_its_losses(main, t
     losses = [{(r["stage"], r["iteration"], key): v for r in records(tmp_path / name) for key, v in r.items() if key.startswith("loss")} for name in ("one", "two")]
     assert losses[0].keys() == losses[1].keys() and len(losses[0]) == 20 * 2 + 2 * 4 * 4
     for key, value in losses[0].items():
-        assert value == pytest.approx(losses[1][key], abs=1e-5 if key[0] == 0 else .02), key
+        assert value == pytest.approx(losses[1][key], abs=3e-5 if key[0] == 0 else .02), key
     for a, b in zip(one["rounds"], two["rounds"]):
         assert a["pixels"] == b["pixels"] and a["share"] == pytest.approx(b["share"], abs=.01) and a["coverage"] == pytest.approx(b["coverage"], abs=.01)
     pixels = [np.array([np.asarray(Image.open(tmp_path / name / "pseudo_labels/round_1" / p.name)) for p in sorted((tmp_path / "one/pseudo_labels/round_1").glob("*.png"))])
               for name in ("one", "two")]
     assert (pixels[0] == pixels[1]).mean() > .95
+
+
+def test_pseudo_labels_of_another_run_are_refused(main, tmp_path, whole, monkeypatch):
+    """A folder that somebody copied into an unfinished run."""
+    killed_at(main, monkeypatch, common, "write_pseudo_label", nth(3), *ONCE, "--out", "run")
+    folder = tmp_path / "run/pseudo_labels/round_1"
+    shutil.copytree(whole / "pseudo_labels/round_1", folder, dirs_exist_ok=True)
+    (folder / "made_by.json").write_text(json.dumps({"run": 64 * "0"}))
+    with pytest.raises(common.UserError, match="round_1: holds pseudo-labels of another run; remove this folder"):
+        main(*ONCE, "--out", "run")
+    shutil.rmtree(folder)  # that is the advice
+    main(*ONCE, "--out", "run")
+    assert pseudo_labels(tmp_path / "run") == pseudo_labels(whole)
 
 
 # ---- errors ----------------------------------------------------------------------------------------------------------
