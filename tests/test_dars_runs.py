@@ -26,7 +26,7 @@ SHORT = ["--labels", "4", "--round0-iterations", "40", "--iterations", "4", "--b
          "--log-every", "1", "--save-every", "2", "--eval-every", "100"]
 # AdamW divides by gradients near zero, and many large steps amplify (tenfold in ten of lr .05): both make rounding visible.
 ONCE = ["--save-every", "100"]  # at the end of each round alone: for runs that nothing disturbs
-TWO = ["--optimizer", "sgd", "--lr", "0.005", "--round0-iterations", "20", *ONCE]
+TWO = ["--optimizer", "sgd", "--lr", "0.005", "--round0-iterations", "20", "--scale", "0.75", "1.25", *ONCE]
 
 
 class FewStreets(common.Streets):
@@ -475,7 +475,7 @@ def test_two_processes_make_the_pseudo_labels_of_one_and_give_its_losses(main, t
     losses = [{(r["stage"], r["iteration"], key): v for r in records(tmp_path / name) for key, v in r.items() if key.startswith("loss")} for name in ("one", "two")]
     assert losses[0].keys() == losses[1].keys() and len(losses[0]) == 20 * 2 + 2 * 4 * 4
     for key, value in losses[0].items():
-        assert value == pytest.approx(losses[1][key], abs=3e-5 if key[0] == 0 else .02), key
+        assert value == pytest.approx(losses[1][key], abs=1e-5 if key[0] == 0 else .02), key
     for a, b in zip(one["rounds"], two["rounds"]):
         assert a["pixels"] == b["pixels"] and a["share"] == pytest.approx(b["share"], abs=.01) and a["coverage"] == pytest.approx(b["coverage"], abs=.01)
     pixels = [np.array([np.asarray(Image.open(tmp_path / name / "pseudo_labels/round_1" / p.name)) for p in sorted((tmp_path / "one/pseudo_labels/round_1").glob("*.png"))])
