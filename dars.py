@@ -87,7 +87,7 @@ PAPER["cityscapes-deeplabv2"] = PAPER["cityscapes"] | dict(network="deeplabv2", 
 PAPER["vocaug"] = PAPER["cityscapes"] | dict(labels="1464", size=None, crop=(321, 321), base_size=400, scale=(.5, 1.5), epochs=50,
                                              alpha=(.4, .5), beta_min=(0., 0.), beta_max=(0., 1 / 3))
 PAPER["voc"] = PAPER["vocaug"] | dict(labels="1/8")
-PAPER["camvid-cpu"] = PAPER["streets"] | dict(labels="1/8", size=(180, 240), crop=(96, 128), base_size=240, lr=2e-3, iterations=1500, round0_iterations=2000)
+PAPER["camvid-cpu"] = PAPER["streets"] | dict(labels="1/8", size=(180, 240), crop=(96, 128), base_size=240, lr=2e-3, iterations=1000, round0_iterations=2000)
 PAPER["camvid-gpu"] = PAPER["cityscapes"] | dict(labels="1/8", size=(360, 480), crop=(241, 321), base_size=480, scale=(.5, 2.))
 
 # The paper's mIoU (Tables 1, 2, 3), and of its supervised baseline.
