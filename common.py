@@ -597,7 +597,7 @@ class Stream(torch.utils.data.Dataset):
             label = read_pseudo_label(self.pseudo_labels, id)
             if label.shape != image.shape[:2]:
                 raise UserError(f"{pseudo_label_path(self.pseudo_labels, id)}: is {label.shape[1]}x{label.shape[0]}, its picture {image.shape[1]}x{image.shape[0]}; "
-                                "delete it, then the same command makes the round's pseudo-labels again")
+                                "delete it, then the same command makes it again")
         else:
             label = self.data.label(id) if self.labeled else truth_for_the_log(self.data, id)
         image, label, valid, view = weak_view(image, label, rng(self.seed, self.name, "view", position), self.crop, self.scale, self.cut)
@@ -655,7 +655,7 @@ def read_pseudo_label(folder, id):
         with open_picture(pseudo_label_path(folder, id)) as picture:
             return np.array(picture)
     except UserError:
-        raise UserError(f"{pseudo_label_path(folder, id)}: cannot be read; delete it, then the same command makes the round's pseudo-labels again") from None
+        raise UserError(f"{pseudo_label_path(folder, id)}: cannot be read; delete it, then the same command makes it again") from None
 
 
 def pseudo_label_path(folder, id):
@@ -1187,7 +1187,7 @@ def add_arguments(parser):
     a = parser.add_argument_group("training").add_argument
     a("--supervised", action="store_true", help="the baseline: labeled pictures only, the same number of steps")
     a("--iterations", type=int, metavar="N", help="per stage or round")
-    a("--batch-size", type=int, metavar="N", help="labeled pictures an iteration, and as many unlabeled; the sum over all processes")
+    a("--batch-size", type=int, metavar="N", help="pictures of one kind (labeled, or unlabeled) an iteration; the sum over all processes")
     a("--optimizer", choices=["sgd", "adamw"], help="sgd with momentum .9, or adamw")
     a("--lr", type=float, metavar="X", help="learning rate at the start")
     a("--weight-decay", type=float, metavar="X", help="of the optimizer")

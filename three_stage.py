@@ -1,5 +1,5 @@
 """A Three-Stage Self-Training Framework for Semi-Supervised Semantic Segmentation
-Rihuan Ke, Angelica I. Aviles-Rivero, Saurabh Pandey, Saikumar Reddy, Carola-Bibiane Schonlieb. IEEE Transactions on Image Processing 31, 2022, arXiv 2012.00827
+Rihuan Ke, Angelica I. Aviles-Rivero, Saurabh Pandey, Saikumar Reddy, Carola-Bibiane Schönlieb. IEEE Transactions on Image Processing 31, 2022, arXiv 2012.00827
 
 Self-training in three stages, each of which starts anew. Stage 1 learns from the labeled pictures and predicts a first pseudo-mask for every picture.
 Stages 2 and 3 learn two tasks at once. Task 1 is the segmentation itself: labels where there are any, and everywhere consistency, that is,
@@ -19,28 +19,32 @@ paper -> code
     operators A, B: RandAugment and Cutout                  strong_view(), warp(), cutout()
     Algorithm 1                                             train(): one loop over the stages
     Table VII  branches g-hat and g-tilde                   SecondBranch, TwoBranches
-    Table V    --stages 1 | 2;  no CR: --no-consistency;  no T2: --no-pseudo-masks;  no SA: --no-strong;  no N2: --branch own-conv5
+    Table V    --stages 1 | 2;  no CR: --no-consistency;  no T2: --no-pseudo-masks;  no SA: --no-strong;  no N2: --branch g-hat
     Table VI   --no-ema;  Fig. 3: --lambda1, --lambda2;  a fourth stage: --stages 4
-    Fig. 2     loss_consistency and val in log.jsonl, with and without --no-pseudo-masks;  Figs. 4, 5: pictures/stages_*.png
+    Fig. 2     loss_consistency and val in log.jsonl, with and without --no-pseudo-masks;  Figs. 4, 5: pictures/stages.png, val_stage_*.png
 
 Choices that the paper leaves open, and why
-    Sub-batches. The paper's Sub-batch 1 (from L and U together) "has size 1"; in the authors' code the labeled one has, of 5 pictures, and
-        grows with the labels. Here as in the code.                                         --batch-size, --labeled-batch-size
-    Stage 1 has as many labeled pictures a step as the other stages have in all.            --stage1-batch-size
-    Hard targets, the class of the highest logit, for consistency as for pseudo-masks; no threshold. They come from the whole,
-        unaugmented picture in one pass. Labeled pictures have pseudo-masks too, and A = B = identity (Sect. IV-B).
-    Pseudo-masks are the mean teacher's (authors' code); the paper writes f_theta.          --pseudo-masks-of student
+    Sub-batches. The paper's Sub-batch 1 (from L and U together) "has size 1", 3 or 2 where there are many labels; in the authors' code it is
+        the labeled one that has 1 of 5 pictures (VOC: of 10). Here the labeled one has 1, 3 or 2.     --batch-size, --labeled-batch-size
+    Stage 1 has as many labeled pictures a step as the other stages have in all, in the paper's rows.   --stage1-batch-size
+    Hard targets, the class of the highest logit, for consistency as for pseudo-masks; no threshold. Pseudo-masks come from the whole
+        picture in one pass, without flip. Labeled pictures have them too, and A = B = identity there (Sect. IV-B).
+    Who makes them: the mean teacher (authors' code in stage 2; here in stage 1 too); the paper writes f_theta.  --pseudo-masks-of student
     RandAugment (authors' code): three operations of the 14, drawn with replacement, each applied with probability .5 at level
         1 to 9. The geometric ones are composed into one map and sampled once, nearest, after the photometric ones, for
         picture, teacher's label and pseudo-mask alike: what they show stays together to the pixel. What comes from outside
         is mid-grey in the picture and 255 in labels. Cutout: three squares in mid-grey; labels are not cut.
-    Start of a stage: the pretrained weights again; a new head, a new branch, a new optimizer. From scratch (tiny): new weights.
-    conv6 of g-hat: three bottlenecks as in conv5, half as wide, new, from N(0, .01) (authors' code); its batch norm is as that of the backbone.
-    The mean teacher's decay rises in four steps over each stage, at 1/3, 2/3 and 5/6 of it: epochs 20, 40, 50 of 60 in the
-        authors' code.                                                                      --ema-decay
+    Start of a stage: the weights of --weights again (a head too, where the file has one that fits); the rest, branch and optimizer are new.
+        From scratch (tiny): new weights.
+    conv6 of g-hat: three bottlenecks as in conv5, half as wide, new, from N(0, .01) (authors' code). Frozen batch norm does nothing there.
+    ASPP has four rates (Table VII); the authors' code returns after two.                               --aspp-branches 2
+    The mean teacher's decay takes four values, from 0, 1/3, 2/3 and 5/6 of a stage on: epochs 0, 20, 40, 50 of 60 in the
+        authors' code.                                                                                  --ema-decay
     Adam, constant learning rate, no weight decay, batch norm frozen as loaded. The code has a lower rate for pretrained layers.  --backbone-lr-mult
-    Each loss is a mean over its valid pixels in all pictures of the step, of all processes.
-    Scale on VOC: any factor from .5 to 1.5, not eleven of them.
+    Each loss is a mean over its valid pixels in all pictures of the step, of all processes; loss terms are logged without lambda.
+    Other departures from the code: 60,000 steps in stage 1 too, as the paper says (code: 20,000 or 10,000); logits upsampled without aligned
+        corners; the bonnet of Cityscapes' car is not cut out of pseudo-masks; on VOC any scale from .5 to 1.5, not eleven of them.
+    Labeled pictures: those of French et al.'s seeds on Cityscapes, else by --seed; the paper's are those of Hung et al.   --split FILE
     The baseline (--supervised) is stage 1 for as many steps as all stages have together.
     Reported: the mean teacher at the last iteration, as the authors' code does for stages 2 and 3. Here stage 1 and the baseline have one too,
         so that its gain is not counted for the method. The student stands beside it, and so do the stages before.
@@ -48,7 +52,6 @@ Choices that the paper leaves open, and why
 
 import argparse
 import copy
-import json
 import math
 
 import torch
@@ -61,7 +64,7 @@ from common import IGNORE
 
 # ---- arguments -------------------------------------------------------------------------------------------------------
 
-# Per dataset and labels, by the argument's name (Sect. IV-B; batch sizes and ema_decay: the authors' code).
+# Per dataset and labels, by the argument's name (Sect. IV-B; sub-batches and ema_decay: the authors' code). adamw without weight decay is Adam.
 PAPER = {
     "cityscapes": dict(
         labels="372", size=(512, 1024), crop=(256, 512), scale=(1., 1.), batch_size=4, labeled_batch_size=1, stage1_batch_size=5, iterations=60_000,
@@ -87,7 +90,7 @@ PAPER_MIOU = {("cityscapes", "imagenet", 100): 54.85, ("cityscapes", "imagenet",
               ("vocaug", "imagenet", 106): 55.13, ("vocaug", "imagenet", 212): 62.71, ("vocaug", "imagenet", 529): 68.23, ("vocaug", "imagenet", 1323): 69.36,
               ("vocaug", "coco", 106): 63.82, ("vocaug", "coco", 212): 70.77, ("vocaug", "coco", 529): 71.90, ("vocaug", "coco", 1323): 72.95}
 
-BRANCHES = "own-conv5", "own-aspp"  # g-hat and g-tilde of Table VII
+BRANCHES = "g-hat", "g-tilde"  # Table VII: with a block and a head of its own (conv6, ASPP_2), with a head alone (ASPP_3)
 
 
 def get_parser():
@@ -99,7 +102,7 @@ def get_parser():
     a("--consistency", action=argparse.BooleanOptionalAction, default=True, help="the consistency loss, Eq. 1 (Table V, CR)")
     a("--pseudo-masks", action=argparse.BooleanOptionalAction, default=True, help="Task 2, Eq. 3 (Table V, T2)")
     a("--strong", action=argparse.BooleanOptionalAction, default=True, help="RandAugment and Cutout; without, A and B are the identity (Table V, SA)")
-    a("--branch", choices=BRANCHES, help="g-hat or g-tilde in every stage (default: g-hat in stage 2, then g-tilde; Table V, N2)")
+    a("--branch", choices=BRANCHES, help="in every stage (default: g-hat in stage 2, then g-tilde; Table V, N2)")
     a("--ema", action=argparse.BooleanOptionalAction, default=True, help="a mean teacher; without, the teacher is the student itself (Table VI)")
     a("--ema-decay", type=float, metavar="D", nargs=4, help="of the mean teacher, from 0, 1/3, 2/3, 5/6 of a stage on")
     a("--lambda1", type=float, metavar="X", help="weight of the consistency loss (Eqs. 4, 5; Fig. 3)")
@@ -223,7 +226,7 @@ class SecondBranch(nn.Module):
         super().__init__()
         conv5, channels = network.backbone.layer4, network.backbone.channels
         self.conv6 = nn.Identity()
-        if kind == "own-conv5":
+        if kind == "g-hat":
             block, inside, channels = type(conv5[0]), conv5[0].conv1.in_channels, channels // 2
             norm = common.group_norm if isinstance(conv5[0].bn1, nn.GroupNorm) else type(conv5[0].bn1)
             blocks = [block(inside if i == 0 else channels, channels // block.expansion, norm_layer=norm) for i in range(len(conv5))]
@@ -252,7 +255,7 @@ class TwoBranches(nn.Module):
         logits = self.network.classifier(conv5)
         if self.branch is None:
             return (logits,)
-        return logits, self.branch(conv4 if self.kind == "own-conv5" else conv5)
+        return logits, self.branch(conv4 if self.kind == "g-hat" else conv5)
 
 
 # ---- EMA -------------------------------------------------------------------------------------------------------------
@@ -279,11 +282,12 @@ def make_pseudo_masks(network, data, ids, unlabeled, stage, run, args, device):
     folder = run.folder / "pseudo_labels" / f"stage_{stage}"
     run.claim(folder)
     network.eval()
+    plain = argparse.Namespace(**vars(args) | {"scales": [1.], "flip": False, "base_size": 0})  # however val is evaluated
     share, matrix, unlabeled = ids[common.rank()::common.world_size()], torch.zeros(len(data.names), len(data.names), dtype=torch.int64), set(unlabeled)
     for done, id in enumerate(share, 1):
         if not common.pseudo_label_path(folder, id).exists():
             image = torch.from_numpy(data.image(id).transpose(2, 0, 1).copy())[None].to(device)
-            label = common.predict(network, image, args, image.shape[2:]).argmax(1)[0].to("cpu", torch.uint8)  # arg max f(x)
+            label = common.predict(network, image, plain, image.shape[2:]).argmax(1)[0].to("cpu", torch.uint8)  # arg max f(x)
             common.write_pseudo_label(folder, id, label.numpy(), data.colors)
         if id in unlabeled:
             truth, label = common.truth_for_the_log(data, id), common.read_pseudo_label(folder, id)
@@ -293,12 +297,6 @@ def make_pseudo_masks(network, data, ids, unlabeled, stage, run, args, device):
     common.say(f"stage {stage}   pseudo-masks of {len(ids)} pictures" + (f": mIoU {miou:.1f} on the unlabeled ones, whose truth nothing learns from" if math.isfinite(miou) else ""))
     common.barrier()
     return miou if math.isfinite(miou) else None
-
-
-def some_are_missing(folder, ids, device):
-    """Whether a picture has no pseudo-mask in the folder: the main process looks for all."""
-    missing = common.is_main() and not all(common.pseudo_label_path(folder, id).exists() for id in ids)
-    return bool(common.all_reduce(torch.tensor(int(missing), device=device)))
 
 
 # ---- losses ----------------------------------------------------------------------------------------------------------
@@ -323,12 +321,13 @@ def train(args, stages, data, labeled, unlabeled, device):
             continue
         # Algorithm 1, lines 3, 7, 11: every stage starts from the pretrained weights
         student = common.build_network(args, data, device, stage - 1)
-        kind = args.branch or ("own-conv5" if stage == 2 else "own-aspp")
+        kind = args.branch or ("g-hat" if stage == 2 else "g-tilde")
         branch = None
         if stage > 1 and args.pseudo_masks:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(int(common.rng(args.seed, "branch", stage).randint(2 ** 31)))
-                branch = SecondBranch(student, len(data.names), kind).to(device)
+                branch = SecondBranch(student, len(data.names), kind)
+            branch.to(device, memory_format=torch.channels_last if device.type == "cuda" else torch.contiguous_format)
         teacher = copy.deepcopy(student).requires_grad_(False).eval()
         if stage > 1 and source is None:  # resumed
             source = copy.deepcopy(teacher)
@@ -339,8 +338,8 @@ def train(args, stages, data, labeled, unlabeled, device):
         scaler, begin = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16"), 0
 
         def save(iteration):
-            run.save("teacher", {"student": student, "teacher": teacher} | ({f"stage_{stage - 1}": source} if source else {}), stage=stage, iteration=iteration, branch=branch.state_dict() if branch else {},
-                     optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), results=results, pseudo_miou=pseudo_miou)
+            networks = {"student": student, "teacher": teacher} | ({f"stage_{stage - 1}": source} if source else {})
+            run.save("teacher", networks, stage=stage, iteration=iteration, branch=branch.state_dict() if branch else {}, optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), results=results, pseudo_miou=pseudo_miou)
 
         if run.state:  # go on where the checkpoint was written
             begin, results, pseudo_miou = run.state["iteration"], run.state["results"], run.state["pseudo_miou"]
@@ -358,7 +357,7 @@ def train(args, stages, data, labeled, unlabeled, device):
 
         # Algorithm 1, lines 5, 9: pseudo-masks of the stage before
         masks = run.folder / "pseudo_labels" / f"stage_{stage - 1}"
-        if stage > 1 and (stage - 1 not in pseudo_miou or some_are_missing(masks, everything, device)):
+        if stage > 1:  # resumed: what is there is kept
             pseudo_miou = {**pseudo_miou, stage - 1: make_pseudo_masks(source, data, everything, unlabeled, stage - 1, run, args, device)}
 
         # Streams of the same name show the same views: once with the label, once with the pseudo-mask.
@@ -375,13 +374,13 @@ def train(args, stages, data, labeled, unlabeled, device):
 
         for iteration, batch in enumerate(zip(*loaders), begin):
             # 1 batch: weak views; labeled pictures (Sub-batch 2), and from stage 2 on pictures from L and U together (Sub-batch 1)
-            image, label = batch[0]["image"], batch[0]["label"]  # (B_l, 3, H, W), (B_l, H, W)
-            split = len(image)
+            weak, label = batch[0]["image"], batch[0]["label"]  # (B_l, 3, H, W), (B_l, H, W)
+            seen, n_labeled = weak, len(weak)  # what the student will see
 
             # 2 pseudo-labels: what the teacher says of the weak views, and the stage's pseudo-masks; both move with the pictures
             targets = []
             if stage > 1:
-                weak, valid = torch.cat([image, batch[1]["image"]]), torch.cat([batch[0]["valid"], batch[1]["valid"]])  # (B_l + B, ..)
+                weak, valid = torch.cat([weak, batch[1]["image"]]), torch.cat([batch[0]["valid"], batch[1]["valid"]])  # (B_l + B, ..)
                 if args.consistency:
                     with torch.no_grad(), common.autocast(args, device):
                         logits = teacher(common.to_float(weak))
@@ -391,24 +390,24 @@ def train(args, stages, data, labeled, unlabeled, device):
                 if branch:
                     targets.append(torch.cat([batch[2]["label"], batch[1]["label"]]))  # y-hat, y-tilde
                 if args.strong and targets:
-                    labels = torch.stack([y[split:] for y in targets], 1).to(torch.uint8)  # (B, 1 or 2, H, W)
+                    labels = torch.stack([y[n_labeled:] for y in targets], 1).to(torch.uint8)  # (B, 1 or 2, H, W)
                     generators = [common.rng(args.seed, "strong", stage, place) for place in batch[1]["position"]]
                     strong, labels = strong_view(batch[1]["image"], labels, generators, args.cutout)  # A, B; identity for Sub-batch 2
-                    targets = [torch.cat([y[:split], moved.long()]) for y, moved in zip(targets, labels.unbind(1))]
-                    image = torch.cat([image, strong])
+                    targets = [torch.cat([y[:n_labeled], moved.long()]) for y, moved in zip(targets, labels.unbind(1))]
+                    seen = torch.cat([weak[:n_labeled], strong])
                 else:
-                    image = weak
+                    seen = weak
 
             # 3 losses
             with common.autocast(args, device):
-                outputs = learner(common.to_float(image))
+                outputs = learner(common.to_float(seen))
             outputs = [common.upsample(logits, args.crop) for logits in outputs]  # f(Ax) and g(Ax), (B_l + B, K, H, W)
-            losses = {"loss_labeled": cross_entropy(outputs[0][:split], label)}  # Eq. 2
+            losses = {"loss_labeled": cross_entropy(outputs[0][:n_labeled], label)}  # Eq. 2
             if stage > 1 and args.consistency:
-                losses["loss_consistency"] = args.lambda1 * cross_entropy(outputs[0], targets[0])  # Eq. 1
+                losses["loss_consistency"] = cross_entropy(outputs[0], targets[0])  # Eq. 1
             if branch:
-                losses["loss_pseudo"] = args.lambda2 * cross_entropy(outputs[1], targets[-1])  # Eq. 3
-            loss = sum(losses.values())  # Eqs. 4, 5
+                losses["loss_pseudo"] = cross_entropy(outputs[1], targets[-1])  # Eq. 3
+            loss = losses["loss_labeled"] + args.lambda1 * losses.get("loss_consistency", 0) + args.lambda2 * losses.get("loss_pseudo", 0)  # Eqs. 4, 5
 
             # 4 backward
             optimizer.zero_grad()
@@ -426,7 +425,8 @@ def train(args, stages, data, labeled, unlabeled, device):
             if done % args.log_every == 0 or last:
                 extra = {"lr": optimizer.param_groups[1]["lr"]}
                 if branch:
-                    extra |= {"pseudo_miou": pseudo_miou[stage - 1], "pseudo_coverage": float((targets[-1] != IGNORE).float().mean())}
+                    known, all_pixels = common.all_reduce(torch.tensor([(targets[-1] != IGNORE).sum(), targets[-1].numel()], device=device)).tolist()
+                    extra |= {"pseudo_miou": pseudo_miou[stage - 1], "pseudo_coverage": known / all_pixels}
                 run.log(stage, done, **extra)
             if done % args.eval_every == 0 or last:
                 tables = common.evaluate({"student": student, "teacher": teacher}, data, args, device)
@@ -434,8 +434,8 @@ def train(args, stages, data, labeled, unlabeled, device):
                 run.predictions(f"val_stage_{stage}_{done:06d}", {"student": student, "teacher": teacher})
                 columns = {"labeled picture": batch[0]["image"][:4], "label": label[:4]}
                 if stage > 1:
-                    columns = {"picture of L or U": batch[1]["image"], "what the student sees": image[split:]}
-                    columns |= dict(zip(["teacher's label, moved"] * args.consistency + ["pseudo-mask, moved"] * (branch is not None), [y[split:] for y in targets]))
+                    columns = {"picture of L or U": batch[1]["image"], "what the student sees": seen[n_labeled:]}
+                    columns |= dict(zip(["teacher's label, moved"] * args.consistency + ["pseudo-mask, moved"] * (branch is not None), [y[n_labeled:] for y in targets]))
                 run.panel(f"batch_stage_{stage}_{done:06d}", {title: cells[:4] for title, cells in columns.items()})
             if last:
                 results = {**results, f"stage_{stage}": tables["teacher"], f"stage_{stage}_student": tables["student"]}
@@ -455,10 +455,12 @@ def train(args, stages, data, labeled, unlabeled, device):
 
 def show_stages(teacher, data, ids, stages, run, args, device):
     """Figs. 4 and 5, on training pictures: the pseudo-masks of each stage, and what the last network predicts."""
-    columns = {"unlabeled picture": [], "truth (not used)": []} | {f"pseudo-mask of stage {stage}": [] for stage, _ in stages[:-1]} | {f"prediction of stage {stages[-1][0]}": []}
+    folders = {stage: run.folder / "pseudo_labels" / f"stage_{stage}" for stage, _ in stages[:-1]}
+    folders = {stage: folder for stage, folder in folders.items() if all(common.pseudo_label_path(folder, id).exists() for id in ids)}  # early ones may be deleted
+    columns = {"unlabeled picture": [], "truth (not used)": []} | {f"pseudo-mask of stage {stage}": [] for stage in folders} | {f"prediction of stage {stages[-1][0]}": []}
     for id in ids[::max(1, len(ids) // 5)][:5] if common.is_main() else []:
         image = torch.from_numpy(data.image(id).transpose(2, 0, 1).copy())
-        masks = [common.read_pseudo_label(run.folder / "pseudo_labels" / f"stage_{stage}", id) for stage, _ in stages[:-1]]
+        masks = [common.read_pseudo_label(folder, id) for folder in folders.values()]
         prediction = common.predict(teacher.eval(), image[None].to(device), args, image.shape[1:]).argmax(1)[0].cpu()
         for cells, array in zip(columns.values(), (image, torch.from_numpy(common.truth_for_the_log(data, id)), *map(torch.from_numpy, masks), prediction)):
             cells.append(array)

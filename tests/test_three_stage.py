@@ -307,8 +307,8 @@ def count(module, trained=False):
 def test_table_vii_sizes_of_the_branches(classes, aspp_2, aspp_3):
     with torch.device("meta"):  # shapes alone
         network, image = network_of("resnet101", classes), torch.rand(2, 3, 321, 321)
-        hat, tilde = (three_stage.SecondBranch(network, classes, kind) for kind in ("own-conv5", "own-aspp"))
-        for branch, kind in ((hat, "own-conv5"), (tilde, "own-aspp")):
+        hat, tilde = (three_stage.SecondBranch(network, classes, kind) for kind in ("g-hat", "g-tilde"))
+        for branch, kind in ((hat, "g-hat"), (tilde, "g-tilde")):
             assert [tuple(x.shape) for x in three_stage.TwoBranches(network, branch, kind)(image)] == [(2, classes, 41, 41)] * 2
             assert [conv.dilation for conv in branch.aspp] == [(6, 6), (12, 12), (18, 18), (24, 24)]
     conv6 = 3 * (1024 * 256 + 3 * 3 * 256 * 256 + 256 * 1024)  # three bottlenecks 1 x 1, 256; 3 x 3, 256; 1 x 1, 1024, on the 1024 channels of conv4
@@ -323,7 +323,7 @@ def test_table_vii_sizes_of_the_branches(classes, aspp_2, aspp_3):
 def test_batch_norm_of_a_branch_is_that_of_its_backbone(batch_norm):
     with torch.device("meta"):
         network = network_of("resnet50", K, batch_norm=batch_norm)
-        norms = [m for m in three_stage.SecondBranch(network, K, "own-conv5").modules() if isinstance(m, torch.nn.BatchNorm2d)]
+        norms = [m for m in three_stage.SecondBranch(network, K, "g-hat").modules() if isinstance(m, torch.nn.BatchNorm2d)]
     assert len(norms) == 10 and {type(m) for m in norms} == {type(network.backbone.bn1)} and {m.training for m in norms} == {batch_norm == "train"}
 
 
@@ -340,7 +340,7 @@ def moved_by_g(kind):
     return network, moved
 
 
-@pytest.mark.parametrize("kind, shared", [("own-conv5", "conv1 bn1 layer1 layer2 layer3"), ("own-aspp", "conv1 bn1 layer1 layer2 layer3 layer4")])
+@pytest.mark.parametrize("kind, shared", [("g-hat", "conv1 bn1 layer1 layer2 layer3"), ("g-tilde", "conv1 bn1 layer1 layer2 layer3 layer4")])
 def test_g_teaches_f_through_the_shared_blocks_alone(kind, shared):
     """To f's last two blocks, or its last one, goes no gradient."""
     network, moved = moved_by_g(kind)
@@ -429,8 +429,8 @@ def arguments(*argv):
     return common.parse_args(three_stage.get_parser(), three_stage.PAPER, list(map(str, argv)))
 
 
-@pytest.mark.parametrize("stage, flags", [(1, ""), (2, ""), (3, ""), (2, "--no-strong"), (3, "--no-consistency"), (2, "--no-pseudo-masks"), (3, "--branch own-conv5"),
-                                          (2, "--branch own-aspp"), (2, "--no-pseudo-masks --no-consistency"), (2, "--no-ema")])
+@pytest.mark.parametrize("stage, flags", [(1, ""), (2, ""), (3, ""), (2, "--no-strong"), (3, "--no-consistency"), (2, "--no-pseudo-masks"), (3, "--branch g-hat"),
+                                          (2, "--branch g-tilde"), (2, "--no-pseudo-masks --no-consistency"), (2, "--no-ema")])
 def test_eqs_1_to_5_the_losses_of_a_step(stage, flags, tmp_path, monkeypatch):
     """The second step of a stage, computed again from what came in. Pseudo-masks are the number of their stage everywhere; A and B turn by 180 degrees,
     and A inverts."""
@@ -499,15 +499,16 @@ def test_eqs_1_to_5_the_losses_of_a_step(stage, flags, tmp_path, monkeypatch):
         teacher_label = F.interpolate(seen["teachers"][-2](weak / 255), (32, 64), mode="bilinear", align_corners=False).argmax(1).masked_fill(~valid, 255)
         if consistency:
             target = torch.cat([teacher_label[:2], move(teacher_label[2:])])
-            expected["loss_consistency"] = .3 * F.cross_entropy(logits[0], target, ignore_index=255).item()  # Eq. 1
+            expected["loss_consistency"] = F.cross_entropy(logits[0], target, ignore_index=255).item()  # Eq. 1
         if masks:
             for part in (pseudo, everything):  # labeled pictures have pseudo-masks too
                 assert torch.equal(part["label"], torch.where(part["valid"], stage - 1, 255))
             assert torch.equal(pseudo["image"], labeled["image"]) and torch.equal(pseudo["valid"], labeled["valid"])
             target = torch.cat([pseudo["label"], move(everything["label"])])
-            expected["loss_pseudo"] = .7 * F.cross_entropy(logits[1], target, ignore_index=255).item()  # Eq. 3
-            assert hasattr(module.branch.conv6, "0") == (flags == "--branch own-conv5" or stage == 2 and flags != "--branch own-aspp")  # g-hat or g-tilde
-    assert seen["losses"] == pytest.approx(expected, abs=1e-5) and seen["loss"] == pytest.approx(sum(expected.values()), abs=1e-5)  # Eqs. 2, 4, 5
+            expected["loss_pseudo"] = F.cross_entropy(logits[1], target, ignore_index=255).item()  # Eq. 3
+            assert hasattr(module.branch.conv6, "0") == (flags == "--branch g-hat" or stage == 2 and flags != "--branch g-tilde")  # g-hat or g-tilde
+    total = expected["loss_labeled"] + .3 * expected.get("loss_consistency", 0) + .7 * expected.get("loss_pseudo", 0)  # Eqs. 2, 4, 5
+    assert seen["losses"] == pytest.approx(expected, abs=1e-5) and seen["loss"] == pytest.approx(total, abs=1e-5)
 
 
 # ---- batches over processes ------------------------------------------------------------------------------------------
@@ -582,7 +583,7 @@ def test_tables_ii_to_iv():
     assert three_stage.PAPER_MIOU == expected and len(expected) == 13
 
 
-@pytest.mark.parametrize("flags", ["--lambda1 1", "--no-ema", "--stages 4", "--branch own-conv5", "--no-strong", "--ema-decay .9 .9 .9 .9", "--backbone-lr-mult .3",
+@pytest.mark.parametrize("flags", ["--lambda1 1", "--no-ema", "--stages 4", "--branch g-hat", "--no-strong", "--ema-decay .9 .9 .9 .9", "--backbone-lr-mult .3",
                                    "--cutout 16"])
 def test_another_setting_than_the_papers_is_told_apart(flags):
     assert arguments("--dataset", "cityscapes", "--labels", "100", *flags.split()).changed == [flags.split()[0].strip("-").removeprefix("no-").replace("-", "_")]

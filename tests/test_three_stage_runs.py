@@ -304,8 +304,8 @@ def test_table_v_without_sa(variant, monkeypatch):
 
 @pytest.mark.parametrize("kind", three_stage.BRANCHES)
 def test_table_v_without_n2(variant, kind):
-    folder = variant("--branch", kind, same=1 if kind == "own-aspp" else 2)
-    assert any(key.startswith("conv6.") for key in last(folder)["branch"]) == (kind == "own-conv5")
+    folder = variant("--branch", kind, same=1 if kind == "g-tilde" else 2)
+    assert any(key.startswith("conv6.") for key in last(folder)["branch"]) == (kind == "g-hat")
 
 
 def test_table_vi_without_ema_the_teacher_is_the_student(variant):
@@ -486,7 +486,7 @@ def test_a_new_run_makes_its_own_pseudo_masks(main, kill, tmp_path):
     assert pseudo_masks(tmp_path / "run") == pseudo_masks(tmp_path / "clean")
 
 
-@pytest.mark.parametrize("flags, name", [("--lambda1 1", "lambda1"), ("--no-ema", "ema"), ("--branch own-aspp", "branch"), ("--stages 2", "stages"), ("--cutout 4", "cutout"),
+@pytest.mark.parametrize("flags, name", [("--lambda1 1", "lambda1"), ("--no-ema", "ema"), ("--branch g-tilde", "branch"), ("--stages 2", "stages"), ("--cutout 4", "cutout"),
                                          ("--labeled-batch-size 2", "labeled_batch_size"), ("--pseudo-masks-of student", "pseudo_masks_of")])
 def test_an_unfinished_run_of_another_configuration_names_the_argument(error, whole, tmp_path, flags, name):
     (tmp_path / "run").mkdir()
@@ -533,7 +533,7 @@ def test_a_wrong_value_is_named_before_the_training(error, argv, tmp_path):
     assert any(f"{flag} {word}" in message for value in values for word in (value, value + ".0")) and not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("argv, word", [("--branch own", "own-conv5"), ("--pseudo-masks-of f", "student"), ("--ema-decay .9", "--ema-decay"), ("--dataset voc", "vocaug")])
+@pytest.mark.parametrize("argv, word", [("--branch own", "g-hat"), ("--pseudo-masks-of f", "student"), ("--ema-decay .9", "--ema-decay"), ("--dataset voc", "vocaug")])
 def test_an_unknown_choice_is_refused_with_exit_status_2(argv, word, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert word in refused(monkeypatch, capsys, *argv.split())
