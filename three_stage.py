@@ -339,7 +339,8 @@ def train(args, stages, data, labeled, unlabeled, device):
 
         def save(iteration):
             networks = {"student": student, "teacher": teacher} | ({f"stage_{stage - 1}": source} if source else {})
-            run.save("teacher", networks, stage=stage, iteration=iteration, branch=branch.state_dict() if branch else {}, optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), results=results, pseudo_miou=pseudo_miou)
+            run.save("teacher", networks, stage=stage, iteration=iteration, branch=branch.state_dict() if branch else {}, optimizer=optimizer.state_dict(),
+                     scaler=scaler.state_dict(), results=results, pseudo_miou=pseudo_miou)
 
         if run.state:  # go on where the checkpoint was written
             begin, results, pseudo_miou = run.state["iteration"], run.state["results"], run.state["pseudo_miou"]
