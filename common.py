@@ -1248,6 +1248,8 @@ def parse_args(parser, paper, argv=None):
         raise UserError(f"--scale {args.scale[0]} {args.scale[1]}: expected LOW HIGH")
     if (args.evaluate or args.predict) and not args.checkpoint:
         raise UserError("--evaluate and --predict need --checkpoint FILE, the last.pt of a run")
+    if args.checkpoint and not (args.evaluate or args.predict):
+        raise UserError(f"--checkpoint {args.checkpoint}: is for --evaluate or --predict; to train from these weights use --weights {args.checkpoint}")
     return args
 
 
@@ -1781,6 +1783,7 @@ def use_checkpoint(args, device):
     for name in ("size", "crop", "base_size", "flip"):  # as it was trained and evaluated, if not said otherwise
         if name not in args.given:
             setattr(args, name, state[name])
+    say(f"checkpoint {path}: {state['method']} on {state['dataset']}, after {state['step']} iterations")
     networks = {}
     for name in state["models"] if args.evaluate else [state["headline"]]:
         networks[name] = make_network(state["networks"][name]).to(device).eval()

@@ -109,11 +109,11 @@ def get_parser():
     a("--temperature", type=float, metavar="T", default=1., help="of the softmax whose maximum is the confidence (TS of Tables 4, 5: 1.27)")
     a("--confidence", choices=["fp16", "fine"], default="fp16", help="how finely confidences are told apart (Fig. 3)")
     a("--rounds", type=int, metavar="N", default=2, help="of self-training after round 0 (Table 4: 1 without, 2 with iterative training)")
-    a("--alpha", type=float, metavar="A", nargs="+", help="labeling ratio of each round, in (0, 1] (Sect. 3.3, Table 6)")
-    a("--beta-min", type=float, metavar="B", nargs="+", help="how far the lower end of --scale falls in each round (Sect. 3.3)")
-    a("--beta-max", type=float, metavar="B", nargs="+", help="how far the upper end of --scale rises in each round (Sect. 3.3)")
+    a("--alpha", type=float, metavar="A", nargs="+", help="labeling ratio, in (0, 1], one for each round (Sect. 3.3, Table 6)")
+    a("--beta-min", type=float, metavar="B", nargs="+", help="how far the lower end of --scale falls, one for each round (Sect. 3.3)")
+    a("--beta-max", type=float, metavar="B", nargs="+", help="how far the upper end of --scale rises, one for each round (Sect. 3.3)")
     a("--epochs", type=int, metavar="N", help="instead of --iterations: passes over the unlabeled pictures, in round 0 over the labeled ones (Sect. 4.1)")
-    a("--round0-iterations", type=int, metavar="N", help="of round 0 (default: as many as --iterations or --epochs say)")
+    a("--round0-iterations", type=int, metavar="N", help="of round 0 (default: the table's, or as --iterations or --epochs say)")
     a("--round0-batch-size", type=int, metavar="N", help="labeled pictures a step in round 0")
     a("--head-lr", type=float, metavar="X", help="the heads' learning rate, times --lr")
     a("--restart-schedule", action="store_true", help="each round starts at the full learning rate")
@@ -337,7 +337,7 @@ def told(d_kl):
 
 def show(report, data, args):
     """Print the pseudo-labels of a round: by class, and Table 5 for all methods on the same predictions."""
-    print(f"\nround {report['round']}: {100 * report['alpha']:.0f} % of the unlabeled pixels are to get a pseudo-label. Share of each class among them, in percent:")
+    print(f"\nround {report['round']}: {100 * report['alpha']:.0f} % of the unlabeled pixels are to get a pseudo-label. Percent of each class in the labels, in all predictions, and in what ST (one threshold), CBST, DA and DARS would keep:")
     print(f"{'':14}{'labeled':>9}{'predicted':>11}" + "".join(f"{m.upper():>8}" for m in METHODS) + f"{'threshold of ' + args.pseudo.upper():>20}")
     for j, name in enumerate(data.names):
         shares = [report["labeled_share"][j], report["predicted_share"][j]] + [report["expected"][m]["share"][j] for m in METHODS]
@@ -359,7 +359,7 @@ def draw(report, table, single_threshold, ids, folder, drafts, data, run, args):
     run.picture(f"distribution_round_{report['round']}", common.draw_bars("share of each class, percent of pixels, square-root scale (Fig. 1)", data.names, {
         name: [100 * x for x in shares] for name, shares in series.items()}))
     confidences = np.array(confidence_values(args))
-    columns = {"unlabeled picture": [], "truth (not used)": [], "teacher predicts": [], "confidence": [], "ST would keep": [], f"{args.pseudo.upper()} keeps": []}
+    columns = {"unlabeled picture": [], "truth (not used)": [], "teacher predicts": [], "confidence (white: 1)": [], "ST would keep": [], f"{args.pseudo.upper()} keeps": []}
     for id in ids:
         label, code = read_draft(drafts, id)
         confidence = (255 * confidences[code][None]).astype(np.uint8).repeat(3, 0)  # (3, H, W)
@@ -370,7 +370,7 @@ def draw(report, table, single_threshold, ids, folder, drafts, data, run, args):
     run.panel(f"pseudo_round_{report['round']}", columns)
     predicted, share = torch.nonzero(table.sum(1)).flatten().tolist(), report["labeled_share"]
     head, tail = max(predicted, key=lambda j: share[j]), min(predicted, key=lambda j: share[j])
-    title = "share of a class's predicted pixels by confidence from .., percent, square-root scale (Fig. 3)"
+    title = "of the pixels that are predicted as a class: percent by confidence, in steps of .05; square-root scale (Fig. 3)"
     run.picture(f"confidence_round_{report['round']}", common.draw_bars(title, *histograms(table, [head, tail], data.names, args)))
 
 

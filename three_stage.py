@@ -110,7 +110,7 @@ def get_parser():
     a("--pseudo-masks-of", choices=["teacher", "student"], default="teacher", help="who predicts them (default: %(default)s)")
     a("--labeled-batch-size", type=int, metavar="N", help="labeled pictures an iteration, besides --batch-size from all pictures (Sect. IV-B)")
     a("--stage1-batch-size", type=int, metavar="N", help="labeled pictures an iteration in stage 1")
-    a("--stage1-iterations", type=int, metavar="N", help="of stage 1 (default: --iterations)")
+    a("--stage1-iterations", type=int, metavar="N", help="of stage 1 (default: the table's, or --iterations)")
     a("--cutout", type=int, metavar="N", help="side of Cutout's squares, in pixels")
     a("--backbone-lr-mult", type=float, metavar="X", default=1., help="the backbone's learning rate, times --lr (default: %(default)s)")
     common.add_arguments(parser)
