@@ -35,7 +35,7 @@ def test_every_command_parses():
                 assert args.iterations is not None or args.epochs is not None
                 parsed += 1
         assert parsed >= least
-    assert not re.search(r"@[A-Z]+@", README)
+    assert not re.search(r"@[A-Z]+@|^[A-Z]+_[A-Z_]+$", README, re.M)  # nothing is left to be filled in
 
 
 def test_torchrun_options_exist():
