@@ -3,7 +3,7 @@
 Three parts, in this order:
 
     DATASETS   streets (drawn, no download), camvid, cityscapes, voc, vocaug; splits; weak views; seeded streams; evaluation by mIoU
-    NETWORKS   DeepLabv2 on ResNets and on a tiny backbone; weights in the layouts that people have
+    NETWORKS   DeepLabv2 and PSPNet on ResNets and on a tiny backbone; weights in the layouts that people have
     SETUP      arguments, processes, precision, run folder, log, checkpoints, pictures, errors
 
 Conventions everywhere:

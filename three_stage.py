@@ -294,7 +294,8 @@ def make_pseudo_masks(network, data, ids, unlabeled, stage, run, args, device):
             matrix += common.confusion_matrix(torch.from_numpy(truth).long(), torch.from_numpy(label).long(), len(data.names))
         common.progress(f"stage {stage}, pseudo-masks", done, len(share))
     miou = common.mean_iou(common.all_reduce(matrix.to(device)).cpu())
-    common.say(f"stage {stage}   pseudo-masks of {len(ids)} pictures" + (f": mIoU {miou:.1f} on the unlabeled ones, whose truth nothing learns from" if math.isfinite(miou) else ""))
+    known = f": mIoU {miou:.1f} on the unlabeled ones, whose truth nothing learns from" if math.isfinite(miou) else ""
+    common.say(f"stage {stage}   pseudo-masks of {len(ids)} pictures{known}")
     common.barrier()
     return miou if math.isfinite(miou) else None
 

@@ -19,21 +19,8 @@ import dars
 
 K = 5
 CPU = torch.device("cpu")
+pytestmark = pytest.mark.usefixtures("one_thread", "seeded")
 VALUES = np.arange(dars.CODES, dtype=np.uint16).view(np.float16).astype(float)  # the float of each code
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """All is small here: a second thread would only wait."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(autouse=True)
-def seeded():
-    torch.manual_seed(0)
 
 
 # ---- pseudo-labels: Eqs. 3, 4 and Algorithm 1 ------------------------------------------------------------------------

@@ -21,27 +21,15 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import common  # noqa: E402
 import dars  # noqa: E402
+from helpers import FewStreets, equal, records, result_of, same_checkpoint, strict, untimed  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 SHORT = ["--labels", "4", "--round0-iterations", "40", "--iterations", "4", "--batch-size", "2", "--round0-batch-size", "4", "--crop", "32", "64", "--base-size", "64",
          "--log-every", "1", "--save-every", "2", "--eval-every", "100"]
 # AdamW divides by gradients near zero, and many large steps amplify (tenfold in ten of lr .05): both make rounding visible.
 ONCE = ["--save-every", "100"]  # at the end of each round alone: for runs that nothing disturbs
 TWO = ["--optimizer", "sgd", "--lr", "0.005", "--round0-iterations", "20", "--scale", "0.75", "1.25", *ONCE]
-
-
-class FewStreets(common.Streets):
-    def __init__(self):
-        super().__init__()
-        self.train, self.val = self.train[:8], self.val[:3]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """As the processes that are started here: so the bits are the same."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def start(*argv):
@@ -71,41 +59,12 @@ def error(main):
     return run
 
 
-def strict(text):
-    def constant(word):
-        raise ValueError(f"{word} is no JSON")
-    return json.loads(text, parse_constant=constant)
-
-
-def records(folder):
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-
-
-def untimed(folder):
-    return [{k: v for k, v in r.items() if k not in ("seconds", "images_per_second")} for r in records(folder)]
-
-
-def result_of(folder):
-    return {k: v for k, v in json.loads((folder / "result.json").read_text()).items() if k not in ("seconds", "peak_memory_mb", "commit", "device", "processes")}
-
-
 def pseudo_labels(folder):
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted((folder / "pseudo_labels").rglob("*.png"))}
 
 
-def equal(x, y):
-    if torch.is_tensor(x):
-        return torch.equal(x, y)
-    if isinstance(x, dict):
-        return x.keys() == y.keys() and all(equal(x[k], y[k]) for k in x)
-    if isinstance(x, (list, tuple)):
-        return len(x) == len(y) and all(map(equal, x, y))
-    return x == y
-
-
 def same_bits(a, b, keys=("models", "optimizer", "results", "reports", "step", "stage", "iteration")):
-    one, two = (torch.load(path / "last.pt", weights_only=True) for path in (a, b))
-    return all(equal(one[key], two[key]) for key in keys)
+    return same_checkpoint(a, b, keys)
 
 
 def same_end(folder, whole):

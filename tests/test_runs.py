@@ -18,6 +18,7 @@ from PIL import Image
 
 import common
 import rml
+from helpers import losses, records, same_checkpoint
 
 ROOT = Path(__file__).parent.parent
 SHORT = ["--dataset", "camvid", "--labels", "4", "--size", "64", "96", "--crop", "48", "64", "--preset", "cpu", "--iterations", "9", "--stage0-iterations", "7",
@@ -61,27 +62,9 @@ def run(tmp_path, *args, **options):
     return finish(launch(tmp_path, *args, **options))
 
 
-def records(folder):
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-
-
-def losses(folder):
-    return {(r["stage"], r["iteration"], key): value for r in records(folder) for key, value in r.items() if key.startswith("loss")}
-
-
 def same_bits(a, b):
     """Weights, optimizer states and prototypes of two checkpoints are equal, bit for bit."""
-    one, two = (torch.load(path / "last.pt", weights_only=True) for path in (a, b))
-
-    def equal(x, y):
-        if torch.is_tensor(x):
-            return torch.equal(x, y)
-        if isinstance(x, dict):
-            return x.keys() == y.keys() and all(equal(x[k], y[k]) for k in x)
-        if isinstance(x, (list, tuple)):
-            return len(x) == len(y) and all(map(equal, x, y))
-        return x == y
-    return all(equal(one[key], two[key]) for key in ("models", "optimizers", "prototypes", "step", "stage", "iteration"))
+    return same_checkpoint(a, b, ("models", "optimizers", "prototypes", "step", "stage", "iteration"))
 
 
 @pytest.fixture(scope="session")

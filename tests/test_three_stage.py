@@ -16,23 +16,10 @@ import three_stage
 
 K = 5
 CPU = torch.device("cpu")
+pytestmark = pytest.mark.usefixtures("one_thread", "seeded")
 SIZES = [(32, 32), (33, 47), (64, 128)]
 LEVELS = range(1, 10)
 SIGNED = [*range(-9, 0), *LEVELS]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """All is small here: a second thread would only wait."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(autouse=True)
-def seeded():
-    torch.manual_seed(0)
 
 
 # ---- geometric operations --------------------------------------------------------------------------------------------

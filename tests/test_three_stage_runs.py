@@ -21,24 +21,12 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import common  # noqa: E402
 import three_stage  # noqa: E402
+from helpers import FewStreets, equal, losses, records, result_of, same_checkpoint, strict, untimed  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 SHORT = ["--labels", "4", "--stage1-iterations", "4", "--iterations", "4", "--batch-size", "2", "--labeled-batch-size", "1", "--stage1-batch-size", "3", "--crop", "32", "64",
          "--ema-decay", ".5", ".6", ".7", ".8", "--log-every", "1", "--save-every", "2", "--eval-every", "100"]
-
-
-class FewStreets(common.Streets):
-    def __init__(self):
-        super().__init__()
-        self.train, self.val = self.train[:8], self.val[:3]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """As the processes that are started here: so the bits are the same."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def start(*argv):
@@ -67,28 +55,6 @@ def error(main):
     return run
 
 
-def strict(text):
-    def constant(word):
-        raise ValueError(f"{word} is no JSON")
-    return json.loads(text, parse_constant=constant)
-
-
-def records(folder):
-    return [strict(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-
-
-def untimed(folder):
-    return [{k: v for k, v in r.items() if k not in ("seconds", "images_per_second")} for r in records(folder)]
-
-
-def result_of(folder):
-    return {k: v for k, v in strict((folder / "result.json").read_text()).items() if k not in ("seconds", "peak_memory_mb", "commit", "device", "processes")}
-
-
-def losses(folder):
-    return {(r["stage"], r["iteration"], key): value for r in records(folder) for key, value in r.items() if key.startswith("loss")}
-
-
 def terms(folder):
     return {key for *_, key in losses(folder)}
 
@@ -101,19 +67,8 @@ def last(folder):
     return torch.load(folder / "last.pt", weights_only=True)
 
 
-def equal(x, y):
-    if torch.is_tensor(x):
-        return torch.equal(x, y)
-    if isinstance(x, dict):
-        return x.keys() == y.keys() and all(equal(x[k], y[k]) for k in x)
-    if isinstance(x, (list, tuple)):
-        return len(x) == len(y) and all(map(equal, x, y))
-    return x == y
-
-
 def same_bits(a, b):
-    one, two = last(a), last(b)
-    return all(equal(one[key], two[key]) for key in ("models", "branch", "optimizer", "results", "pseudo_miou", "step", "stage", "iteration"))
+    return same_checkpoint(a, b, ("models", "branch", "optimizer", "results", "pseudo_miou", "step", "stage", "iteration"))
 
 
 def same_end(folder, whole):
