@@ -27,8 +27,8 @@ Choices that the paper leaves open, and why
     Confidence overlap depends on how finely a confidence is kept. Here, as in the authors' code, it is a 16-bit float: all above 1 - 2^-12
         are 1. "fine" keeps 1 - confidence as such a float: hardly any overlap is left then.          --confidence fine
     One pass of the network for each round: class and confidence of each pixel go to disk (3 bytes: 16.4 GB for the 2,603 unlabeled pictures of
-        Cityscapes 1/8) and are read again once the thresholds are known, instead of 16 windows through the network again. The thresholds come
-        from a table of counts, classes x 15,361 values, and are those of a full sort; its size does not depend on the number of pictures.
+        Cityscapes 1/8) and are read again once the thresholds are known, instead of 16 windows through the network again. The thresholds
+        come from a table of counts, classes x 15,361 values, and are those of a full sort; its size does not depend on the number of pictures.
     n_j is rounded down. A class with fewer predictions than n_j gives all it has; the shortfall is not given to others. Sampling drops
         int(n - n s_j) of a picture's n pixels of class j, from all that are kept (not only from those at the threshold): the authors' rule.
     Pseudo-labels average logits over windows and flip, validation averages probabilities (authors' code). Pseudo-labels are predicted in
