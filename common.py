@@ -3,7 +3,7 @@
 Three parts, in this order:
 
     DATASETS   streets (drawn, no download), camvid, cityscapes, voc, vocaug; splits; weak views; seeded streams; evaluation by mIoU
-    NETWORKS   DeepLabv2 and PSPNet on ResNets and on a tiny backbone; weights in the layouts that people have
+    NETWORKS   DeepLabv2, DeepLabv3+ and PSPNet on ResNets and on a tiny backbone; weights in the layouts that people have
     SETUP      arguments, processes, precision, run folder, log, checkpoints, pictures, errors
 
 Conventions everywhere:
@@ -76,6 +76,7 @@ VOC = {"background": (0, 0, 0), "aeroplane": (128, 0, 0), "bicycle": (0, 128, 0)
        "bottle": (128, 0, 128), "bus": (0, 128, 128), "car": (128, 128, 128), "cat": (64, 0, 0), "chair": (192, 0, 0), "cow": (64, 128, 0),
        "diningtable": (192, 128, 0), "dog": (64, 0, 128), "horse": (192, 0, 128), "motorbike": (64, 128, 128), "person": (192, 128, 128),
        "pottedplant": (0, 64, 0), "sheep": (128, 64, 0), "sofa": (0, 192, 0), "train": (128, 192, 0), "tvmonitor": (0, 64, 128)}
+AS_PUBLISHED = {("cityscapes", 2975, "1/30"): 100, ("vocaug", 10582, "1/16"): 662}  # where the papers' counts are not the rounded share
 FRENCH_SEEDS = (12345, 23456, 34567, 45678, 56789)  # the five Cityscapes splits of French et al. (BMVC 2020)
 
 
@@ -333,17 +334,23 @@ def open_cityscapes(root, size, cache, extra=None, seed=0):
                             f"https://www.cityscapes-dataset.com in {root}")
         if len(pictures) not in (19998, 19997):  # one of them is corrupt in the archive: who removed it has a whole copy
             warn(f"{folder} has {len(pictures)} pictures, the whole dataset 19998: is the copy complete?")
-        if extra != "all" and not (str(extra).isdecimal() and 1 <= int(extra) <= len(pictures)):
-            raise UserError(f"--extra {extra}: expected all, or a number from 1 to {len(pictures)}, which {folder} holds")
-        data.extra = hash_order(seed, pictures)[:None if extra == "all" else int(extra)]
+        data.extra = take_extra(extra, pictures, folder, seed)
         data.files |= {id: (pictures[id], None) for id in data.extra}
     return data
 
 
-def open_voc(root, size, cache, download=False, augmented=False):
+def take_extra(extra, ids, source, seed):
+    """So many of the ids ("all" or a number), the first in the order of a hash of (seed, id)."""
+    if extra != "all" and not (str(extra).isdecimal() and 1 <= int(extra) <= len(ids)):
+        raise UserError(f"--extra {extra}: expected all, or a number from 1 to {len(ids)}, which {source} holds")
+    return hash_order(seed, ids)[:None if extra == "all" else int(extra)]
+
+
+def open_voc(root, size, cache, download=False, augmented=False, extra=None, seed=0):
     """PASCAL VOC 2012: VOCdevkit/VOC2012/ under root, or root is the folder VOC2012 itself. 21 classes, 255 is the rim of an object.
 
-    augmented: the 10,582 training pictures whose masks stand in SegmentationClassAug/, by the list train_aug.txt or trainaug.txt."""
+    augmented: the 10,582 training pictures whose masks stand in SegmentationClassAug/, by the list train_aug.txt or trainaug.txt.
+    extra: so many pictures of that list besides the 1464, without masks ("all" or a number), the first in the order of a hash of (seed, id)."""
     name = "vocaug" if augmented else "voc"
     layout = ("VOCdevkit/VOC2012/ with JPEGImages/, SegmentationClass/ and ImageSets/Segmentation/ (--download fetches it, 2 GB; or unpack "
               "VOCtrainval_11-May-2012.tar from http://host.robots.ox.ac.uk/pascal/VOC/voc2012/)")
@@ -359,7 +366,8 @@ def open_voc(root, size, cache, download=False, augmented=False):
                         raise UserError(f"--download to {root}: {error}; fetch it by hand: {layout}") from None
     folder = find_root(folder, name, layout, parts[:2] if augmented else parts)
     lists = folder / "ImageSets/Segmentation"
-    train = lists / ("train.txt" if not augmented else "trainaug.txt" if (lists / "trainaug.txt").exists() else "train_aug.txt")
+    aug = lists / ("trainaug.txt" if (lists / "trainaug.txt").exists() else "train_aug.txt")
+    train = aug if augmented else lists / "train.txt"
     for path in (folder / "SegmentationClassAug", train) if augmented else ():
         if not path.exists():
             raise UserError(f"{path}: not there; vocaug needs {folder}/SegmentationClassAug/*.png (8-bit class ids) and the list of the 10,582 pictures, "
@@ -397,6 +405,12 @@ def open_voc(root, size, cache, download=False, augmented=False):
     if augmented:
         in_train = set(ids)
         data.official = [id for id in official if id in in_train]
+    if extra is not None:
+        if not aug.exists():
+            raise UserError(f"{aug}: not there; --extra takes the pictures of the list of the 10,582 (train_aug.txt or trainaug.txt, as most public "
+                            "repositories of this field share it) as additional unlabeled ones")
+        data.extra = take_extra(extra, set(listed(aug, 10582)) - set(ids) - set(val), aug, seed)
+        data.files |= {id: (folder / f"JPEGImages/{id}.jpg", None) for id in data.extra}
     return data
 
 
@@ -412,9 +426,9 @@ def find_root(root, name, layout, folders):
 
 def open_dataset(args):
     """The Dataset that the arguments name."""
-    cache = Path(args.cache, args.dataset)
-    if args.extra is not None and args.dataset != "cityscapes":
-        raise UserError(f"--extra {args.extra}: only cityscapes has additional pictures (train_extra), not {args.dataset}; leave it out")
+    cache, seed = Path(args.cache, args.dataset), args.seed if args.split_seed is None else args.split_seed
+    if args.extra is not None and args.dataset not in ("cityscapes", "voc"):
+        raise UserError(f"--extra {args.extra}: only cityscapes (train_extra) and voc (the rest of the 10,582) have additional pictures, not {args.dataset}; leave it out")
     if args.download and args.dataset not in ("voc", "vocaug"):
         raise UserError(f"--download fetches PASCAL VOC (--dataset voc), not {args.dataset}; leave it out")
     if args.dataset == "streets":
@@ -422,10 +436,10 @@ def open_dataset(args):
             raise UserError(f"--size {args.size[0]} {args.size[1]}: streets are drawn at 64 128")
         return Streets()
     if args.dataset in ("voc", "vocaug"):
-        return open_voc(args.data_root, args.size, cache, args.download, args.dataset == "vocaug")
+        return open_voc(args.data_root, args.size, cache, args.download, args.dataset == "vocaug", args.extra, seed)
     if args.dataset == "camvid":
         return open_camvid(args.data_root, args.size, cache)
-    return open_cityscapes(args.data_root, args.size, cache, args.extra, args.seed if args.split_seed is None else args.split_seed)
+    return open_cityscapes(args.data_root, args.size, cache, args.extra, seed)
 
 
 # ---- splits ----------------------------------------------------------------------------------------------------------
@@ -457,7 +471,7 @@ def split(args, data):
     args.labels = len(labeled)
     if not unlabeled and not args.supervised:
         raise UserError(f"all {len(labeled)} training pictures are labeled, so no unlabeled ones are left; use fewer --labels, or --supervised"
-                        + ", or --extra" * (data.name == "cityscapes"))
+                        + ", or --extra" * (data.name in ("cityscapes", "voc")))
     for id in labeled + data.val:
         if data.files[id][1] is None:
             raise UserError(f"{data.files[id][0]}: this picture is to be used with its label, but its mask is missing; copy the dataset again")
@@ -480,7 +494,7 @@ def count_labels(labels, data):
     try:
         if "/" in str(labels):
             part, whole = str(labels).split("/")
-            n = 100 if (data.name, total, str(labels)) == ("cityscapes", 2975, "1/30") else round(total * int(part) / int(whole))
+            n = AS_PUBLISHED.get((data.name, total, str(labels))) or round(total * int(part) / int(whole))
         else:
             n = int(labels)
     except (ValueError, ZeroDivisionError):
@@ -501,7 +515,7 @@ def read_split(paths, data):
 
     if len(paths) > 2:
         raise UserError(f"--split takes one list (labeled) or two (labeled, unlabeled), not {len(paths)}")
-    known = {key(id): id for id in data.train}
+    known = {key(id): id for id in data.train + data.extra}
     lists = []
     for path in paths:
         try:
@@ -514,7 +528,7 @@ def read_split(paths, data):
                 name = key(line.split()[0])
                 if name not in known:
                     raise UserError(f"{path}:{number}: {name} is not among the {len(known)} training pictures of {data.name}"
-                                    + "; a list of the 10,582 needs --dataset vocaug" * (data.name == "voc"))
+                                    + "; a list of the 10,582 needs --dataset vocaug, or --extra all" * (data.name == "voc" and not data.extra))
                 if known[name] in ids:
                     raise UserError(f"{path}:{number}: {name} stands in this list already, in line {ids[known[name]]}; remove one of the two")
                 ids[known[name]] = number
@@ -662,9 +676,10 @@ def pseudo_label_path(folder, id):
     return Path(folder, f"{id}.png")
 
 
-def batches(stream, args, device, start, stop, batch_size=None):
+def batches(stream, args, device, start, stop, batch_size=None, overlap=False):
     """Batches of iterations start..stop-1 on the device; each process gets its share of the global batch (default: --batch-size).
 
+    overlap: where there are several processes, and one picture more, the first of the next one's share: who mixes neighbours gets the same mixes.
     Shares differ by one where the batch does not divide; a process without any gets batches of no pictures.
     label and truth become int64; "position" stays on the host, where augmentations draw from it."""
     batch_size = batch_size or args.batch_size
@@ -674,7 +689,7 @@ def batches(stream, args, device, start, stop, batch_size=None):
         empty = {"image": torch.zeros(0, 3, *size, dtype=torch.uint8), kind: torch.zeros(0, *size, dtype=torch.int64), "valid": torch.zeros(0, *size, dtype=torch.bool)}
         yield from ({key: value.to(device) for key, value in empty.items()} | {"position": []} for _ in range(start, stop))
         return
-    positions = ([t * batch_size + j for j in range(first, last)] for t in range(start, stop))
+    positions = ([t * batch_size + j % batch_size for j in range(first, last + (overlap and world_size() > 1))] for t in range(start, stop))
     loader = torch.utils.data.DataLoader(stream, batch_sampler=positions, num_workers=args.workers, pin_memory=device.type == "cuda",
                                          persistent_workers=args.workers > 0)
     for batch in loader:
@@ -842,34 +857,36 @@ class Bottleneck(resnet.Bottleneck):
 
 
 class ResNet(resnet.ResNet):
-    """torchvision's ResNet (its names, so its weights load) without the classifier, at output stride 8.
+    """torchvision's ResNet (its names, so its weights load) without the classifier, at output stride 8 or 16.
 
-    layer3 has dilation 2 and layer4 dilation 4 in all their blocks, as DeepLab has them; torchvision's own option leaves the
-    first block of each at the dilation before. slim divides the widths of layer1..layer4.
+    layer3 has dilation 2 and layer4 dilation 4 (at stride 16 layer4 alone: 2) in all their blocks, as DeepLab has them; torchvision's
+    own option leaves the first block of each at the dilation before. slim divides the widths of layer1..layer4.
     caffe: the stride of a bottleneck sits in its 1x1 conv, and max-pooling rounds up.
-    deep_stem: three 3x3 convs (64, 64, 128) instead of the 7x7 one, as in semseg's PSPNet."""
+    deep_stem: three 3x3 convs of 64, 64 and 128 channels instead of the 7x7 one, as in semseg's PSPNet; 64: of 32, 32 and 64, as in
+    MMSegmentation's ResNetV1c."""
 
-    def __init__(self, block, depths, norm, slim=1, caffe=False, deep_stem=False):
-        self.slim, self.deep_stem = slim, deep_stem
+    def __init__(self, block, depths, norm, slim=1, caffe=False, deep_stem=False, output_stride=8):
+        self.slim, self.stem = slim, 128 if deep_stem is True else deep_stem
         super().__init__(block, depths, norm_layer=norm)
         del self.avgpool, self.fc
         if deep_stem:
-            self.conv1 = nn.Sequential(nn.Conv2d(3, 64, 3, 2, 1, bias=False), norm(64), nn.ReLU(), nn.Conv2d(64, 64, 3, 1, 1, bias=False), norm(64), nn.ReLU(),
-                                       nn.Conv2d(64, 128, 3, 1, 1, bias=False))
-            self.bn1 = norm(128)
-        self.channels, self.stride = 512 * block.expansion // slim, 8
+            w = self.stem // 2
+            self.conv1 = nn.Sequential(nn.Conv2d(3, w, 3, 2, 1, bias=False), norm(w), nn.ReLU(), nn.Conv2d(w, w, 3, 1, 1, bias=False), norm(w), nn.ReLU(),
+                                       nn.Conv2d(w, 2 * w, 3, 1, 1, bias=False))
+            self.bn1 = norm(2 * w)
+        self.channels, self.stride = 512 * block.expansion // slim, output_stride
         if caffe:
             self.maxpool.ceil_mode = True
             self.layer2[0].conv1.stride, self.layer2[0].conv2.stride = (2, 2), (1, 1)
-        for layer, dilation in ((self.layer3, 2), (self.layer4, 4)):
+        for layer, dilation in ((self.layer3, 2), (self.layer4, 4)) if output_stride == 8 else ((self.layer4, 2),):
             for conv in (m for m in layer.modules() if isinstance(m, nn.Conv2d)):
                 conv.stride = (1, 1)
                 if conv.kernel_size == (3, 3):
                     conv.dilation = conv.padding = (dilation, dilation)
 
     def _make_layer(self, block, planes, blocks, stride=1, dilate=False):
-        if planes == 64 and self.deep_stem:
-            self.inplanes = 128
+        if planes == 64 and self.stem:
+            self.inplanes = self.stem
         return super()._make_layer(block, planes // self.slim, blocks, stride, dilate)
 
     def layers(self, x):
@@ -883,7 +900,7 @@ class ResNet(resnet.ResNet):
         return self.layers(x)[-1]
 
 
-def make_backbone(name, batch_norm="frozen", caffe=False, deep_stem=False):
+def make_backbone(name, batch_norm="frozen", caffe=False, deep_stem=False, output_stride=8):
     """resnet50, resnet101, or tiny: a ResNet-18 of an eighth of the width at stride 4, to train from scratch on a CPU.
 
     Its group norm has no running statistics, so nothing depends on how a batch is cut among processes."""
@@ -892,7 +909,8 @@ def make_backbone(name, batch_norm="frozen", caffe=False, deep_stem=False):
         tiny.conv1, tiny.maxpool, tiny.stride = nn.Conv2d(3, 64, 3, stride=2, padding=1, bias=False), nn.Identity(), 4
         return tiny
     depths = {"resnet50": [3, 4, 6, 3], "resnet101": [3, 4, 23, 3]}[name]
-    return ResNet(Bottleneck, depths, FrozenBatchNorm if batch_norm == "frozen" else nn.BatchNorm2d, caffe=caffe, deep_stem=deep_stem)
+    return ResNet(Bottleneck, depths, FrozenBatchNorm if batch_norm == "frozen" else nn.BatchNorm2d, caffe=caffe, deep_stem=deep_stem,
+                  output_stride=output_stride)
 
 
 def group_norm(channels):
@@ -902,7 +920,7 @@ def group_norm(channels):
 class SegmentationNetwork(nn.Module):
     """logits = classifier(features(image)), with the pictures' normalisation inside. Networks below add their heads.
 
-    forward: (B, 3, H, W) float RGB in [0, 1] -> logits (B, K, h, w) at the backbone's stride: 8, tiny 4. With aux=True a
+    forward: (B, 3, H, W) float RGB in [0, 1] -> logits (B, K, h, w) at .stride: 8, DeepLabv3+ 4; tiny half of that. With aux=True a
     tuple: the logits, and those of an auxiliary head where the network has one.
     align_corners: for upsample()."""
 
@@ -966,6 +984,47 @@ class DeepLabV2(SegmentationNetwork):
         return sum(branch(features) for branch in self.branches) if self.head == "plain" else self.last(features)
 
 
+class DeepLabV3Plus(SegmentationNetwork):
+    """DeepLabv3+ as in MMSegmentation: backbone at stride 16, ASPP with separable convs, and a decoder at the stride of layer1, which is 4.
+
+    ASPP: a pooled branch, a 1x1 conv and separable 3x3 convs at the rates, each of the width; concatenated, 3x3 conv to the width. Decoder:
+    upsampled, concatenated with layer1 (1x1 conv to low_width), two separable 3x3 convs to the width (the features), dropout (an Identity
+    that a method may replace), 1x1 conv. Tiny: ASPP at stride 4, decoder at stride 2."""
+
+    def __init__(self, backbone, classes, rates=(6, 12, 18), width=256, low_width=48, style="torchvision", norm=nn.BatchNorm2d):
+        super().__init__(backbone, style)
+        c, low = backbone.channels, backbone.channels // 8
+        self.feature_channels, self.stride, self.dropout = width, backbone.stride // (2 if backbone.stride == 4 else 4), nn.Identity()
+
+        def conv(channels, width, size=1):
+            return nn.Sequential(nn.Conv2d(channels, width, size, padding=size // 2, bias=False), norm(width), nn.ReLU())
+
+        def separable(channels, rate=1):
+            depthwise = nn.Conv2d(channels, channels, 3, padding=rate, dilation=rate, groups=channels, bias=False)
+            return nn.Sequential(depthwise, norm(channels), nn.ReLU(), conv(channels, width))
+
+        self.pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), conv(c, width))
+        self.branches = nn.ModuleList([conv(c, width)] + [separable(c, rate) for rate in rates])
+        self.bottleneck = conv((len(rates) + 2) * width, width, 3)
+        self.low = conv(low, low_width)
+        self.decoder = nn.Sequential(separable(width + low_width), separable(width))
+        self.last = nn.Conv2d(width, classes, 1)
+        nn.init.normal_(self.last.weight, 0, .01)
+        nn.init.zeros_(self.last.bias)
+
+    def features(self, image):
+        """(B, 3, H, W) float RGB in [0, 1] -> (B, C, h, w)."""
+        layer1, _, _, layer4 = self.backbone.layers(self.normalize(image))
+        context = self.pool(layer4).expand(-1, -1, *layer4.shape[2:])
+        x = self.bottleneck(torch.cat([context] + [branch(layer4) for branch in self.branches], 1))
+        x = F.interpolate(x, layer1.shape[2:], mode="bilinear", align_corners=False)
+        return self.decoder(torch.cat([x, self.low(layer1)], 1))
+
+    def classifier(self, features):
+        """(B, C, h, w) -> logits (B, K, h, w)."""
+        return self.last(self.dropout(features))
+
+
 class PSPNet(SegmentationNetwork):
     """PSPNet as in semseg: pyramid pooling over 1, 2, 3 and 6 bins, a 3x3 conv to width (the features), dropout and a 1x1 conv.
 
@@ -1007,7 +1066,11 @@ class PSPNet(SegmentationNetwork):
 def make_network(spec):
     """The network that a description (as saved in every checkpoint) names, with random weights."""
     tiny = spec["backbone"] == "tiny"
-    backbone = make_backbone(spec["backbone"], spec["batch_norm"], STYLES[spec["style"]]["caffe"], spec.get("deep_stem", False))
+    backbone = make_backbone(spec["backbone"], spec["batch_norm"], STYLES[spec["style"]]["caffe"], spec.get("deep_stem", False),
+                             16 if spec.get("network") == "deeplabv3plus" else 8)
+    if spec.get("network") == "deeplabv3plus":
+        sizes = dict(rates=(2, 4, 8), width=32, low_width=16, norm=group_norm) if tiny else {}
+        return DeepLabV3Plus(backbone, spec["classes"], style=spec["style"], **sizes)
     if spec.get("network") == "pspnet":
         return PSPNet(backbone, spec["classes"], 64 if tiny else 512, spec["style"], group_norm if tiny else nn.BatchNorm2d)
     rates = (2, 4, 8, 12) if tiny else (6, 12, 18, 24)  # tiny: for feature maps of 16 x 32
@@ -1019,7 +1082,7 @@ def build_network(args, data, device, member=0):
     weights, style, source = read_weights(args)
     spec = dict(network=args.network, backbone=args.backbone, head=args.head, aspp_branches=args.aspp_branches,
                 batch_norm=args.batch_norm, style=args.input_style or style, classes=len(data.names),
-                deep_stem=weights is not None and "backbone.conv1.0.weight" in weights)
+                deep_stem=weights["backbone.bn1.weight"].numel() if weights is not None and "backbone.conv1.0.weight" in weights else False)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(rng(args.seed, "network", member).randint(2 ** 31)))
         network = make_network(spec)
@@ -1075,7 +1138,7 @@ def read_weights(args):
     converted, style = convert_weights(state)
     if not converted:
         raise UserError(f"{path}: unknown layout (its first entries: {', '.join(map(str, list(state)[:3]))}); expected torchvision's ResNet, "
-                        "semseg's, Hung's or the MS-DeepLab COCO ResNet-101, kazuto1011's DeepLab, or a last.pt")
+                        "semseg's or MMSegmentation's, Hung's or the MS-DeepLab COCO ResNet-101, kazuto1011's DeepLab, or a last.pt")
     return converted, style, path
 
 
@@ -1095,6 +1158,7 @@ def convert_weights(state):
 
     torchvision     conv1.weight, layer1.0.conv1.weight, fc.*                       torchvision
     semseg          the same names, conv2.weight, conv3.weight (a stem of three)    torchvision
+    MMSegmentation  the same names, stem.0.weight (ResNetV1c)                       torchvision
     Hung            the same names, layer5.conv2d_list.0.weight                     caffe-rgb
     MS-DeepLab      the same with the prefix Scale.                                 caffe-bgr
     kazuto1011      [base.]layer1.conv1.conv.weight, layer2.block1.reduce.bn.bias,
@@ -1109,6 +1173,8 @@ def convert_weights(state):
     if any(re.match(r"(base\.)?layer\d\.block\d", key) for key in state):
         style = "caffe-bgr"
         state = {kazuto_name(key.removeprefix("base.")): value for key, value in state.items()}
+    if "stem.6.weight" in state:
+        state = {re.sub(r"^stem\.(\d)\.", lambda match: "bn1." if match[1] == "7" else f"conv1.{match[1]}.", key): value for key, value in state.items()}
     if "conv3.weight" in state:
         stem = {"conv1": "conv1.0", "bn1": "conv1.1", "conv2": "conv1.3", "bn2": "conv1.4", "conv3": "conv1.6", "bn3": "bn1"}
         state = {".".join([stem.get(key.split(".")[0], key.split(".")[0])] + key.split(".")[1:]): value for key, value in state.items()}
@@ -1166,7 +1232,7 @@ def add_arguments(parser):
     a("--dataset", default="streets", choices=["streets", "camvid", "cityscapes", "voc", "vocaug"], help="default: streets, drawn scenes that need no download")
     a("--data-root", metavar="DIR", help="the dataset's folder")
     a("--download", action="store_true", help="fetch PASCAL VOC with torchvision")
-    a("--extra", metavar="N", help="cityscapes: so many pictures of train_extra as additional unlabeled ones, or all")
+    a("--extra", metavar="N", help="so many additional unlabeled pictures, or all: of Cityscapes' train_extra; on voc of the 10,582")
     a("--preset", metavar="P", help="another row of the method's table: on camvid cpu or gpu, for a small or a big network (default: gpu where there is one)")
     a("--labels", metavar="N", help="labeled pictures, as a number or a share such as 1/8")
     a("--split", nargs="+", metavar="FILE", help="list of labeled pictures, or two lists: labeled, unlabeled")
@@ -1177,7 +1243,7 @@ def add_arguments(parser):
     a("--cache", metavar="DIR", default="runs/cache", help="where big pictures are kept at --size (default: %(default)s)")
     a("--workers", type=int, metavar="N", help="loader processes for each stream")
     a = parser.add_argument_group("network").add_argument
-    a("--network", choices=["deeplabv2", "pspnet"], help="which head sits on the backbone")
+    a("--network", choices=["deeplabv2", "deeplabv3plus", "pspnet"], help="which head sits on the backbone")
     a("--backbone", choices=["tiny", "resnet50", "resnet101"], help="tiny: a small ResNet-18, to train from scratch on a CPU")
     a("--head", choices=["bottleneck", "plain"], help="ASPP with a 256-d feature before the last 1x1 conv (ProDA), or straight to classes (DeepLabv2)")
     a("--aspp-branches", type=int, choices=[1, 2, 3, 4], default=4, help="the lineage's code summed only 2 by mistake (default: 4)")
