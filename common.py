@@ -859,8 +859,9 @@ class Bottleneck(resnet.Bottleneck):
 class ResNet(resnet.ResNet):
     """torchvision's ResNet (its names, so its weights load) without the classifier, at output stride 8 or 16.
 
-    layer3 has dilation 2 and layer4 dilation 4 (at stride 16 layer4 alone: 2) in all their blocks, as DeepLab has them; torchvision's
-    own option leaves the first block of each at the dilation before. slim divides the widths of layer1..layer4.
+    layer3 has dilation 2 and layer4 dilation 4 in all their blocks, as DeepLab has them; torchvision's own option leaves the first block
+    of each at the dilation before. At stride 16 layer4 alone has 2, and 1 in its first block, as in MMSegmentation's DeepLabv3+.
+    slim divides the widths of layer1..layer4.
     caffe: the stride of a bottleneck sits in its 1x1 conv, and max-pooling rounds up.
     deep_stem: three 3x3 convs of 64, 64 and 128 channels instead of the 7x7 one, as in semseg's PSPNet; 64: of 32, 32 and 64, as in
     MMSegmentation's ResNetV1c."""
@@ -878,8 +879,11 @@ class ResNet(resnet.ResNet):
         if caffe:
             self.maxpool.ceil_mode = True
             self.layer2[0].conv1.stride, self.layer2[0].conv2.stride = (2, 2), (1, 1)
-        for layer, dilation in ((self.layer3, 2), (self.layer4, 4)) if output_stride == 8 else ((self.layer4, 2),):
-            for conv in (m for m in layer.modules() if isinstance(m, nn.Conv2d)):
+        dilated = [*[(block, 2) for block in self.layer3], *[(block, 4) for block in self.layer4]]
+        if output_stride == 16:
+            dilated = [(block, 1 if block is self.layer4[0] else 2) for block in self.layer4]
+        for block, dilation in dilated:
+            for conv in (m for m in block.modules() if isinstance(m, nn.Conv2d)):
                 conv.stride = (1, 1)
                 if conv.kernel_size == (3, 3):
                     conv.dilation = conv.padding = (dilation, dilation)
@@ -1451,6 +1455,10 @@ def run_main(main):
         if world_size() == 1 or "closed by peer" not in str(error):
             raise
         message = "another process ended first, and says why"
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        message = "batch norm in training needs two pictures or more in each process; use a larger --batch-size, or --batch-norm sync on several GPUs"
     except KeyboardInterrupt:
         message = "interrupted; the same command goes on from the last checkpoint"
     if not is_main():

@@ -2,43 +2,49 @@
 Jianlong Yuan, Qi Qian, Fan Wang, Jinchao Ge, Zhibin Wang, Yifan Liu. ACM Multimedia 2023, arXiv 2208.11499
 
 Two students of different initialisation learn from each other, and each has a mean teacher that supervises the other one. Teachers see
-weak views of the unlabeled pictures; students see strong ones: one photometric operation, and boxes of the next picture of the batch pasted in
-(CutMix, on the teachers' logits too). What a student predicts there is made harder still by feature augmentation: features are moved, in
-thought, along all directions in which features of their class vary, and the limit of infinitely many moves is one term added
-to the logits. The term depends on a pixel's class alone, so that it costs a table of classes by classes.
+weak views of the unlabeled pictures (WDA); students see strong ones (SDA): one photometric operation, and boxes of the next picture of the
+batch pasted in (CutMix, on the teachers' logits too). On top of that comes feature augmentation (FD, FDA): features move, in thought, along all
+directions in which features of their class vary. The loss over infinitely many such moves has an upper bound that needs only one term
+more in the logits. The term depends on a pixel's class alone, so that it costs a table of classes by classes.
 
     python mkd.py                                                                        drawn streets, a CPU, minutes
     torchrun --nproc_per_node=4 mkd.py --dataset cityscapes --data-root DIR --labels 372
 
 paper -> code
-    Eq. 1   teachers                               update_teacher(); its speed: --gamma (Table 4)
-    Eq. 2   teacher to the other student, L_st     train(), step 3: loss_st
-    Sect. 3.2  strong view, CutMix                 strong_view(), cutmix_mask(), cutmix()
-    Eq. 3   feature augmentation                   ClassStatistics (Sigma), augmentation_table(), augment_features()
-    Eq. 4   the sum, alpha and beta                train(), step 3: loss; --alpha, --beta (Table 5)
-    Eq. 5   supervised loss, L_s                   train(), step 3: loss_labeled
-    CPS     student to student, L_ss               train(), step 3: loss_ss
+    Eq. 1   mean teachers                          update_teacher(); gamma of Table 4: --gamma
+    Eq. 2   L_st, teacher to the other student     train(), step 3: loss_st
+    Sect. 3.2  SDA, CutMix                         strong_view(), cutmix_mask(), cutmix()
+    Eq. 3   FD                                     ClassStatistics (Sigma), augmentation_table(), augment_features()
+    Eq. 4   L, with alpha and beta                 train(), step 3: loss; beta of Table 5: --beta
+    Eq. 5   L_s, supervised                        train(), step 3: loss_labeled
+    CPS     L_ss, student to student               train(), step 3: loss_ss
     Algorithm 1                                    train(): the loop, EMA first
-    Table 1 '*' --threshold .95, dagger: --dataset voc --extra all;  Table 3: --teachers, --strong, --features, see README.md
+    Table 1  '*': --threshold .95, dagger: --dataset voc --extra all
+    Table 3  co-training: --teachers none --no-strong --features none; + MT: --teachers own; + Mutual MT: --teachers mutual; + SDA: --strong;
+             + FDA: --features diagonal
 
 Choices that the paper leaves open, and why
     EMA. The decay is min(1 - 1/t, gamma) (authors' code), so that teachers begin as their students at t = 1. .4 is the paper's best and "used for all
         the experiments"; the code ends at .6. Buffers are copied.                                       --gamma
+    Batch size 16 is 16 labeled and 16 unlabeled pictures (code: 4 + 4 on each of 4 GPUs). They go through a student in one pass, so batch
+        norm, which is trained in the backbone too and synchronised, sees them together (code: two passes).  --batch-norm
     Both students see the same views; only their initialisations tell them apart (of the heads, where the backbone is pretrained).
-    The strong operation: one of colour jitter, blur, equalize, solarize, greyscale with the code's weights. CutMix, always: three boxes, each of a
-        third of 25 to 50 % of the area, off again where two overlap (code). In Table 3 CutMix belongs to SDA; --no-cutmix drops it alone.
-    Loss of unlabeled pixels: at stride 8 of the crop, where logits are sampled (code); labeled ones at the crop's size.   --loss-stride
-        Mean over the pixels that count: padding, and pixels below --threshold (teachers' targets only), do not.
-    Feature augmentation: w and Sigma are detached (code; in the ISDA that it comes from only Sigma), so it shifts logits and no gradient flows through the term.
-        Sigma is of all features that the student has seen so far, by the label on labeled pixels, by its own prediction elsewhere; its
+    SDA: one of colour jitter, blur, equalize, solarize, greyscale, with the code's weights. CutMix, always: three boxes, each of a third
+        of 25 to 50 % of the area, off again where two overlap (code). In Table 3 CutMix belongs to SDA.  --no-cutmix drops it alone
+    L_st and L_ss: at stride 8 of the crop, where logits are sampled (code); L_s at the crop's size.     --loss-stride
+        Means over the pixels that count: padding, and teachers' labels below --threshold, do not.
+    FD: w and Sigma are detached (code; in ISDA, where it comes from, only Sigma), so it shifts logits and nothing else. Sigma is of all
+        features that the student has seen so far, by the label on labeled pixels, by its own prediction elsewhere; its
         diagonal (code), or whole.                                                                       --features full
         lambda rises from 0 to 1.5 along half a cosine (code).                                           --lambda0
-        It is applied to unlabeled pixels alone (Algorithm 1); L_ss takes its targets after it, as written there.
-    Alpha is 1.5 (Table 5), beta 1 (Table 5 has 1 and 1.5 best). Cityscapes' number of iterations is not stated: 40,000 is ours.
-    --preset official (voc, vocaug, streets) is the code where it departs from the paper: gamma .6; feature augmentation of teachers, too; L_st and L_ss
-        on labeled pictures, too; photometric distortion of the labeled and weak views. Not taken over: its teachers normalise
-        by their own batches, batch-norm momentum .001, the stem of three convs (pass its weights with --weights FILE for that one).
-    Labeled and unlabeled pictures go through a student in one pass, so batch norm sees them together.
+        FD is for unlabeled pixels alone (Algorithm 1); L_ss takes its targets after it, as written there.
+    alpha is 1.5 (Table 5), beta 1 (1 and 1.5 are best there). By their numbers, Table 5 and hence these weights were found without FDA.
+    Cityscapes' number of iterations is not stated: 40,000 is ours. Scale .5 to 2 and 30,000 iterations on VOC are the code's.
+    Students from scratch (the tiny backbone) begin with labels alone: without, they agree on one class everywhere and stay there.   --warmup
+    --preset official (voc, vocaug, streets) is the code where it departs from the paper: gamma .6; FD of teachers, too; L_st and L_ss on
+        labeled pictures, too; photometric distortion of the labeled and weak views. Not taken over: two passes (above); teachers that
+        normalise by their own batches; batch-norm momentum .001; losses on padding; the mean of a loss by GPU; pictures resized to 512
+        first; the stem of three convs (--weights FILE with the weights of ResNetV1c brings it).
     The baseline (--supervised) is one student on labels alone, with the same weak views, learning rate and number of steps.
     Reported: all networks at the last iteration, and the students' mean logits; the headline is student 1.
 """
@@ -50,7 +56,6 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as V
 
 import common
@@ -58,31 +63,31 @@ from common import IGNORE
 
 # ---- arguments -------------------------------------------------------------------------------------------------------
 
-# Per dataset, by the argument's name (Sect. 4.1; iterations and loss stride: the authors' code).
+# Per dataset, by the argument's name: Sect. 4.1, and the authors' code (scale, iterations and loss stride of VOC).
 PAPER = {
     "vocaug": dict(
         labels="662", size=None, crop=(512, 512), scale=(.5, 2.), batch_size=16, network="deeplabv3plus", head="plain", backbone="resnet50", weights="imagenet",
-        batch_norm="sync", optimizer="sgd", lr=.0025, weight_decay=5e-4, iterations=30_000, gamma=.4, loss_stride=8,
+        batch_norm="sync", optimizer="sgd", lr=.0025, weight_decay=5e-4, iterations=30_000, warmup=0, gamma=.4, loss_stride=8,
         workers=4, log_every=50, eval_every=5000, save_every=1000),
     # Drawn scenes and a small network from scratch, minutes on a CPU.
     "streets": dict(
         labels="8", size=(64, 128), crop=(64, 128), scale=(1., 1.), batch_size=4, network="deeplabv3plus", head="plain", backbone="tiny", weights="none",
-        batch_norm="frozen", optimizer="adamw", lr=3e-3, weight_decay=1e-2, iterations=1800, gamma=.4, loss_stride=2,
+        batch_norm="frozen", optimizer="adamw", lr=3e-3, weight_decay=1e-2, iterations=1800, warmup=400, gamma=.4, loss_stride=2,
         workers=0, log_every=50, eval_every=600, save_every=100),
 }
 PAPER["voc"] = PAPER["vocaug"] | dict(labels="183")
 PAPER["cityscapes"] = PAPER["vocaug"] | dict(labels="372", size=(1024, 2048), crop=(512, 1024), lr=.01, iterations=40_000)
-PAPER["camvid-cpu"] = PAPER["streets"] | dict(labels="1/8", size=(180, 240), crop=(96, 128), lr=2e-3, iterations=3000, eval_every=1000)
+PAPER["camvid-cpu"] = PAPER["streets"] | dict(labels="1/8", size=(180, 240), crop=(96, 128), lr=2e-3, iterations=3000, warmup=1000, eval_every=1000)
 PAPER["camvid-gpu"] = PAPER["cityscapes"] | dict(labels="1/8", size=(360, 480), crop=(256, 352), iterations=20_000, eval_every=2000)
 OFFICIAL = dict(gamma=.6, features_of_teachers=True, labeled_consistency=True, weak_photometric=True)  # the authors' code
 PAPER |= {f"{name}-official": PAPER[name] | OFFICIAL for name in ("vocaug", "voc", "streets")}
 
-# The paper's mIoU by (dataset, unlabeled beside, backbone, threshold, labels): Tables 1 and 2 (there the CPS splits).
+# The paper's mIoU by (dataset, --extra, backbone, threshold, labels): Tables 1 and 2, there with the CPS splits (--split FILE).
 PAPER_MIOU = {(dataset, extra, backbone, threshold, n): miou for dataset, extra, backbone, threshold, row in [
     ("voc", None, "resnet50", 0, {92: 60.60, 183: 66.74, 366: 71.01, 732: 72.73}),
     ("voc", None, "resnet101", 0, {92: 65.35, 183: 70.18, 366: 74.44, 732: 75.90}),
-    ("voc", "all", "resnet50", 0, {92: 64.92, 183: 69.48, 366: 74.25, 732: 75.89, 1464: 77.59}),  # 1464 also stands there as 78.14 without the dagger,
-    ("voc", "all", "resnet101", 0, {92: 69.10, 183: 74.63, 366: 76.76, 732: 78.66, 1464: 80.02}),  # and as 79.96: the same pictures
+    ("voc", "all", "resnet50", 0, {92: 64.92, 183: 69.48, 366: 74.25, 732: 75.89, 1464: 77.59}),  # without the dagger Table 1 has 78.14 for the
+    ("voc", "all", "resnet101", 0, {92: 69.10, 183: 74.63, 366: 76.76, 732: 78.66, 1464: 80.02}),  # same pictures, and 79.96
     ("voc", "all", "resnet101", .95, {92: 74.40, 183: 75.92, 366: 77.74, 732: 78.68, 1464: 80.80}),
     ("vocaug", None, "resnet50", 0, {662: 74.02, 1323: 75.24, 2646: 76.09, 5291: 76.92}),
     ("vocaug", None, "resnet101", 0, {662: 75.90, 1323: 76.59, 2646: 77.62, 5291: 78.94}),
@@ -105,6 +110,7 @@ def get_parser():
     a("--gamma", type=float, metavar="X", help="decay of the mean teachers (Eq. 1; Table 4)")
     a("--alpha", type=float, metavar="X", default=1.5, help="weight of L_st (Eq. 4; default: %(default)s)")
     a("--beta", type=float, metavar="X", default=1., help="weight of L_ss (Eq. 4; Table 5; default: %(default)s)")
+    a("--warmup", type=int, metavar="N", help="iterations on labels alone before L_st and L_ss come in: 0 for pretrained students, as in the paper")
     a("--threshold", type=float, metavar="X", default=0., help="teachers' labels below this confidence are ignored (Table 1, *: .95)")
     a("--loss-stride", type=int, metavar="N", help="L_st and L_ss are taken at this stride of the crop")
     a("--features-of-teachers", action=argparse.BooleanOptionalAction, help="feature augmentation of the teachers, too (authors' code)")
@@ -136,19 +142,22 @@ OPERATIONS = ((3, color_jitter), (5, blur), (1, lambda image, r: V.equalize(imag
 
 
 def strong_view(images, generators):
-    """One random operation for each picture (Sect. 3.2). images (B, 3, H, W) uint8, generators: one a picture -> the same shape."""
-    weights = torch.tensor([weight for weight, _ in OPERATIONS]).cumsum(0) / sum(weight for weight, _ in OPERATIONS)
-    chosen = [OPERATIONS[int((weights <= r.uniform()).sum())][1] for r in generators]
+    """SDA: one random operation for each picture. images (B, 3, H, W) uint8, generators: a seeded one for each -> the same shape."""
+    weights, operations = zip(*OPERATIONS)
+    chosen = [operations[r.choice(len(operations), p=[w / sum(weights) for w in weights])] for r in generators]
     return torch.stack([operation(image, r) for operation, image, r in zip(chosen, images, generators)])
 
 
 def distort(images, generators):
-    """Photometric distortion as in SSD, for --weak-photometric. images (B, 3, H, W) uint8 -> the same."""
+    """Photometric distortion as in MMSegmentation, for --weak-photometric: each part with probability .5. images (B, 3, H, W) uint8 -> the same."""
     distorted = []
-    with torch.random.fork_rng(devices=[]):
-        for image, r in zip(images, generators):
-            torch.manual_seed(int(r.randint(2 ** 31)))  # torchvision draws on the host
-            distorted.append(v2.RandomPhotometricDistort(p=.5)(image))
+    for image, r in zip(images, generators):
+        parts = [lambda x, by=r.uniform(-32, 32): (x.float() + by).clamp(0, 255).to(torch.uint8), lambda x, by=r.uniform(.5, 1.5): V.adjust_saturation(x, by),
+                 lambda x, by=r.uniform(-.1, .1): V.adjust_hue(x, by)]
+        parts.insert((1, 3)[r.randint(2)], lambda x, by=r.uniform(.5, 1.5): V.adjust_contrast(x, by))  # contrast comes second, or last
+        for part in parts:
+            image = part(image) if r.uniform() < .5 else image
+        distorted.append(image)
     return torch.stack(distorted)
 
 
@@ -196,7 +205,7 @@ class ClassStatistics(nn.Module):
 
         Works on a few pictures at a time, so that no copy of all features is made."""
         (K, C), B = self.mean.shape, len(features)
-        few = max(1, 2 ** 20 // features[0].numel()) if B else 1
+        few = max(1, 2 ** 22 // features[0].numel()) if B else 1
         parts = list(zip(features.flatten(2).split(few), label.flatten(1).split(few)))
         one_hot = [(y[:, None] == torch.arange(K, device=y.device)[:, None]).float() for _, y in parts]  # (b, K, hw); unknown is no class
         sums = self.mean.new_zeros(K, C + 1)
@@ -230,12 +239,18 @@ def augmentation_table(weight, covariance):
     return (v @ covariance * v).sum(2)
 
 
-def augment_features(logits, label, table, strength):
-    """FD: logits of the augmented features, p + lambda/2 v^T Sigma v (Sect. 3.2), lambda the strength.
+def augment_features(features, logits, label, weight, statistics, strength):
+    """FD: the logits of augmented features, p + lambda/2 v^T Sigma v (Sect. 3.2), with lambda the strength.
 
-    logits (B, K, h, w), label (B, h, w), table (K, K) from augmentation_table() -> (B, K, h, w). Where the label is 255 nothing changes."""
-    rows = F.pad(strength / 2 * table, (0, 0, 0, 1))  # one more row, of zeros, for unknown
-    return logits + rows[label.clamp(max=len(table))].permute(0, 3, 1, 2)
+    features (B, C, h', w') update the statistics first; logits (B or fewer, K, h, w) of the last of these pictures, label (B, h, w),
+    weight (K, C) of the classifier -> logits of the same shape. Where the label is 255 nothing changes. The term has no gradient."""
+    if features.shape[2:] != logits.shape[2:]:
+        features = F.interpolate(features.float(), logits.shape[2:], mode="bilinear", align_corners=False)
+    statistics.update(features, label)
+    table = strength / 2 * augmentation_table(weight.detach().float(), statistics.covariance)
+    rows = F.pad(table, (0, 0, 0, 1))  # one more row, of zeros, for unknown
+    label = label[len(label) - len(logits):].clamp(max=len(table))
+    return logits + rows[label].permute(0, 3, 1, 2)
 
 
 # ---- EMA -------------------------------------------------------------------------------------------------------------
@@ -297,10 +312,13 @@ class Ensemble(nn.Module):
 
 def train(args, data, labeled, unlabeled, device):
     students = [common.build_network(args, data, device, member) for member in range(1 if args.supervised else 2)]
+    if len(students) == 2 and torch.equal(students[0].last.weight, students[1].last.weight):
+        raise common.UserError(f"--weights {args.weights}: both students would begin with the same weights and stay one network; use a backbone's weights")
     run = common.Run("mkd-supervised" if args.supervised else "mkd", args, data, labeled, unlabeled, device, {1: args.iterations})
     learns_from = None if args.supervised else TEACHERS[args.teachers]
     teachers = [copy.deepcopy(student).requires_grad_(False).eval() for student in students] if learns_from else []
     networks = {f"student_{i}": s for i, s in enumerate(students, 1)} | {f"teacher_{i}": t for i, t in enumerate(teachers, 1)}
+    evaluated = networks | ({} if args.supervised else {"ensemble": Ensemble(students)})
     learners = [common.parallel(WithFeatures(student), device) for student in students]
     K, members = len(data.names), range(len(students))
     augmented = [] if args.supervised or args.features == "none" else students + teachers * bool(args.features_of_teachers)
@@ -325,78 +343,71 @@ def train(args, data, labeled, unlabeled, device):
 
     loaders = [common.batches(common.Stream(data, labeled, "labeled", args), args, device, begin, args.iterations)]
     if not args.supervised:
-        loaders.append(common.batches(common.Stream(data, unlabeled, "unlabeled", args, labeled=False), args, device, begin, args.iterations, overlap=args.cutmix))
-    pseudo_tables, covered = [torch.zeros(K, K, dtype=torch.int64, device=device) for _ in teachers], 0
+        loaders.append(common.batches(common.Stream(data, unlabeled, "unlabeled", args, labeled=False), args, device, begin, args.iterations,
+                                      overlap=args.cutmix))
+    pseudo_tables, covered = [torch.zeros(K, K, dtype=torch.int64, device=device) for _ in teachers], []
 
     for iteration, batch in enumerate(zip(*loaders), begin):
         # 5 EMA, which comes first here (Algorithm 1, line 6)
         for teacher, student in zip(teachers, students):
             update_teacher(teacher, student, min(1 - 1 / (iteration + 1), args.gamma))
 
-        # 1 batch: weak views; the strong view of each unlabeled picture, mixed with its neighbour's by a mask
+        # 1 batch: weak views; of each unlabeled picture a strong view, too, mixed with its neighbour's by a mask
         image, label = batch[0]["image"], batch[0]["label"]  # (B, 3, H, W), (B, H, W)
-        B = len(image)
+        B, semi = len(image), not args.supervised and iteration >= args.warmup
         if args.weak_photometric:
             image = distort(image, [common.rng(args.seed, "distort labeled", place) for place in batch[0]["position"]])
-        seen, both = image, 0  # both: labeled pictures on which L_st and L_ss are taken, too
-        if not args.supervised:
-            weak, places = batch[1]["image"], batch[1]["position"]  # (B, 3, H, W); with several processes one picture more, the neighbour of the last
+        student_input, pseudo_labels, losses, student_logits = image, [], {}, []
+        if semi:
+            weak, places = batch[1]["image"], batch[1]["position"]  # (B, 3, H, W); with several processes B + 1, see cutmix()
             strong = strong_view(weak, [common.rng(args.seed, "strong", place) for place in places]) if args.strong else weak
             if args.weak_photometric:
                 weak = distort(weak, [common.rng(args.seed, "distort", place) for place in places])
             mask = torch.zeros(B, *args.crop, dtype=torch.bool, device=device)
-            if args.strong and args.cutmix:
+            if args.cutmix:
                 mask = torch.stack([cutmix_mask(tuple(args.crop), common.rng(args.seed, "cutmix", place), device) for place in places[:B]])
             strong, truth = cutmix(strong, mask), cutmix(batch[1]["truth"], mask)
-            seen, both = torch.cat([image, strong]), B if args.labeled_consistency else 0  # (2B, 3, H, W)
-            valid = torch.cat([sample(batch[0]["valid"][:both], loss_size), sample(cutmix(batch[1]["valid"], mask), loss_size)])
-            small_mask, small_label = sample(mask, loss_size), sample(label, loss_size)
+            student_input = torch.cat([image, strong])  # (2B, 3, H, W)
+            # What L_st and L_ss are taken on, at their stride: the B unlabeled pictures; with --labeled-consistency after n labeled ones, n = B
+            n, mask, label_at_stride = B * bool(args.labeled_consistency), sample(mask, loss_size), sample(label, loss_size)
+            valid = torch.cat([sample(batch[0]["valid"][:n], loss_size), cutmix(sample(batch[1]["valid"], loss_size), mask)])  # (n + B, h, w)
             strength = args.lambda0 * (1 - math.cos(math.pi * (iteration + 1) / args.iterations)) / 2  # lambda of Eq. 3
 
-        def augment(i, features, logits, labels):
-            """FD of network i: statistics of these features and labels, then the term for the last of them, as many as there are logits."""
-            if features.shape[2:] != logits.shape[2:]:
-                features = F.interpolate(features, logits.shape[2:], mode="bilinear", align_corners=False)
-            statistics[i].update(features, labels)
-            table = augmentation_table(augmented[i].last.weight.detach().flatten(1).float(), statistics[i].covariance)
-            return augment_features(logits, labels[len(labels) - len(logits):], table, strength)
-
         # 2 pseudo-labels: of both teachers on weak views; their logits are mixed like the pictures
-        teacher_labels = []
-        for i, teacher in enumerate(teachers):
+        for i, teacher in enumerate(teachers) if semi else ():
             with torch.no_grad():
                 with common.autocast(args, device):
-                    features = teacher.features(common.to_float(torch.cat([image[:both], weak])))
+                    features = teacher.features(common.to_float(torch.cat([image[:n], weak])))
                     logits = teacher.classifier(features)
-                p = common.upsample(logits, loss_size)  # (B, K, h, w); with L_st on labeled pictures (2B, ..)
-                p = torch.cat([p[:both], cutmix(p[both:], small_mask)])  # p_t
-                keep = valid & confident(p, args.threshold)
-                if args.features_of_teachers and statistics:
+                p = common.upsample(logits, loss_size)
+                p = torch.cat([p[:n], cutmix(p[n:], mask)])  # p_t, (n + B, K, h, w)
+                sure = valid & confident(p, args.threshold)
+                if statistics and args.features_of_teachers:
                     features = F.interpolate(features.float(), loss_size, mode="bilinear", align_corners=False)
-                    features = torch.cat([features[:both], cutmix(features[both:], small_mask)])
-                    p = augment(2 + i, features, p, torch.cat([small_label[:both], hard_label(p, valid)[both:]]))
-                teacher_labels.append(hard_label(p, keep))  # y_t, (B, h, w)
+                    features = torch.cat([features[:n], cutmix(features[n:], mask)])
+                    own = torch.cat([label_at_stride[:n], hard_label(p, valid)[n:]])
+                    p = augment_features(features, p, own, teacher.last.weight.flatten(1), statistics[2 + i], strength)
+                pseudo_labels.append(hard_label(p, sure))  # y_t, (n + B, h, w)
 
         # 3 losses
-        losses, logits_of = {}, []
         for j in members:
             if not students[j].training:
                 learners[j].train()
             with common.autocast(args, device):
-                features, logits = learners[j](common.to_float(seen))
+                features, logits = learners[j](common.to_float(student_input))
             losses[f"loss_labeled_{j + 1}"] = cross_entropy(common.upsample(logits[:B], args.crop), label)  # Eq. 5
-            if not args.supervised:
-                p = common.upsample(logits[B - both:], loss_size)  # p_s, (B, K, h, w)
-                if statistics:
-                    own = hard_label(p, valid)[both:]
-                    p = augment(j, features.detach(), p, torch.cat([small_label, own]))  # FD, Eq. 3
-                logits_of.append(p)
-        for j in range(len(logits_of)):
-            if learns_from:
-                losses[f"loss_st_{j + 1}"] = cross_entropy(logits_of[j], teacher_labels[learns_from[j]])  # Eq. 2
-            losses[f"loss_ss_{j + 1}"] = cross_entropy(logits_of[j], hard_label(logits_of[1 - j], valid))  # as in CPS
-        weight = {"loss_labeled": 1., "loss_st": args.alpha, "loss_ss": args.beta}
-        loss = sum(weight[name[:-2]] * value for name, value in losses.items())  # Eq. 4
+            if semi:
+                p = common.upsample(logits[B - n:], loss_size)  # p_s, (n + B, K, h, w)
+                if statistics:  # by the label on labeled pictures, by its own prediction on the others
+                    own = torch.cat([label_at_stride, hard_label(p, valid)[n:]])
+                    p = augment_features(features.detach(), p, own, students[j].last.weight.flatten(1), statistics[j], strength)
+                student_logits.append(p)
+        for j, p in enumerate(student_logits):
+            if teachers:
+                losses[f"loss_st_{j + 1}"] = cross_entropy(p, pseudo_labels[learns_from[j]])  # Eq. 2
+            losses[f"loss_ss_{j + 1}"] = cross_entropy(p, hard_label(student_logits[1 - j], valid))  # as in CPS
+        loss_s, loss_st, loss_ss = (sum(losses[name] for name in losses if name[:-2] == term) for term in ("loss_labeled", "loss_st", "loss_ss"))
+        loss = loss_s + args.alpha * loss_st + args.beta * loss_ss  # Eq. 4
 
         # 4 backward
         optimizer.zero_grad()
@@ -410,35 +421,33 @@ def train(args, data, labeled, unlabeled, device):
         # 6 log, evaluate, save
         run.watch(1, iteration, losses)
         done, last = iteration + 1, iteration + 1 == args.iterations
-        if teachers:  # the truth of unlabeled pictures is used here and nowhere else
-            small_truth = sample(truth, loss_size)
-            for table, y in zip(pseudo_tables, teacher_labels):
-                table += common.confusion_matrix(small_truth, y[both:], K)
-            covered = covered + torch.stack([(y != IGNORE).float().mean() for y in teacher_labels]).mean()
-        if done % args.log_every == 0 or done % args.eval_every == 0 or last:
-            extra = {"lr": optimizer.param_groups[0]["lr"]} | ({"lambda": strength} if statistics else {})
-            if teachers:
+        if pseudo_labels:  # the truth of unlabeled pictures is used here and nowhere else
+            for table, y in zip(pseudo_tables, pseudo_labels):
+                table += common.confusion_matrix(sample(truth, loss_size), y[n:], K)
+            covered.append(torch.stack([(y[n:] != IGNORE).float().mean() for y in pseudo_labels]).mean())
+        if done % args.log_every == 0 or done in (args.warmup, args.iterations) or done % args.eval_every == 0:
+            extra = {"lr": optimizer.param_groups[0]["lr"]} | ({"lambda": strength} if semi and statistics else {})
+            if pseudo_labels:
                 extra |= {f"pseudo_miou_{i + 1}": common.mean_iou(common.all_reduce(pseudo_tables[i])) for i in members}
-                extra["pseudo_coverage"] = float(common.all_reduce(covered)) / common.world_size() / run.count
-                pseudo_tables, covered = [torch.zeros_like(table) for table in pseudo_tables], 0
+                extra["pseudo_coverage"] = float(common.all_reduce(torch.stack(covered).mean())) / common.world_size()
+                pseudo_tables, covered = [torch.zeros_like(table) for table in pseudo_tables], []
             run.log(1, done, **extra)
         if done % args.eval_every == 0 or last:
-            shown = networks | ({"ensemble": Ensemble(students)} if last and not args.supervised else {})
-            tables = common.evaluate(shown, data, args, device)
+            tables = common.evaluate(evaluated if last else networks, data, args, device)
             run.log(1, done, val={name: common.mean_iou(table) for name, table in tables.items()})
             run.predictions(f"val_{done:06d}", networks)
             columns = {"labeled picture": image, "label": label}
-            if not args.supervised:
+            if semi:
                 columns = {"weak view": weak, "strong view, mixed": strong, "truth, mixed (not used)": truth}
-                columns |= {f"teacher {i + 1} says": sample(y[both:], args.crop) for i, y in enumerate(teacher_labels)}
-                columns |= {f"student {j + 1} says": sample(hard_label(p[both:], valid[both:]), args.crop) for j, p in enumerate(logits_of)}
+                columns |= {f"label of teacher {i + 1}": sample(y[n:], args.crop) for i, y in enumerate(pseudo_labels)}
+                columns |= {f"student {j + 1} predicts": sample(hard_label(p, valid)[n:], args.crop) for j, p in enumerate(student_logits)}
             run.panel(f"batch_{done:06d}", {title: cells[:min(4, B)] for title, cells in columns.items()})
         if done % args.save_every == 0 or last:
             save(done)
 
-    paper = None if args.supervised or set(args.changed) - {"backbone", "extra", "threshold"} else PAPER_MIOU.get(
+    paper = None if args.supervised or set(args.changed) - {"backbone", "extra", "split", "threshold"} else PAPER_MIOU.get(
         (args.dataset, args.extra, args.backbone, args.threshold, args.labels))
-    run.finish("student_1", tables or common.evaluate(networks, data, args, device), paper)
+    run.finish("student_1", tables or common.evaluate(evaluated, data, args, device), paper)
 
 
 def main():
@@ -448,11 +457,13 @@ def main():
         return common.use_checkpoint(args, device)
     common.check_range(args, 1, math.inf, "loss_stride")
     common.check_range(args, 0, 1, "gamma", "threshold")
-    common.check_range(args, 0, math.inf, "alpha", "beta", "lambda0")
-    if args.cutmix and args.strong and not args.supervised and args.batch_size < 2:
+    common.check_range(args, 0, math.inf, "alpha", "beta", "lambda0", "warmup")
+    args.cutmix = args.cutmix and args.strong
+    if args.cutmix and not args.supervised and args.batch_size < 2:
         raise common.UserError(f"--batch-size {args.batch_size}: CutMix mixes neighbours of a batch; use 2 or more, or --no-cutmix")
-    if args.network == "deeplabv2" and args.head == "plain" and args.features != "none":
-        raise common.UserError("--network deeplabv2 --head plain: feature augmentation needs one linear classifier; use --head bottleneck, or --features none")
+    if args.network == "pspnet" or (args.network == "deeplabv2" and args.head == "plain"):
+        raise common.UserError(f"--network {args.network} --head {args.head}: feature augmentation needs a network that ends in one linear classifier, without "
+                               "dropout; use --network deeplabv3plus, or deeplabv2 with --head bottleneck")
     data = common.open_dataset(args)
     labeled, unlabeled = common.split(args, data)
     train(args, data, labeled, unlabeled, device)

@@ -1,11 +1,12 @@
 """What does a training step cost beyond its network passes?
 
 Times real iterations of a script (loading, perturbations, pseudo-labels, losses, optimizer, EMA, log) and, in turn with them, the bare passes of
-the same networks at the same sizes: forward and backward of the students, forward of as many teachers where the step has any.
+the same networks at the same sizes: forward and backward of the students, forward of as many teachers on the pictures that they see.
 
     python tests/benchmark_step.py rml                  streets, the CPU preset
     python tests/benchmark_step.py dars
     python tests/benchmark_step.py three_stage          stage 2, whose branch is the larger one
+    python tests/benchmark_step.py mkd
     python tests/benchmark_step.py rml --dataset cityscapes --data-root DIR --iterations 5       the paper's configuration
 Any argument of the script may be given.
 """
@@ -26,13 +27,16 @@ import torch
 
 import common
 import dars
+import mkd
 import rml
 import three_stage
 
-# What makes a short run with 40 steps of the kind to be timed; how many students, and whether teachers look at each batch; the stage that is timed.
-SCRIPTS = {"rml": (rml, ["--iterations", "40", "--stage0-iterations", "2", "--stages", "1"], 2, True, 1),
-           "dars": (dars, ["--iterations", "40", "--round0-iterations", "2", "--rounds", "1"], 1, False, 1),
-           "three_stage": (three_stage, ["--iterations", "40", "--stage1-iterations", "2", "--stages", "2"], 1, True, 2)}
+# What makes a short run with 40 steps of the kind to be timed; how many students; the share of a step's pictures that their teachers look at; the stage
+# that is timed.
+SCRIPTS = {"rml": (rml, ["--iterations", "40", "--stage0-iterations", "2", "--stages", "1"], 2, 1, 1),
+           "dars": (dars, ["--iterations", "40", "--round0-iterations", "2", "--rounds", "1"], 1, 0, 1),
+           "three_stage": (three_stage, ["--iterations", "40", "--stage1-iterations", "2", "--stages", "2"], 1, 1, 2),
+           "mkd": (mkd, ["--iterations", "40", "--warmup", "0"], 2, .5, 1)}
 
 
 def synchronize(device):
@@ -40,16 +44,17 @@ def synchronize(device):
         torch.cuda.synchronize()
 
 
-def bare_passes(students, teachers, images, args, device):
-    """Seconds of the network passes of one iteration, on noise of the right size."""
+def bare_passes(students, teachers, share, images, args, device):
+    """Seconds of the network passes of one iteration, on noise of the right size. share: of the images, what teachers see."""
     synchronize(device)
     start = time.perf_counter()
     with torch.no_grad(), common.autocast(args, device):
         for teacher in teachers:
-            teacher(images)
+            teacher(images[:round(share * len(images))])
     for student in students:
         with common.autocast(args, device):
             outputs = student.train()(images, aux=True) if isinstance(student, common.SegmentationNetwork) else student.train()(images)
+        outputs = [logits for logits in outputs if logits.shape[1] == outputs[-1].shape[1]]  # not the features that mkd.py's students give, too
         torch.autograd.backward(outputs, [torch.ones_like(logits) for logits in outputs])
     synchronize(device)
     seconds = time.perf_counter() - start
@@ -60,7 +65,7 @@ def bare_passes(students, teachers, images, args, device):
 
 def main():
     name = sys.argv.pop(1) if len(sys.argv) > 1 and sys.argv[1] in SCRIPTS else "rml"
-    script, short, how_many, with_teachers, timed = SCRIPTS[name]
+    script, short, how_many, share, timed = SCRIPTS[name]
     folder = tempfile.mkdtemp()
     sys.argv[1:1] = short + ["--out", folder, "--overwrite", "--eval-every", "1000000", "--log-every", "50"]
     students, teachers, steps, bare, began = [], [], [], [], [None]
@@ -77,7 +82,7 @@ def main():
 
     def remember_student(student, device):
         students.append(copy.deepcopy(student))
-        if with_teachers:
+        if share:
             teachers.append(copy.deepcopy(getattr(student, "network", student)).eval())
         return parallel(student, device)
 
@@ -89,7 +94,7 @@ def main():
                 steps.append(time.perf_counter() - began[0])
             seen["device"], seen["images"] = run.device, run.images
             images = torch.rand(run.images, 3, *seen["args"].crop, device=run.device)
-            bare.append(bare_passes(students[-how_many:], teachers[-how_many:], images, seen["args"], run.device))
+            bare.append(bare_passes(students[-how_many:], teachers[-how_many:], share, images, seen["args"], run.device))
             began[0] = time.perf_counter()
 
     common.build_network, common.parallel, common.Run.watch, common.parse_args = few_val_pictures, remember_student, time_step, remember_arguments

@@ -1,0 +1,136 @@
+"""What does MKD's feature augmentation cost as a table of classes x classes, and what as the tensor of pixels x classes x channels?
+
+For one batch of the paper (21 classes, 256 channels, 16 pictures of 64 x 64 cells = 65,536 pixels): seconds and memory of both forms, the covariance's
+update included, each in a process of its own; the largest difference of their results; and what share of a step's network passes
+the table takes (DeepLabv3+ on ResNet-50, crop 512 x 512; on a CPU passes of 1 + 1 pictures, times the batch).
+
+    python tests/benchmark_features.py              two minutes and 8 GB on two CPU cores
+    python tests/benchmark_features.py --full       the whole covariance instead of its diagonal; the direct form with 4 x 4 cells a picture, 256 pixels
+"""
+
+import multiprocessing
+import re
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import torch
+import torch.nn.functional as F
+
+import common
+import mkd
+
+CLASSES, CHANNELS, PICTURES = 21, 256, 16
+FULL = "--full" in sys.argv
+
+
+def inputs(side, device):
+    """Features, logits, labels with some 255, and the classifier's weight."""
+    torch.manual_seed(0)
+    features = torch.rand(PICTURES, CHANNELS, side, side, device=device) + .1 * torch.rand(CHANNELS, 1, 1, device=device)
+    weight = .05 * torch.randn(CLASSES, CHANNELS, device=device)
+    logits = F.conv2d(features, weight[:, :, None, None])
+    label = torch.randint(CLASSES + 1, (PICTURES, side, side), device=device)
+    return features, logits, label.masked_fill(label == CLASSES, common.IGNORE), weight
+
+
+def table_form(features, logits, label, weight):
+    statistics = mkd.ClassStatistics(CLASSES, CHANNELS, FULL).to(features.device)
+    statistics.update(features, label)
+    return mkd.augment_features(logits, label, mkd.augmentation_table(weight, statistics.covariance), 1.5)
+
+
+def direct_form(features, logits, label, weight):
+    """The same by tensors of pixels x classes x channels (with the whole covariance pixels x channels x channels)."""
+    x, y = features.permute(0, 2, 3, 1).flatten(0, 2), label.flatten()  # (N, C), (N,)
+    known = (y != common.IGNORE).float()
+    y = y.where(y != common.IGNORE, 0)
+    one_hot = F.one_hot(y, CLASSES).float() * known[:, None]  # (N, K)
+    n = one_hot.sum(0).clamp(min=1)
+    mean = (x[:, None] * one_hot[:, :, None]).sum(0) / n[:, None]
+    v = weight - weight[y][:, None]  # (N, K, C)
+    if FULL:
+        deviation = (x - mean[y]) * known[:, None]
+        outer = deviation[:, :, None] * deviation[:, None]  # (N, C, C)
+        covariance = torch.zeros(CLASSES, CHANNELS, CHANNELS, device=x.device).index_add_(0, y, outer) / n[:, None, None]
+        term = (v @ covariance[y] * v).sum(2)
+    else:
+        deviation = x[:, None] * one_hot[:, :, None] - mean * one_hot[:, :, None]  # (N, K, C)
+        covariance = deviation.square().sum(0) / n[:, None]
+        term = (v.square() * covariance[y][:, None]).sum(2)
+    return logits + .75 * (term * known[:, None]).unflatten(0, label.shape).permute(0, 3, 1, 2)
+
+
+def measure(form, side, answers):
+    """Median seconds of three runs, and the memory in MiB that the first one took on top of its inputs."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    form(*inputs(4, device))  # libraries are loaded
+    data, seconds = inputs(side, device), []
+
+    def resident():  # MiB at most, since the last reset
+        if device.type == "cuda":
+            return torch.cuda.max_memory_allocated() / 2 ** 20
+        return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1024
+
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak begins again at what is resident now
+    before = resident()
+    for i in range(3):
+        start = time.perf_counter()
+        result = form(*data)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+        if i == 0:
+            memory = resident() - before
+    answers.put((sorted(seconds)[1], memory, result.cpu().numpy()))
+
+
+def in_a_process(form, side):
+    answers = multiprocessing.get_context("spawn").Queue()
+    process = multiprocessing.get_context("spawn").Process(target=measure, args=(form, side, answers))
+    process.start()
+    answer = answers.get()
+    process.join()
+    return answer
+
+
+def network_passes():
+    """Seconds of the passes of a step of the paper: two students forward and backward on 16 + 16 pictures, two teachers forward on 16."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    network = common.make_network(dict(network="deeplabv3plus", backbone="resnet50", batch_norm="train", style="torchvision", classes=CLASSES)).to(device)
+    pictures = PICTURES if device.type == "cuda" else 1
+    x, times = torch.rand(2 * pictures, 3, 512, 512, device=device), []
+    network.pool.eval()  # batch norm of one number a channel has no statistics, where there is one picture
+    for _ in range(3):
+        start = time.perf_counter()
+        network(x).sum().backward()
+        with torch.no_grad():
+            network(x[:pictures])  # the teacher
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return 2 * sorted(times)[1] * PICTURES / pictures
+
+
+def main():
+    side, direct_side = 64, 4 if FULL else 64
+    seconds, memory, result = in_a_process(table_form, side)
+    direct_seconds, direct_memory, direct_result = in_a_process(direct_form, direct_side)
+    if direct_side != side:
+        *_, result = in_a_process(table_form, direct_side)
+    difference, passes = abs(result - direct_result).max(), network_passes()
+    term = 3 * seconds  # two students, with labeled and unlabeled pictures each: four updates, and two terms
+    print(f"{CLASSES} classes, {CHANNELS} channels, {'whole covariance' if FULL else 'diagonal'}, {torch.get_num_threads()} threads\n"
+          f"table     {PICTURES * side ** 2} pixels: {1000 * seconds:.1f} ms, {memory:.1f} MiB\n"
+          f"direct    {PICTURES * direct_side ** 2} pixels: {1000 * direct_seconds:.1f} ms, {direct_memory:.1f} MiB\n"
+          f"largest difference of the logits (of up to {abs(direct_result).max():.1f}): {difference:.1e}\n"
+          f"a step's network passes take {passes:.2f} s, its feature augmentation about {term:.3f} s: {100 * term / passes:.2f} %")
+
+
+if __name__ == "__main__":
+    main()
