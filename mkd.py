@@ -205,7 +205,7 @@ class ClassStatistics(nn.Module):
 
         Works on a few pictures at a time, so that no copy of all features is made."""
         (K, C), B = self.mean.shape, len(features)
-        few = max(1, 2 ** 22 // features[0].numel()) if B else 1
+        few = max(1, 2 ** 21 // features[0].numel()) if B else 1
         parts = list(zip(features.flatten(2).split(few), label.flatten(1).split(few)))
         one_hot = [(y[:, None] == torch.arange(K, device=y.device)[:, None]).float() for _, y in parts]  # (b, K, hw); unknown is no class
         sums = self.mean.new_zeros(K, C + 1)

@@ -37,9 +37,7 @@ def inputs(side, device):
 
 
 def table_form(features, logits, label, weight):
-    statistics = mkd.ClassStatistics(CLASSES, CHANNELS, FULL).to(features.device)
-    statistics.update(features, label)
-    return mkd.augment_features(logits, label, mkd.augmentation_table(weight, statistics.covariance), 1.5)
+    return mkd.augment_features(features, logits, label, weight, mkd.ClassStatistics(CLASSES, CHANNELS, FULL).to(features.device), 1.5)
 
 
 def direct_form(features, logits, label, weight):
