@@ -414,7 +414,7 @@ def at(iteration):
     return lambda run, stage, i, losses: i == iteration
 
 
-@pytest.mark.parametrize("flags", ["", "--features full --features-of-teachers --weak-photometric --workers 1"])
+@pytest.mark.parametrize("flags", ["", "--features full --features-of-teachers --weak-photometric"])
 def test_interrupted_at_many_points_and_resumed_ends_with_the_same_bits(main, kill, whole, tmp_path, capsys, flags):
     flags, folder = flags.split(), tmp_path / "run"
     if flags:
