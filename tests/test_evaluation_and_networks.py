@@ -405,11 +405,12 @@ def slim_resnets(monkeypatch):
     """ResNets of an eighth of the width under the same names, so that their files have the same entries and are small."""
     full = common.make_backbone
 
-    def slim(name, batch_norm="frozen", caffe=False, deep_stem=False):
+    def slim(name, batch_norm="frozen", caffe=False, deep_stem=False, output_stride=8):
         if name == "tiny":
             return full(name)
         norm = common.FrozenBatchNorm if batch_norm == "frozen" else nn.BatchNorm2d
-        return common.ResNet(common.Bottleneck, {"resnet50": [3, 4, 6, 3], "resnet101": [3, 4, 23, 3]}[name], norm, slim=8, caffe=caffe)
+        return common.ResNet(common.Bottleneck, {"resnet50": [3, 4, 6, 3], "resnet101": [3, 4, 23, 3]}[name], norm, slim=8, caffe=caffe,
+                             deep_stem=deep_stem, output_stride=output_stride)
     monkeypatch.setattr(common, "make_backbone", slim)
 
 
