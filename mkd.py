@@ -67,17 +67,17 @@ from common import IGNORE
 PAPER = {
     "vocaug": dict(
         labels="662", size=None, crop=(512, 512), scale=(.5, 2.), batch_size=16, network="deeplabv3plus", head="plain", backbone="resnet50", weights="imagenet",
-        batch_norm="sync", optimizer="sgd", lr=.0025, weight_decay=5e-4, iterations=30_000, warmup=0, gamma=.4, loss_stride=8,
+        batch_norm="sync", optimizer="sgd", lr=.0025, weight_decay=5e-4, iterations=30_000, warmup=0, cutmix=True, gamma=.4, lambda0=1.5, loss_stride=8,
         workers=4, log_every=50, eval_every=5000, save_every=1000),
-    # Drawn scenes and a small network from scratch, minutes on a CPU.
+    # Drawn scenes and a small network from scratch, minutes on a CPU: slower teachers, weaker FD and no CutMix; why, README.md tells.
     "streets": dict(
-        labels="8", size=(64, 128), crop=(64, 128), scale=(1., 1.), batch_size=4, network="deeplabv3plus", head="plain", backbone="tiny", weights="none",
-        batch_norm="frozen", optimizer="adamw", lr=3e-3, weight_decay=1e-2, iterations=1800, warmup=400, gamma=.4, loss_stride=2,
+        labels="8", size=(64, 128), crop=(64, 64), scale=(.75, 1.5), batch_size=4, network="deeplabv3plus", head="plain", backbone="tiny", weights="none",
+        batch_norm="frozen", optimizer="adamw", lr=3e-3, weight_decay=1e-2, iterations=2400, warmup=500, cutmix=False, gamma=.99, lambda0=.3, loss_stride=2,
         workers=0, log_every=50, eval_every=600, save_every=100),
 }
 PAPER["voc"] = PAPER["vocaug"] | dict(labels="183")
 PAPER["cityscapes"] = PAPER["vocaug"] | dict(labels="372", size=(1024, 2048), crop=(512, 1024), lr=.01, iterations=40_000)
-PAPER["camvid-cpu"] = PAPER["streets"] | dict(labels="1/8", size=(180, 240), crop=(96, 128), lr=2e-3, iterations=3000, warmup=1000, eval_every=1000)
+PAPER["camvid-cpu"] = PAPER["streets"] | dict(labels="1/8", size=(180, 240), crop=(96, 128), lr=2e-3, iterations=1500, warmup=600, cutmix=True, eval_every=500)
 PAPER["camvid-gpu"] = PAPER["cityscapes"] | dict(labels="1/8", size=(360, 480), crop=(256, 352), iterations=20_000, eval_every=2000)
 OFFICIAL = dict(gamma=.6, features_of_teachers=True, labeled_consistency=True, weak_photometric=True)  # the authors' code
 PAPER |= {f"{name}-official": PAPER[name] | OFFICIAL for name in ("vocaug", "voc", "streets")}
@@ -104,9 +104,9 @@ def get_parser():
     a = parser.add_argument_group("mutual knowledge distillation").add_argument
     a("--teachers", choices=list(TEACHERS), default="mutual", help="whose mean teacher a student learns from, besides the other student (Table 3: none, MT, mutual MT)")
     a("--strong", action=argparse.BooleanOptionalAction, default=True, help="strong views for the students; without, weak ones (Table 3, SDA)")
-    a("--cutmix", action=argparse.BooleanOptionalAction, default=True, help="CutMix as a part of the strong view (Sect. 3.2)")
+    a("--cutmix", action=argparse.BooleanOptionalAction, help="CutMix as a part of the strong view (Sect. 3.2)")
     a("--features", choices=["none", "diagonal", "full"], default="diagonal", help="feature augmentation, by the diagonal of the covariance or all of it (Eq. 3; Table 3, FDA)")
-    a("--lambda0", type=float, metavar="X", default=1.5, help="strength of the feature augmentation at the end (Eq. 3; default: %(default)s)")
+    a("--lambda0", type=float, metavar="X", help="strength of the feature augmentation at the end (Eq. 3)")
     a("--gamma", type=float, metavar="X", help="decay of the mean teachers (Eq. 1; Table 4)")
     a("--alpha", type=float, metavar="X", default=1.5, help="weight of L_st (Eq. 4; default: %(default)s)")
     a("--beta", type=float, metavar="X", default=1., help="weight of L_ss (Eq. 4; Table 5; default: %(default)s)")
@@ -458,7 +458,7 @@ def main():
     common.check_range(args, 1, math.inf, "loss_stride")
     common.check_range(args, 0, 1, "gamma", "threshold")
     common.check_range(args, 0, math.inf, "alpha", "beta", "lambda0", "warmup")
-    args.cutmix = args.cutmix and args.strong
+    args.cutmix = bool(args.cutmix) and args.strong
     if args.cutmix and not args.supervised and args.batch_size < 2:
         raise common.UserError(f"--batch-size {args.batch_size}: CutMix mixes neighbours of a batch; use 2 or more, or --no-cutmix")
     if args.network == "pspnet" or (args.network == "deeplabv2" and args.head == "plain"):
