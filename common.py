@@ -467,7 +467,8 @@ def split(args, data):
             if n == len(data.official):
                 order = data.official + hash_order(seed, set(all_ids) - set(data.official))
         labeled, unlabeled = order[:n], order[n:]
-    unlabeled = unlabeled + data.extra
+    named = set(labeled + unlabeled)
+    unlabeled = unlabeled + [id for id in data.extra if id not in named]
     args.labels = len(labeled)
     if not unlabeled and not args.supervised:
         raise UserError(f"all {len(labeled)} training pictures are labeled, so no unlabeled ones are left; use fewer --labels, or --supervised"

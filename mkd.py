@@ -325,7 +325,7 @@ def train(args, data, labeled, unlabeled, device):
     statistics = nn.ModuleList(ClassStatistics(K, network.feature_channels, args.features == "full") for network in augmented).to(device)
     optimizer = common.make_optimizer(args, args.lr, [p for student in students for p in student.parameters()])
     scaler, begin, tables = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16"), 0, None
-    loss_size = [math.ceil(n / args.loss_stride) for n in args.crop]
+    mixed, loss_size = bool(args.strong and args.cutmix), [math.ceil(n / args.loss_stride) for n in args.crop]
 
     def save(iteration):
         run.save("student_1", networks, stage=1, iteration=iteration, optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), statistics=statistics.state_dict())
@@ -344,7 +344,7 @@ def train(args, data, labeled, unlabeled, device):
     loaders = [common.batches(common.Stream(data, labeled, "labeled", args), args, device, begin, args.iterations)]
     if not args.supervised:
         loaders.append(common.batches(common.Stream(data, unlabeled, "unlabeled", args, labeled=False), args, device, begin, args.iterations,
-                                      overlap=args.cutmix))
+                                      overlap=mixed))
     pseudo_tables, covered = [torch.zeros(K, K, dtype=torch.int64, device=device) for _ in teachers], []
 
     for iteration, batch in enumerate(zip(*loaders), begin):
@@ -364,7 +364,7 @@ def train(args, data, labeled, unlabeled, device):
             if args.weak_photometric:
                 weak = distort(weak, [common.rng(args.seed, "distort", place) for place in places])
             mask = torch.zeros(B, *args.crop, dtype=torch.bool, device=device)
-            if args.cutmix:
+            if mixed:
                 mask = torch.stack([cutmix_mask(tuple(args.crop), common.rng(args.seed, "cutmix", place), device) for place in places[:B]])
             strong, truth = cutmix(strong, mask), cutmix(batch[1]["truth"], mask)
             student_input = torch.cat([image, strong])  # (2B, 3, H, W)
@@ -458,8 +458,7 @@ def main():
     common.check_range(args, 1, math.inf, "loss_stride")
     common.check_range(args, 0, 1, "gamma", "threshold")
     common.check_range(args, 0, math.inf, "alpha", "beta", "lambda0", "warmup")
-    args.cutmix = bool(args.cutmix) and args.strong
-    if args.cutmix and not args.supervised and args.batch_size < 2:
+    if args.cutmix and args.strong and not args.supervised and args.batch_size < 2:
         raise common.UserError(f"--batch-size {args.batch_size}: CutMix mixes neighbours of a batch; use 2 or more, or --no-cutmix")
     if args.network == "pspnet" or (args.network == "deeplabv2" and args.head == "plain"):
         raise common.UserError(f"--network {args.network} --head {args.head}: feature augmentation needs a network that ends in one linear classifier, without "

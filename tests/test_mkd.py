@@ -810,7 +810,6 @@ def test_the_second_list_of_a_split_may_name_extra_pictures(voc, lists):
     assert EXTRA[0] in refused(voc, split=lists) and "--extra all" in refused(voc, split=lists)
 
 
-@pytest.mark.xfail(strict=True, reason="split() adds the extra pictures to a list that names them already")
 def test_an_extra_picture_that_a_list_names_is_no_second_time_among_the_unlabeled(voc, lists):
     args = voc_arguments(voc, extra="all", split=lists)
     assert common.split(args, common.open_dataset(args))[1] == TRAIN[2:] + EXTRA
