@@ -438,7 +438,7 @@ def train(args, data, labeled, unlabeled, device):
             run.predictions(f"val_{done:06d}", networks)
             columns = {"labeled picture": image, "label": label}
             if semi:
-                columns = {"weak view": weak, "strong view, mixed": strong, "truth, mixed (not used)": truth}
+                columns = {"weak view": weak, "strong view" + ", mixed" * mixed: strong, "truth" + ", mixed" * mixed + " (not used)": truth}
                 columns |= {f"label of teacher {i + 1}": sample(y[n:], args.crop) for i, y in enumerate(pseudo_labels)}
                 columns |= {f"student {j + 1} predicts": sample(hard_label(p, valid)[n:], args.crop) for j, p in enumerate(student_logits)}
             run.panel(f"batch_{done:06d}", {title: cells[:min(4, B)] for title, cells in columns.items()})

@@ -152,7 +152,8 @@ def test_a_download_that_fails_says_how_to_do_it_by_hand(tmp_path, monkeypatch, 
 
 
 def test_flags_of_another_dataset_are_refused():
-    assert "--extra 3" in refused(None, extra="3") and "cityscapes" in refused(None, extra="3")
+    for dataset in ("vocaug", "streets"):
+        assert "--extra 3" in refused(None, dataset=dataset, extra="3") and "cityscapes" in refused(None, dataset=dataset, extra="3")
     assert "--download" in refused(None, dataset="camvid", download=True)
 
 
