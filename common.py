@@ -1238,7 +1238,7 @@ def add_arguments(parser):
     a("--data-root", metavar="DIR", help="the dataset's folder")
     a("--download", action="store_true", help="fetch PASCAL VOC with torchvision")
     a("--extra", metavar="N", help="so many additional unlabeled pictures, or all: of Cityscapes' train_extra; on voc of the 10,582")
-    a("--preset", metavar="P", help="another row of the method's table: on camvid cpu or gpu, for a small or a big network (default: gpu where there is one)")
+    a("--preset", metavar="P", help="another row of the method's table PAPER: on camvid cpu or gpu, for a small or a big network (default: gpu where there is one); others by script, see README")
     a("--labels", metavar="N", help="labeled pictures, as a number or a share such as 1/8")
     a("--split", nargs="+", metavar="FILE", help="list of labeled pictures, or two lists: labeled, unlabeled")
     a("--split-seed", type=int, metavar="N", help="which pictures are labeled (default: --seed; on Cityscapes French et al.'s five)")
@@ -1291,7 +1291,9 @@ def parse_args(parser, paper, argv=None):
         raise UserError(f"--dataset {args.dataset}: this paper has no numbers for {args.dataset}; "
                         f"choose among {', '.join(sorted({re.split('[-/]', name)[0] for name in paper}))}")
     if args.preset and args.preset not in rows:
-        raise UserError(f"--preset {args.preset}: there is none of this name for {args.dataset}; " + (f"choose {' or '.join(rows)}" if rows else "leave it out"))
+        others = sorted(name.removesuffix(f"-{args.preset}") for name in paper if name.endswith(f"-{args.preset}"))
+        raise UserError(f"--preset {args.preset}: there is none of this name for {args.dataset}; " + (f"choose {' or '.join(rows)}" if rows else "leave it out")
+                        + (f" (there is one for {', '.join(others)})" if others else ""))
     key = f"{args.dataset}-{preset}" if f"{args.dataset}-{preset}" in paper else args.dataset
     labels = args.labels
     if args.split and labels is None and Path(args.split[0]).is_file():  # as many as the list names; what is wrong with it is told later

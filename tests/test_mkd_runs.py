@@ -366,9 +366,10 @@ def test_warmup_is_on_labels_alone_and_then_all_begins(main, tmp_path):
     assert int(last(folder)["statistics"]["0.count"].sum()) <= 2 * 2 * 2 * 16 * 32  # of two iterations
 
 
-def test_warmup_to_the_end(main, tmp_path):
-    main(*ONCE, "--warmup", 9)
-    assert terms(tmp_path / "run") == {"loss_labeled_1", "loss_labeled_2"} and list(result_of(tmp_path / "run")["miou"]) == NETWORKS + ["ensemble"]
+def test_a_warmup_that_leaves_nothing_is_refused_but_by_the_baseline(error, main, tmp_path):
+    assert "--warmup 4" in error(*ONCE, "--warmup", 4)
+    main(*ONCE, "--warmup", 4, "--supervised")
+    assert (tmp_path / "run/result.json").exists()
 
 
 def test_gamma_changes_the_teachers_from_the_second_iteration_on(main, whole, tmp_path):
@@ -512,7 +513,7 @@ def test_two_processes_give_one_processs_losses(main, tmp_path, flags):
 # ---- errors ----------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("argv", ["--gamma 2", "--gamma -0.1", "--threshold 1.5", "--threshold -1", "--threshold nan", "--alpha -1", "--beta -1", "--beta nan", "--lambda0 -2",
-                                  "--loss-stride 0", "--batch-size 1", "--network deeplabv2 --head plain", "--network pspnet", "--warmup -1", "--batch-size 0", "--lr 0"])
+                                  "--loss-stride 0", "--loss-stride 33", "--batch-size 1", "--network deeplabv2 --head plain", "--network pspnet", "--warmup -1", "--batch-size 0", "--lr 0"])
 def test_a_wrong_value_is_named_before_the_training(error, argv, tmp_path):
     flag, value, *_ = argv.split()
     message = error(*argv.split())
