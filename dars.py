@@ -511,19 +511,15 @@ def tail_miou(table, labels):
 
 
 def analyze(student, results, data, labeled, labels, pictures, args, device):
-    """Val without flip, gain of four groups of classes since round 0, and the student's accuracy by size (Fig. 5), for result.json.
+    """Val without flip, gain of four groups of classes since round 0, and the student's accuracy by size, without flip too (Fig. 5), for result.json.
 
     There are no instances in these datasets' masks: an object is all pixels of one class in one picture. Its size is counted in crops.
     labels, pictures (K,): labeled pixels of a class, and labeled pictures that show it."""
-    K, extra = len(data.names), {}
-    if args.flip:
-        args.flip = False
-        extra["miou_without_flip"] = finite(common.mean_iou(common.evaluate({"student": student}, data, args, device)["student"]))
-        args.flip = True
+    def crop_area(label):  # in the mask's pixels
+        return args.crop[0] * args.crop[1] * ((max(label.shape) / args.base_size) ** 2 if args.base_size else 1)
 
-    shape = data.label(labeled[0]).shape
-    area = args.crop[0] * args.crop[1] * ((max(shape) / args.base_size) ** 2 if args.base_size else 1)  # of a crop, in the masks' pixels
-    frequent, large = pictures > len(labeled) / 2, labels / pictures.clamp(min=1) > area / 10
+    K, extra = len(data.names), {}
+    frequent, large = pictures > len(labeled) / 2, labels / pictures.clamp(min=1) > crop_area(data.label(labeled[0])) / 10
     if len(results) > 1:
         gain, extra["groups"] = common.iou(results[-1]) - common.iou(results[0]), {}
         for name, members in (("frequent, large", frequent & large), ("frequent, small", frequent & ~large),
@@ -531,20 +527,25 @@ def analyze(student, results, data, labeled, labels, pictures, args, device):
             extra["groups"][name] = {"classes": [data.names[j] for j in torch.nonzero(members).flatten().tolist()], "gain": finite(float(gain[members].nanmean()))}
 
     # Bins of .1, 2.4 and 8 % of a crop, ten of each: 500, 12,000 and 40,000 pixels of a crop of 713 x 713.
+    area, plain = crop_area(data.label(data.val[0], args.full_size_labels)), argparse.Namespace(**vars(args) | {"flip": False})
     hits, widths = torch.zeros(3, 10, 2, dtype=torch.float64), [area * part for part in (.001, .024, .08)]
+    total = torch.zeros(K, K, dtype=torch.int64)
     student.eval()
     for id in data.val[common.rank()::common.world_size()]:
         image = torch.from_numpy(data.image(id).transpose(2, 0, 1).copy())[None].to(device)
-        label = data.label(id)
-        prediction = common.predict(student, image, args, label.shape).argmax(1)[0]
-        matrix = common.confusion_matrix(torch.from_numpy(label.astype(np.int64)).to(device), prediction, K).tolist()
-        for j, row in enumerate(matrix):
+        label = data.label(id, args.full_size_labels)
+        prediction = common.predict(student, image, plain, label.shape).argmax(1)[0]
+        matrix = common.confusion_matrix(torch.from_numpy(label.astype(np.int64)).to(device), prediction, K).cpu()
+        total += matrix
+        for j, row in enumerate(matrix.tolist()):
             for i, width in enumerate(widths):
                 if 0 < sum(row) < 10 * width:
                     hits[i, min(9, int(sum(row) / width))] += torch.tensor([row[j], sum(row)])
-    hits = common.all_reduce(hits.to(device)).tolist()
-    extra["accuracy_by_size"] = [{"pixels": [round(b * width), round((b + 1) * width)], "accuracy": 100 * hit / total if total else None}
-                                 for width, row in zip(widths, hits) for b, (hit, total) in enumerate(row)]
+    hits, total = common.all_reduce(hits.to(device)).tolist(), common.all_reduce(total.to(device)).cpu()
+    if args.flip:
+        extra["miou_without_flip"] = finite(common.mean_iou(total))
+    extra["accuracy_by_size"] = [{"pixels": [round(b * width), round((b + 1) * width)], "accuracy": 100 * hit / n if n else None}
+                                 for width, row in zip(widths, hits) for b, (hit, n) in enumerate(row)]
     return extra
 
 

@@ -15,7 +15,7 @@ paper -> code
     Eq. 2   L_st, teacher to the other student     train(), step 3: loss_st
     Sect. 3.2  SDA, CutMix                         strong_view(), cutmix_mask(), cutmix()
     Eq. 3   FD                                     ClassStatistics (Sigma), augmentation_table(), augment_features()
-    Eq. 4   L, with alpha and beta                 train(), step 3: loss; beta of Table 5: --beta
+    Eq. 4   L, with alpha and beta                 train(), step 3: loss; --alpha, --beta (Table 5)
     Eq. 5   L_s, supervised                        train(), step 3: loss_labeled
     CPS     L_ss, student to student               train(), step 3: loss_ss
     Algorithm 1                                    train(): the loop, EMA first
@@ -41,7 +41,7 @@ Choices that the paper leaves open, and why
     alpha is 1.5, beta 1 (Table 5, code). By its numbers Table 5 is without FDA, and varies the weight of L_st, not of L_ss as Eq. 4 has
         it: 0 gives Table 3's row without teachers (72.52), 1 the one with them (73.66).                 --alpha, --beta
     Cityscapes' number of iterations is not stated: 40,000 is ours. Scale .5 to 2 and 30,000 iterations on VOC are the code's.
-    Students from scratch (the tiny backbone) begin with labels alone: without, they agree on one class everywhere and stay there.   --warmup
+    Students from scratch (the tiny backbone) begin with labels alone: without, they agreed on road below and sky above in every picture.  --warmup
     --preset official (voc, vocaug, streets) is the code where it departs from the paper: gamma .6; FD of teachers, too; L_st and L_ss on
         labeled pictures, too; photometric distortion of the labeled and weak views. Not taken over: two passes (above); teachers that
         normalise by their own batches; batch-norm momentum .001; losses on padding; the mean of a loss by GPU; pictures resized to 512
@@ -146,7 +146,8 @@ OPERATIONS = ((3, color_jitter), (5, blur), (1, lambda image, r: V.equalize(imag
 def strong_view(images, generators):
     """SDA: one random operation for each picture. images (B, 3, H, W) uint8, generators: a seeded one for each -> the same shape."""
     weights, operations = zip(*OPERATIONS)
-    chosen = [operations[r.choice(len(operations), p=[w / sum(weights) for w in weights])] for r in generators]
+    shares = [weight / sum(weights) for weight in weights]
+    chosen = [operations[r.choice(len(operations), p=shares)] for r in generators]
     return torch.stack([operation(image, r) for operation, image, r in zip(chosen, images, generators)])
 
 
@@ -425,8 +426,9 @@ def train(args, data, labeled, unlabeled, device):
         run.watch(1, iteration, losses)
         done, last = iteration + 1, iteration + 1 == args.iterations
         if pseudo_labels:  # the truth of unlabeled pictures is used here and nowhere else
+            truth_at_stride = sample(truth, loss_size)
             for table, y in zip(pseudo_tables, pseudo_labels):
-                table += common.confusion_matrix(sample(truth, loss_size), y[n:], K)
+                table += common.confusion_matrix(truth_at_stride, y[n:], K)
             covered.append(torch.stack([(y[n:] != IGNORE).float().mean() for y in pseudo_labels]).mean())
         if done % args.log_every == 0 or done in (args.warmup, args.iterations) or done % args.eval_every == 0:
             extra = {"lr": optimizer.param_groups[0]["lr"]} | ({"lambda": strength} if semi and statistics else {})

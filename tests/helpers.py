@@ -1,7 +1,9 @@
 """What the tests of whole runs share: few streets, and how two run folders are compared."""
 
 import json
+import sys
 
+import pytest
 import torch
 
 import common
@@ -11,6 +13,14 @@ class FewStreets(common.Streets):
     def __init__(self):
         super().__init__()
         self.train, self.val = self.train[:8], self.val[:3]
+
+
+def run_on_few_streets(script, *argv):
+    """A script's main() in this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common, "Streets", FewStreets)
+        patch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, argv)])
+        script.main()
 
 
 def strict(text):
@@ -30,6 +40,11 @@ def untimed(folder):
 
 def losses(folder):
     return {(r["stage"], r["iteration"], key): value for r in records(folder) for key, value in r.items() if key.startswith("loss")}
+
+
+def terms(folder):
+    """The names of the loss terms in the log."""
+    return {key for *_, key in losses(folder)}
 
 
 def result_of(folder):

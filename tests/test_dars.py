@@ -1134,7 +1134,10 @@ def test_groups_and_sizes_against_a_naive_count(monkeypatch, base_size):
         def label(self, id, full_size=False):
             return masks[id].astype(np.uint8)
 
+    looks = []
+
     def predict(network, image, args, size, logits=False):
+        looks.append(args.flip)
         label = torch.from_numpy(masks[f"v{int(image[0, 0, 0, 0])}"]).clone()
         label[label > 1] = 0
         return F.one_hot(label, 4).permute(2, 0, 1)[None].float()
@@ -1142,7 +1145,7 @@ def test_groups_and_sizes_against_a_naive_count(monkeypatch, base_size):
     labels = torch.tensor([sum((masks[f"l{i}"] == j).sum() for i in range(5)) for j in range(4)])
     one, two = torch.eye(4).long() * 10 + 1, torch.eye(4).long() * 30 + 1
     pictures = torch.tensor([sum((masks[f"l{i}"] == j).any() for i in range(5)) for j in range(4)])
-    args = SimpleNamespace(crop=crop, flip=False, base_size=base_size)
+    args = SimpleNamespace(crop=crop, flip=True, base_size=base_size, full_size_labels=False)
     extra = dars.analyze(torch.nn.Identity(), [one, two], Data(), [f"l{i}" for i in range(5)], labels, pictures, args, CPU)
     gain = common.iou(two) - common.iou(one)
     groups = {name: set() for name in ("frequent, large", "frequent, small", "rare, large", "rare, small")}
@@ -1169,6 +1172,10 @@ def test_groups_and_sizes_against_a_naive_count(monkeypatch, base_size):
         assert entry["accuracy"] == (pytest.approx(100 * hit / total) if total else None)
         part, b = (.001, .024, .08)[i // 10], i % 10
         assert entry["pixels"] == [round(b * 100 * part), round((b + 1) * 100 * part)]
+    truth = np.concatenate([masks[id].ravel() for id in Data.val])
+    answer = np.where(truth > 1, 0, truth)
+    ious = [((truth == j) & (answer == j) & (truth < 255)).sum() / (((truth == j) | (answer == j)) & (truth < 255)).sum() for j in range(4)]
+    assert extra["miou_without_flip"] == pytest.approx(100 * np.mean(ious)) and looks == [False] * 3 and args.flip  # each picture is looked at once
     assert dars.tail_classes(labels) == [1, 2, 3]  # class a is the most frequent one
     assert dars.tail_miou(one, labels) == pytest.approx(float(common.iou(one)[1:].mean())) and dars.tail_miou(two, labels) == pytest.approx(float(common.iou(two)[1:].mean()))
     assert not {"tail_classes", "tail_miou"} & set(extra)
@@ -1184,9 +1191,9 @@ def test_an_object_at_the_end_of_a_bin(monkeypatch):
         def label(self, id, full_size=False):
             return np.repeat([0, 1], 961).reshape(31, 62).astype(np.uint8)
     monkeypatch.setattr(common, "predict", lambda network, image, args, size, logits=False: torch.ones(1, 2, *size))
-    args = SimpleNamespace(crop=(310, 310), flip=False, base_size=0)
+    args = SimpleNamespace(crop=(310, 310), flip=False, base_size=0, full_size_labels=False)
     extra = dars.analyze(torch.nn.Identity(), [torch.eye(2).long()], Data(), ["l0"], torch.tensor([1, 1]), torch.tensor([1, 1]), args, CPU)
-    assert "groups" not in extra  # --supervised: nothing to gain over
+    assert "groups" not in extra and "miou_without_flip" not in extra  # --supervised: nothing to gain over
     accuracy = [entry["accuracy"] for entry in extra["accuracy_by_size"]]
     assert accuracy[9] in (None, 50) and accuracy[10] == accuracy[20] == 50  # ten widths are where the finest bins end: all is told as class a, half is right
     assert accuracy[:9] == [None] * 9 and accuracy[11:20] == accuracy[21:] == [None] * 9

@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import common  # noqa: E402
 import dars  # noqa: E402
-from helpers import FewStreets, equal, records, result_of, same_checkpoint, strict, untimed  # noqa: E402
+from helpers import FewStreets, equal, records, result_of, run_on_few_streets, same_checkpoint, strict, untimed  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -34,10 +34,7 @@ TWO = ["--optimizer", "sgd", "--lr", "0.005", "--round0-iterations", "20", "--sc
 
 def start(*argv):
     """dars.py in this process, on few streets."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(common, "Streets", FewStreets)
-        patch.setattr(sys, "argv", ["dars.py", *SHORT, *map(str, argv)])
-        dars.main()
+    run_on_few_streets(dars, *SHORT, *argv)
 
 
 @pytest.fixture
@@ -46,17 +43,6 @@ def main(tmp_path, monkeypatch):
     monkeypatch.setattr(dars, "histograms", lambda *_: (["a"], {"b": [1.]}))
     monkeypatch.chdir(tmp_path)
     return start
-
-
-@pytest.fixture
-def error(main):
-    """The text of the UserError that main(..) ends with: one line."""
-    def run(*argv):
-        with pytest.raises(common.UserError) as caught:
-            main(*argv)
-        assert "\n" not in str(caught.value)
-        return str(caught.value)
-    return run
 
 
 def pseudo_labels(folder):

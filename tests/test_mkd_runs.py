@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import common  # noqa: E402
 import mkd  # noqa: E402
-from helpers import FewStreets, equal, losses, records, result_of, same_checkpoint, strict, untimed  # noqa: E402
+from helpers import FewStreets, equal, losses, records, result_of, run_on_few_streets, same_checkpoint, strict, terms, untimed  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -29,10 +29,7 @@ NETWORKS = ["student_1", "student_2", "teacher_1", "teacher_2"]
 
 def start(*argv):
     """mkd.py in this process, on few streets."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(common, "Streets", FewStreets)
-        patch.setattr(sys, "argv", ["mkd.py", *SHORT, *map(str, argv)])
-        mkd.main()
+    run_on_few_streets(mkd, *SHORT, *argv)
 
 
 @pytest.fixture
@@ -40,21 +37,6 @@ def main(tmp_path, monkeypatch):
     """main("--out", "run", ..) in tmp_path."""
     monkeypatch.chdir(tmp_path)
     return start
-
-
-@pytest.fixture
-def error(main):
-    """The text of the UserError that main(..) ends with: one line."""
-    def run(*argv):
-        with pytest.raises(common.UserError) as caught:
-            main(*argv)
-        assert "\n" not in str(caught.value)
-        return str(caught.value)
-    return run
-
-
-def terms(folder):
-    return {key for *_, key in losses(folder)}
 
 
 def last(folder):
@@ -168,10 +150,15 @@ def test_evaluate_and_predict(main, whole, tmp_path, capsys):
     assert (np.asarray(Image.open("out/street.png")) == answer(last(whole), ["student_1"], "train_0000")).mean() > .999
 
 
+def all_masks_are(value, ids, monkeypatch):
+    """From now on the masks of these pictures hold one value."""
+    real = FewStreets.label
+    monkeypatch.setattr(FewStreets, "label", lambda data, id, full_size=False: np.full((64, 128), value, np.uint8) if id in ids else real(data, id), raising=False)
+
+
 def test_nothing_learns_from_masks_of_unlabeled_pictures(main, whole, tmp_path, monkeypatch):
     unlabeled = strict((whole / "args.json").read_text())["unlabeled"]
-    real = FewStreets.label
-    monkeypatch.setattr(FewStreets, "label", lambda data, id, full_size=False: np.full((64, 128), 9, np.uint8) if id in unlabeled else real(data, id), raising=False)
+    all_masks_are(9, unlabeled, monkeypatch)
     main("--out", "run")
     folder = tmp_path / "run"
     assert len(unlabeled) == 4 and same_bits(folder, whole) and losses(folder) == losses(whole)
@@ -180,8 +167,7 @@ def test_nothing_learns_from_masks_of_unlabeled_pictures(main, whole, tmp_path, 
 
 def test_without_any_known_labeled_pixel_its_loss_is_zero_and_the_rest_goes_on(main, whole, tmp_path, monkeypatch):
     labeled = strict((whole / "args.json").read_text())["labeled"]
-    real = FewStreets.label
-    monkeypatch.setattr(FewStreets, "label", lambda data, id, full_size=False: np.full((64, 128), 255, np.uint8) if id in labeled else real(data, id), raising=False)
+    all_masks_are(255, labeled, monkeypatch)
     main("--out", "run")
     folder = tmp_path / "run"
     assert all((value == 0) == key[2].startswith("loss_labeled") for key, value in losses(folder).items()) and terms(folder) == TERMS
@@ -518,6 +504,13 @@ def test_a_wrong_value_is_named_before_the_training(error, argv, tmp_path):
     flag, value, *_ = argv.split()
     message = error(*argv.split())
     assert any(f"{flag} {word}" in message for word in (value, value + ".0")) and not list(tmp_path.iterdir())
+
+
+def test_batch_norm_over_one_picture_is_told_in_words(monkeypatch, capsys):
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    with pytest.raises(SystemExit) as exit:
+        common.run_main(lambda: torch.nn.BatchNorm2d(3)(torch.zeros(1, 3, 1, 1)))
+    assert exit.value.code == 2 and "--batch-size" in capsys.readouterr().err
 
 
 def test_one_picture_a_batch_without_cutmix(main, tmp_path):

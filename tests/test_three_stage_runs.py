@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import common  # noqa: E402
 import three_stage  # noqa: E402
-from helpers import FewStreets, equal, losses, records, result_of, same_checkpoint, strict, untimed  # noqa: E402
+from helpers import FewStreets, equal, losses, records, result_of, run_on_few_streets, same_checkpoint, strict, terms, untimed  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -31,10 +31,7 @@ SHORT = ["--labels", "4", "--stage1-iterations", "4", "--iterations", "4", "--ba
 
 def start(*argv):
     """three_stage.py in this process, on few streets."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(common, "Streets", FewStreets)
-        patch.setattr(sys, "argv", ["three_stage.py", *SHORT, *map(str, argv)])
-        three_stage.main()
+    run_on_few_streets(three_stage, *SHORT, *argv)
 
 
 @pytest.fixture
@@ -42,21 +39,6 @@ def main(tmp_path, monkeypatch):
     """main("--out", "run", ..) in tmp_path."""
     monkeypatch.chdir(tmp_path)
     return start
-
-
-@pytest.fixture
-def error(main):
-    """The text of the UserError that main(..) ends with: one line."""
-    def run(*argv):
-        with pytest.raises(common.UserError) as caught:
-            main(*argv)
-        assert "\n" not in str(caught.value)
-        return str(caught.value)
-    return run
-
-
-def terms(folder):
-    return {key for *_, key in losses(folder)}
 
 
 def pseudo_masks(folder):
