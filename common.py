@@ -2,7 +2,7 @@
 
 Three parts, in this order:
 
-    DATASETS   streets (drawn, no download), camvid, cityscapes, voc, vocaug; splits; weak views; seeded streams; evaluation by mIoU
+    DATASETS   streets (drawn, no download), camvid, cityscapes, voc, vocaug, context; splits; weak views; seeded streams; evaluation by mIoU
     NETWORKS   DeepLabv2, DeepLabv3+ and PSPNet on ResNets and on a tiny backbone; weights in the layouts that people have
     SETUP      arguments, processes, precision, run folder, log, checkpoints, pictures, errors
 
@@ -76,6 +76,11 @@ VOC = {"background": (0, 0, 0), "aeroplane": (128, 0, 0), "bicycle": (0, 128, 0)
        "bottle": (128, 0, 128), "bus": (0, 128, 128), "car": (128, 128, 128), "cat": (64, 0, 0), "chair": (192, 0, 0), "cow": (64, 128, 0),
        "diningtable": (192, 128, 0), "dog": (64, 0, 128), "horse": (192, 0, 128), "motorbike": (64, 128, 128), "person": (192, 128, 128),
        "pottedplant": (0, 64, 0), "sheep": (128, 64, 0), "sofa": (0, 192, 0), "train": (128, 192, 0), "tvmonitor": (0, 64, 128)}
+CONTEXT = ("background aeroplane bag bed bedclothes bench bicycle bird boat book bottle building bus cabinet car cat ceiling chair cloth computer cow cup curtain dog "
+           "door fence floor flower food grass ground horse keyboard light motorbike mountain mouse person plate platform pottedplant road rock sheep shelves sidewalk "
+           "sign sky snow sofa table track train tree truck tvmonitor wall water window wood").split()
+CONTEXT = {name: tuple(sum((k >> (3 * bit + channel) & 1) << (7 - bit) for bit in range(3)) for channel in range(3))  # VOC's colours, continued
+           for k, name in enumerate(CONTEXT)}
 AS_PUBLISHED = {("cityscapes", 2975, "1/30"): 100, ("vocaug", 10582, "1/16"): 662}  # where the papers' counts are not the rounded share
 FRENCH_SEEDS = (12345, 23456, 34567, 45678, 56789)  # the five Cityscapes splits of French et al. (BMVC 2020)
 
@@ -373,33 +378,13 @@ def open_voc(root, size, cache, download=False, augmented=False, extra=None, see
             raise UserError(f"{path}: not there; vocaug needs {folder}/SegmentationClassAug/*.png (8-bit class ids) and the list of the 10,582 pictures, "
                             f"{lists}/train_aug.txt or trainaug.txt: SegmentationClassAug.zip, made from Hariharan et al.'s SBD, and its list, shared by "
                             "github.com/DrSleep/tensorflow-deeplab-resnet and most public repositories of this field")
-    pictures = set(os.listdir(folder / "JPEGImages"))
-
-    def listed(path, full):  # the first column of a line is what counts, and of it the file stem
-        try:
-            ids = list(dict.fromkeys(Path(line.split()[0]).stem for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()))
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{path}: cannot be read as a text list ({error}); --data-root must hold {layout}") from None
-        for id in ids:
-            if f"{id}.jpg" not in pictures:
-                raise UserError(f"{path}: names {id}, but {folder}/JPEGImages has no {id}.jpg; copy the dataset again (with --download: remove {folder} first)")
-        if not ids:
-            raise UserError(f"{path}: names no picture; copy the dataset again")
-        if len(ids) != full:
-            warn(f"{path} names {len(ids)} pictures, the whole dataset has {full}: is the copy complete?")
-        return ids
-
-    def masks(kind):
-        return {path.stem: path for path in (folder / kind).glob("*.png")}
-
-    ids = official = listed(lists / "train.txt", 1464)
-    val, train_masks, val_masks = listed(lists / "val.txt", 1449), masks("SegmentationClass"), masks("SegmentationClass")
+    ids = official = read_list(lists / "train.txt", folder, layout, 1464)
+    val, train_masks = read_list(lists / "val.txt", folder, layout, 1449), pngs(folder / "SegmentationClass")
+    val_masks = train_masks
     if augmented:
-        ids, train_masks = listed(train, 10582), masks("SegmentationClassAug")
+        ids, train_masks = read_list(train, folder, layout, 10582), pngs(folder / "SegmentationClassAug")
         val_masks = train_masks | val_masks
-    both = set(ids) & set(val)
-    if both:
-        raise UserError(f"{train}: names {min(both)}, which {lists}/val.txt names too: that would be training on val; take another list")
+    not_both(ids, val, train, lists / "val.txt")
     files = {id: (folder / f"JPEGImages/{id}.jpg", known.get(id)) for part, known in ((ids, train_masks), (val, val_masks)) for id in part}
     data = Dataset(name, VOC, ids, val, files, {i: i for i in range(21)} | {IGNORE: IGNORE}, size, cache)
     if augmented:
@@ -409,9 +394,70 @@ def open_voc(root, size, cache, download=False, augmented=False, extra=None, see
         if not aug.exists():
             raise UserError(f"{aug}: not there; --extra takes the pictures of the list of the 10,582 (train_aug.txt or trainaug.txt, as most public "
                             "repositories of this field share it) as additional unlabeled ones")
-        data.extra = take_extra(extra, set(listed(aug, 10582)) - set(ids) - set(val), aug, seed)
+        data.extra = take_extra(extra, set(read_list(aug, folder, layout, 10582)) - set(ids) - set(val), aug, seed)
         data.files |= {id: (folder / f"JPEGImages/{id}.jpg", None) for id in data.extra}
     return data
+
+
+def open_context(root, size, cache):
+    """PASCAL-Context: VOC2010/ under root, or VOCdevkit/VOC2010/, or root is that folder itself; 4998 + 5105 pictures.
+
+    Masks hold 60 classes (0 is background), or 59, where 255 is background and 0 aeroplane, and background is neither learned nor counted.
+    Which of the two, the first 50 masks tell: background is in nearly every picture, so that 255 and no 59 means 59 classes."""
+    layout = ("VOC2010/ with JPEGImages/, SegmentationClassContext/*.png and ImageSets/SegmentationContext/{train,val}.txt: VOCtrainval_03-May-2010.tar from "
+              "http://host.robots.ox.ac.uk/pascal/VOC/voc2010/, and masks and lists as MMSegmentation writes them (python "
+              "tools/dataset_converters/pascal_context.py VOCdevkit VOCdevkit/VOC2010/trainval_merged.json, with the Detail API)")
+    inner = [folder for folder in ("VOC2010", "VOCdevkit/VOC2010") if root and Path(root, folder).is_dir()]
+    folder = root and Path(root, *inner[:1])
+    masks = pngs(folder / "SegmentationClassContext") if root else {}
+    mat = next((path for path in sorted(Path(root).glob("**/*.mat"))), None) if root and not masks else None
+    if mat:
+        raise UserError(f"{mat}: a mask of the 459-class form, which is not read; convert it to class ids 0..59, one PNG for each picture: --data-root must hold {layout}")
+    folder = find_root(folder, "context", layout, ["JPEGImages", "SegmentationClassContext", "ImageSets/SegmentationContext"])
+    lists = folder / "ImageSets/SegmentationContext"
+    train, val = read_list(lists / "train.txt", folder, layout, 4998, 4996), read_list(lists / "val.txt", folder, layout, 5105, 5104)
+    not_both(train, val, lists / "train.txt", lists / "val.txt")
+    seen = set()
+    for id in train[:50]:
+        if id in masks:
+            with open_picture(masks[id]) as mask:
+                seen.update(np.unique(mask).tolist())
+    classes, values = CONTEXT, {i: i for i in range(60)}
+    if IGNORE in seen and 59 not in seen:
+        classes, values = dict(list(CONTEXT.items())[1:]), {i: i for i in range(59)} | {IGNORE: IGNORE}
+        warn(f"{folder}/SegmentationClassContext: masks of 59 classes, background is unknown (255); the papers' numbers are for 60 classes")
+    files = {id: (folder / f"JPEGImages/{id}.jpg", masks.get(id)) for id in train + val}
+    return Dataset("context", classes, train, val, files, values, size, cache)
+
+
+def pngs(folder):
+    """{file stem: path} of the PNGs in a folder."""
+    return {path.stem: path for path in folder.glob("*.png")}
+
+
+def read_list(path, folder, layout, *sizes):
+    """Ids of one of PASCAL's lists, whose pictures are in folder/JPEGImages; a warning if they are not as many as the sizes say.
+
+    The first column of a line is what counts, and of it the file stem."""
+    try:
+        ids = list(dict.fromkeys(Path(line.split()[0]).stem for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as a text list ({error}); --data-root must hold {layout}") from None
+    pictures = set(os.listdir(folder / "JPEGImages"))
+    for id in ids:
+        if f"{id}.jpg" not in pictures:
+            raise UserError(f"{path}: names {id}, but {folder}/JPEGImages has no {id}.jpg; copy the dataset again (with --download: remove {folder} first)")
+    if not ids:
+        raise UserError(f"{path}: names no picture; copy the dataset again")
+    if len(ids) not in sizes:
+        warn(f"{path} names {len(ids)} pictures, the whole dataset has {' or '.join(map(str, sizes))}: is the copy complete?")
+    return ids
+
+
+def not_both(train, val, train_list, val_list):
+    both = set(train) & set(val)
+    if both:
+        raise UserError(f"{train_list}: names {min(both)}, which {val_list} names too: that would be training on val; take another list")
 
 
 def find_root(root, name, layout, folders):
@@ -437,6 +483,8 @@ def open_dataset(args):
         return Streets()
     if args.dataset in ("voc", "vocaug"):
         return open_voc(args.data_root, args.size, cache, args.download, args.dataset == "vocaug", args.extra, seed)
+    if args.dataset == "context":
+        return open_context(args.data_root, args.size, cache)
     if args.dataset == "camvid":
         return open_camvid(args.data_root, args.size, cache)
     return open_cityscapes(args.data_root, args.size, cache, args.extra, seed)
@@ -552,7 +600,8 @@ def weak_view(image, label, generator, crop, scale=(1., 1.), cut=None):
     image (H, W, 3) uint8, label (H, W) uint8 -> image (3, h, w), label (h, w), valid (h, w) bool: False where the crop
     reaches beyond the picture (there the label is 255, never 0), and view = (top, left, bottom, right, flip): the crop as
     fractions of the picture, for crop_map. cut: a method's own way to take the crop out of the scaled picture,
-    cut(image (3, H, W), label (H, W), top, left, crop, generator) -> image (3, h, w), label (h, w)."""
+    cut(image (3, H, W), label (H, W), top, left, crop, generator) -> image (3, h, w), label (h, w), and valid (h, w) where it turns the picture
+    and whatever leaves it must count as beyond it on unlabeled pictures too."""
     image, label = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))), torch.from_numpy(np.ascontiguousarray(label))
     factor = generator.uniform(*scale)
     height, width = max(1, round(image.shape[1] * factor)), max(1, round(image.shape[2] * factor))
@@ -564,7 +613,8 @@ def weak_view(image, label, generator, crop, scale=(1., 1.), cut=None):
     valid = torch.zeros(*crop, dtype=torch.bool)
     valid[:height - top, :width - left] = True
     if cut:
-        image, label = cut(image, label, top, left, crop, generator)
+        image, label, *inside = cut(image, label, top, left, crop, generator)
+        valid = inside[0] if inside else valid
     else:
         image, label = image[:, top:top + crop[0], left:left + crop[1]], label[top:top + crop[0], left:left + crop[1]]
         pad = 0, crop[1] - image.shape[2], 0, crop[0] - image.shape[1]
@@ -1030,8 +1080,22 @@ class DeepLabV3Plus(SegmentationNetwork):
         return self.last(self.dropout(features))
 
 
+class PyramidPooling(nn.Module):
+    """PSPNet's module: means over 1, 2, 3 and 6 bins beside the features themselves, then a 3x3 conv. (B, C, h, w) -> (B, width, h, w)."""
+
+    def __init__(self, channels, width=512, norm=nn.BatchNorm2d):
+        super().__init__()
+        c = channels // 4
+        self.levels = nn.ModuleList(nn.Sequential(nn.AdaptiveAvgPool2d(bins), nn.Conv2d(channels, c, 1, bias=False), norm(c), nn.ReLU()) for bins in (1, 2, 3, 6))
+        self.bottleneck = nn.Sequential(nn.Conv2d(2 * channels, width, 3, padding=1, bias=False), norm(width), nn.ReLU())
+
+    def forward(self, x):
+        context = [F.interpolate(level(x), x.shape[2:], mode="bilinear", align_corners=True) for level in self.levels]
+        return self.bottleneck(torch.cat([x] + context, 1))
+
+
 class PSPNet(SegmentationNetwork):
-    """PSPNet as in semseg: pyramid pooling over 1, 2, 3 and 6 bins, a 3x3 conv to width (the features), dropout and a 1x1 conv.
+    """PSPNet as in semseg: pyramid pooling to width (the features), dropout and a 1x1 conv.
 
     An auxiliary head of half the width sits on layer3. The paper's crops have 8 n + 1 pixels (361, 713), hence align_corners
     (which upsample() takes for such sizes alone)."""
@@ -1042,9 +1106,7 @@ class PSPNet(SegmentationNetwork):
         super().__init__(backbone, style)
         c = backbone.channels
         self.feature_channels = width
-        self.pyramid = nn.ModuleList(nn.Sequential(nn.AdaptiveAvgPool2d(bins), nn.Conv2d(c, c // 4, 1, bias=False), norm(c // 4), nn.ReLU())
-                                     for bins in (1, 2, 3, 6))
-        self.bottleneck = nn.Sequential(nn.Conv2d(2 * c, width, 3, padding=1, bias=False), norm(width), nn.ReLU())
+        self.pyramid = PyramidPooling(c, width, norm)
         self.dropout = nn.Dropout2d(.1)
         self.last = nn.Conv2d(width, classes, 1)
         self.auxiliary = nn.Sequential(nn.Conv2d(c // 2, width // 2, 3, padding=1, bias=False), norm(width // 2), nn.ReLU(), nn.Dropout2d(.1),
@@ -1052,11 +1114,7 @@ class PSPNet(SegmentationNetwork):
 
     def features(self, image):
         """(B, 3, H, W) float RGB in [0, 1] -> (B, C, h, w)."""
-        return self.pool(self.backbone(self.normalize(image)))
-
-    def pool(self, x):
-        context = [F.interpolate(level(x), x.shape[2:], mode="bilinear", align_corners=True) for level in self.pyramid]
-        return self.bottleneck(torch.cat([x] + context, 1))
+        return self.pyramid(self.backbone(self.normalize(image)))
 
     def classifier(self, features):
         """(B, C, h, w) -> logits (B, K, h, w)."""
@@ -1064,12 +1122,17 @@ class PSPNet(SegmentationNetwork):
 
     def forward(self, image, aux=False):
         layer3, layer4 = self.backbone.layers(self.normalize(image))[2:]
-        logits = self.classifier(self.pool(layer4))
+        logits = self.classifier(self.pyramid(layer4))
         return (logits, self.auxiliary(layer3)) if aux else logits
 
 
+NETWORKS = ["deeplabv2", "deeplabv3plus", "pspnet"]
+
+
 def make_network(spec):
-    """The network that a description (as saved in every checkpoint) names, with random weights."""
+    """The network that a description (as saved in every checkpoint) names, with random weights. A UserError if it is a script's own one."""
+    if spec.get("network", "deeplabv2") not in NETWORKS:
+        raise UserError(f"this checkpoint's network is the one of {spec['network']}.py; use it with that script")
     tiny = spec["backbone"] == "tiny"
     backbone = make_backbone(spec["backbone"], spec["batch_norm"], STYLES[spec["style"]]["caffe"], spec.get("deep_stem", False),
                              16 if spec.get("network") == "deeplabv3plus" else 8)
@@ -1082,15 +1145,17 @@ def make_network(spec):
     return DeepLabV2(backbone, spec["classes"], spec["head"], rates[:spec["aspp_branches"]], 32 if tiny else 256, spec["style"])
 
 
-def build_network(args, data, device, member=0):
-    """The network of the arguments, with its weights; member (0, 1, ..) gives each network of an ensemble its own initialisation."""
+def build_network(args, data, device, member=0, make=make_network, **more):
+    """The network of the arguments, with its weights; member (0, 1, ..) gives each network of an ensemble its own initialisation.
+
+    A script with a network of its own passes make(description), and what the description needs more."""
     weights, style, source = read_weights(args)
     spec = dict(network=args.network, backbone=args.backbone, head=args.head, aspp_branches=args.aspp_branches,
                 batch_norm=args.batch_norm, style=args.input_style or style, classes=len(data.names),
-                deep_stem=weights["backbone.bn1.weight"].numel() if weights is not None and "backbone.conv1.0.weight" in weights else False)
+                deep_stem=weights["backbone.bn1.weight"].numel() if weights is not None and "backbone.conv1.0.weight" in weights else False, **more)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(rng(args.seed, "network", member).randint(2 ** 31)))
-        network = make_network(spec)
+        network = make(spec)
     if args.batch_norm == "sync" and world_size() > 1 and device.type == "cuda":
         network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
     network.spec = spec
@@ -1234,7 +1299,7 @@ def load_weights(network, weights, source):
 def add_arguments(parser):
     """The arguments that all methods share. Those left out come from the method's PAPER table for the dataset."""
     a = parser.add_argument_group("data").add_argument
-    a("--dataset", default="streets", choices=["streets", "camvid", "cityscapes", "voc", "vocaug"], help="default: streets, drawn scenes that need no download")
+    a("--dataset", default="streets", choices=["streets", "camvid", "cityscapes", "voc", "vocaug", "context"], help="default: streets, drawn scenes that need no download")
     a("--data-root", metavar="DIR", help="the dataset's folder")
     a("--download", action="store_true", help="fetch PASCAL VOC with torchvision")
     a("--extra", metavar="N", help="so many additional unlabeled pictures, or all: of Cityscapes' train_extra; on voc of the 10,582")
@@ -1248,7 +1313,7 @@ def add_arguments(parser):
     a("--cache", metavar="DIR", default="runs/cache", help="where big pictures are kept at --size (default: %(default)s)")
     a("--workers", type=int, metavar="N", help="loader processes for each stream")
     a = parser.add_argument_group("network").add_argument
-    a("--network", choices=["deeplabv2", "deeplabv3plus", "pspnet"], help="which head sits on the backbone")
+    a("--network", choices=NETWORKS, help="which head sits on the backbone")
     a("--backbone", choices=["tiny", "resnet50", "resnet101"], help="tiny: a small ResNet-18, to train from scratch on a CPU")
     a("--head", choices=["bottleneck", "plain"], help="ASPP with a 256-d feature before the last 1x1 conv (ProDA), or straight to classes (DeepLabv2)")
     a("--aspp-branches", type=int, choices=[1, 2, 3, 4], default=4, help="the lineage's code summed only 2 by mistake (default: 4)")
@@ -1849,8 +1914,8 @@ def draw_bars(title, categories, series, font=ImageFont.load_default(15)):
 
 # ---- --evaluate and --predict ----------------------------------------------------------------------------------------
 
-def use_checkpoint(args, device):
-    """--evaluate: IoU of every network in the checkpoint. --predict: pictures with the headline network."""
+def use_checkpoint(args, device, make=make_network):
+    """--evaluate: IoU of every network in the checkpoint. --predict: pictures with the headline network. make: as in build_network()."""
     path = Path(args.checkpoint, "last.pt") if Path(args.checkpoint).is_dir() else Path(args.checkpoint)
     if not path.is_file():
         raise UserError(f"--checkpoint {path}: no such file; expected the last.pt of a run folder")
@@ -1863,7 +1928,7 @@ def use_checkpoint(args, device):
     say(f"checkpoint {path}: {state['method']} on {state['dataset']}, after {state['step']} iterations")
     networks = {}
     for name in state["models"] if args.evaluate else [state["headline"]]:
-        networks[name] = make_network(state["networks"][name]).to(device).eval()
+        networks[name] = make(state["networks"][name]).to(device).eval()
         try:
             networks[name].load_state_dict(state["models"][name])
         except RuntimeError as error:

@@ -669,8 +669,8 @@ def test_pspnet_has_stride_8_and_the_dilations_of_the_paper_in_all_blocks(deep_s
     assert network(torch.empty(2, 3, 361, 361, device="meta")).shape == (2, 19, 46, 46)
     conv = network.auxiliary[0]
     assert (conv.in_channels, conv.out_channels, conv.kernel_size) == (1024, 256, (3, 3))
-    assert [level[0].output_size for level in network.pyramid] == [1, 2, 3, 6] and {level[1].out_channels for level in network.pyramid} == {512}
-    assert (network.bottleneck[0].in_channels, network.bottleneck[0].out_channels) == (4096, 512) and network.align_corners
+    assert [level[0].output_size for level in network.pyramid.levels] == [1, 2, 3, 6] and {level[1].out_channels for level in network.pyramid.levels} == {512}
+    assert (network.pyramid.bottleneck[0].in_channels, network.pyramid.bottleneck[0].out_channels) == (4096, 512) and network.align_corners
 
 
 def tiny():
