@@ -24,7 +24,7 @@ from helpers import FewStreets, equal, losses, records, result_of, run_on_few_st
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 SHORT = ["--labels", "4", "--iterations", "4", "--batch-size", "2", "--crop", "33", "65", "--log-every", "1", "--save-every", "2", "--eval-every", "100",
-         "--warmup", "0", "--classifier", "--pairs", "similar", "--omega", "1.5", "--dec-weight", "1", "--labeled-decoupling", "hard", "--lambda-cap", ".5"]
+         "--warmup", "0", "--classifier", "--pairs", "similar", "--omega", "1.5", "--dec-weight", "1", "--labeled-decoupling", "hard", "--stop-gradient", "--lambda-cap", ".5"]
 TERMS = {"loss_labeled", "loss_cla", "loss_dec", "loss_usup"}
 
 

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import common
 import dars
+import guidedmix
+import mkd
 import rml
 import three_stage
 
@@ -25,7 +27,7 @@ def test_the_two_commands_stand_on_the_first_screen():
 
 def test_every_command_parses():
     """Every command line of a script is accepted by its parser, with every value filled from the table."""
-    for script, least in ((rml, 12), (dars, 12), (three_stage, 8)):
+    for script, least in ((rml, 12), (dars, 12), (three_stage, 8), (mkd, 12), (guidedmix, 8)):
         parsed, name = 0, script.__name__ + ".py"
         for command in COMMANDS:
             words = shlex.split(command)
@@ -47,7 +49,8 @@ def test_torchrun_options_exist():
 
 
 def test_help_needs_no_data(tmp_path):
-    for script, flag, table in (("rml.py", "--mutual", "Table 4"), ("dars.py", "--pseudo", "Table 4"), ("three_stage.py", "--lambda1", "Table V")):
+    for script, flag, table in (("rml.py", "--mutual", "Table 4"), ("dars.py", "--pseudo", "Table 4"), ("three_stage.py", "--lambda1", "Table V"),
+                                ("mkd.py", "--gamma", "Table 4"), ("guidedmix.py", "--lambda-cap", "Table 2")):
         done = subprocess.run([sys.executable, str(ROOT / script), "--help"], cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == 0 and flag in done.stdout and table in done.stdout
     assert not list(tmp_path.iterdir())
