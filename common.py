@@ -1296,8 +1296,8 @@ def load_weights(network, weights, source):
 # SETUP
 # ======================================================================================================================
 
-def add_arguments(parser):
-    """The arguments that all methods share. Those left out come from the method's PAPER table for the dataset."""
+def add_arguments(parser, networks=NETWORKS):
+    """The arguments that all methods share. Those left out come from the method's PAPER table for the dataset. networks: what --network offers."""
     a = parser.add_argument_group("data").add_argument
     a("--dataset", default="streets", choices=["streets", "camvid", "cityscapes", "voc", "vocaug", "context"], help="default: streets, drawn scenes that need no download")
     a("--data-root", metavar="DIR", help="the dataset's folder")
@@ -1313,7 +1313,7 @@ def add_arguments(parser):
     a("--cache", metavar="DIR", default="runs/cache", help="where big pictures are kept at --size (default: %(default)s)")
     a("--workers", type=int, metavar="N", help="loader processes for each stream")
     a = parser.add_argument_group("network").add_argument
-    a("--network", choices=NETWORKS, help="which head sits on the backbone")
+    a("--network", choices=networks, help="which head sits on the backbone")
     a("--backbone", choices=["tiny", "resnet50", "resnet101"], help="tiny: a small ResNet-18, to train from scratch on a CPU")
     a("--head", choices=["bottleneck", "plain"], help="ASPP with a 256-d feature before the last 1x1 conv (ProDA), or straight to classes (DeepLabv2)")
     a("--aspp-branches", type=int, choices=[1, 2, 3, 4], default=4, help="the lineage's code summed only 2 by mistake (default: 4)")

@@ -2,9 +2,9 @@
 Peng Tu, Yawen Huang, Rongrong Ji, Feng Zheng, Ling Shao. arXiv 2106.15064
 
 A labeled picture guides an unlabeled one. Each unlabeled picture is blended with the labeled picture of the batch that is most similar to it, and the
-network segments the blend, where it sees both at once. The labeled picture's prediction is subtracted from that of the blend (decoupled); what
-remains is the pseudo-mask of the unlabeled picture, which its direct prediction learns. The same with two labeled pictures teaches the network
-what it has to say of a blend. The decoder (MITrans) lets every place of the blend look at all places alike, wherever they are.
+network segments the blend, where it sees both at once. The labeled picture's prediction is subtracted from that of the blend (decoupled). What
+remains is the pseudo-mask, the target for the network's direct prediction of the unlabeled picture. The same with two labeled pictures (L_dec)
+trains the prediction of the blend. The decoder (MITrans) lets each place use similar places anywhere in the blend.
 
     python guidedmix.py                                                                  drawn streets, a CPU, minutes
     torchrun --nproc_per_node=4 guidedmix.py --dataset vocaug --data-root DIR --labels 1/8
@@ -18,38 +18,43 @@ paper -> code
     Eqs. 6-8  decoupling                         decouple(); --decoupling (Table 2)
     Eq. 9   L, omega                             ramp_up(); train(), step 3: loss
     Eqs. 10, 12  L_usup, L_dec                   mask_error()
-    Table 4: --labels 500 --backbone resnet50; Table 10: --crop 512 512, and --scales .5 .75 1 1.25 1.5 1.75 --flip
+    Table 4: --labels; Table 10: --crop 512 512, and --scales .5 .75 1 1.25 1.5 1.75 --flip
 
 Choices that the paper leaves open, and why (its public repository holds another method)
-    Batch size 12 is 12 labeled and 12 unlabeled pictures. They go through the network together; the blends follow in passes of their own, since their
-        partners are known only then. Batch norm is trained and synchronised; all pictures, blends too, count in its statistics.  --batch-norm
-    Eq. 3 compares "pooled features": means over all places of what the encoder gives, after its PSP module. As it is written, it compares place by
+    Batch size 12 is 12 labeled and 12 unlabeled pictures, in one pass. Blends need their partners first, so they take passes of their own.
+    Batch norm is trained and synchronised. Blends are normalised by their own batch; the running statistics, which evaluation uses, are of whole
+        pictures alone, since blends have less contrast.                                                 --batch-norm
+    Eq. 3 compares "pooled features": means over all places of what the encoder gives, after its PSP module. Taken literally, it compares place by
         place: --distance places. A partner may serve several pictures (Sect. 3.1.1 looks for a labeled picture for each unlabeled one; Sect. 4.3.1 says the
-        reverse). All labeled pictures of the batch are looked at, also those of other processes. On Cityscapes: random, no classifier (Sect. 4.4).
+        reverse). All labeled pictures of the batch are looked at, also those of other processes. On Cityscapes: random, no classifier
+        (Sect. 4.4). In Table 2, random pairs keep the classifier here.                                  --pairs, --classifier
     lambda: one a batch, from Beta(1, 1), folded to at most .5 and drawn again until it is below the cap.      --alpha
     The classifier has one output for each class but background, learned from the classes present in a crop, each by itself (binary cross entropy).
-    Decoupled are logits; compared are their softmax, on pixels within the picture.                        --masks
-        At the decoder's stride, 2: at the crop's size, masks of 8 pictures of 480 and 60 classes take 442 MB each, a quarter here.
-    The pseudo-mask is a target: no gradient goes into it. In L_dec the blend learns, its two parts do not. On streets both sides learn.  --stop-gradient
-    Eq. 12 is hard, M_mix - M_l, also where soft decoupling is used; what the network learns from it is then not what Eq. 8 takes for granted.
-        On streets it is soft.                                                                           --labeled-decoupling
-    omega = w exp(-5 (1 - t)^2) with t from 0 to 1 in 10 % of the iterations; w = 1.5: CCT, in whose line this paper stands, has 30 on a mean
-        over 21 classes, where Eq. 10 has the sum.                                                       --omega, --ramp
+    Logits are decoupled, then their softmax is compared, on pixels inside the picture, at stride 2: at the crop's size 8 crops of 480 with 60
+        classes take 442 MB a mask.                                                                      --masks
+    The pseudo-mask is a target: no gradient goes into it, nor in L_dec into the two pictures' own predictions. On streets and camvid-cpu gradient
+        flows into all of them: as targets, the masks of networks from scratch cost more than they brought.  --stop-gradient
+    Eq. 12 is hard, M_mix - M_l, also where soft decoupling is used. So L_dec teaches M_mix = M_l + M_l^, while Eq. 8 assumes M_mix = lambda M_l + M_u. On
+        streets and camvid-cpu it is soft.                                                               --labeled-decoupling
+    omega = w exp(-5 (1 - t)^2) with t from 0 to 1 in 10 % of the iterations. w = 1.5: CCT, in whose line this paper stands, has 30 on the mean over
+        21 classes; Eq. 10 has the sum. (Context: 30 / 60.)                                              --omega, --ramp
     "First trained on the labeled samples" (Sect. 3.2): 5 % of the iterations, then omega begins to rise.        --warmup
     MITrans: softmax over the places looked at ("over the channel dimension" in the text), scores without a scale, a 1x1 conv to four times the width before
         PixelShuffle, two 3x3 convs after the skip. Skips are layer1 and the stem. Encoder to logits with ResNet-50, 21 classes and the classifier:
         50,048,233 parameters (ResNet-101: 69,040,361).
-    Rotation by up to 10 degrees; beyond the picture the mean colour, and unknown.                           --rotation
-    Cityscapes: pictures of 1024x2048, the only ones a crop of 513 fits in.
-    500 and 1000 labels (Table 4) are drawn from all 10,582 here, there from the 1464: --split FILE brings a list.
+    Rotation by up to 10 degrees, about the crop's middle; beyond the picture the mean colour, and label 255.  --rotation
+    Cityscapes stays at 1024x2048: a crop of 513 does not fit into half of that.
+    500 and 1000 labels (Table 4) are drawn from all 10,582; the paper's may be of the 1464, as CCT's are: --split FILE brings a list.
     The baseline (--supervised) is L_ce alone: the same network, views, learning rate and number of steps.
 """
 
 import argparse
+import contextlib
 import math
+from functools import partial
 
 import torch
-import torch.distributed as dist
+import torch.distributed.nn
 import torch.nn.functional as F
 from torch import nn
 from torchvision.transforms import InterpolationMode
@@ -76,21 +81,27 @@ PAPER["voc"] = PAPER["vocaug"]
 for n in (500, 1000, 1464):  # Tables 1 to 4
     PAPER[f"vocaug/{n}"] = PAPER["vocaug"] | dict(labels=str(n), backbone="resnet50")
 PAPER["cityscapes"] = PAPER["vocaug"] | dict(size=(1024, 2048), crop=(513, 513), batch_size=8, lambda_cap=.3, pairs="random", classifier=False)
-PAPER["context"] = PAPER["vocaug"] | dict(crop=(480, 480), batch_size=8, lambda_cap=.4)
+PAPER["context"] = PAPER["vocaug"] | dict(crop=(480, 480), batch_size=8, lambda_cap=.4, omega=.5)
 PAPER["camvid-cpu"] = PAPER["streets"] | dict(labels="1/8", size=(180, 240), crop=(96, 128), lr=2e-3, iterations=4000, eval_every=1000)
 PAPER["camvid-gpu"] = PAPER["cityscapes"] | dict(size=(360, 480), crop=(257, 353), iterations=20_000, eval_every=2000)
 
 # The paper's mIoU, and the setting that it belongs to.
-ON_VOC, MULTI_SCALE = dict(dataset="vocaug", labels=1464, backbone="resnet50"), dict(scales=[.5, .75, 1., 1.25, 1.5, 1.75], flip=True)
-PAPER_MIOU = [(73.7, ON_VOC), (71.9, ON_VOC | dict(pairs="random")), (72.7, ON_VOC | dict(mitrans=False)), (71.4, ON_VOC | dict(decoupling="hard"))]  # Table 2
-PAPER_MIOU += [(miou, ON_VOC | dict(lambda_cap=cap)) for cap, miou in ((.1, 67.9), (.2, 69.5), (.3, 70.7), (.4, 71.4))]  # Table 1
-PAPER_MIOU += [(miou, dict(dataset="cityscapes", labels=372, lambda_cap=cap)) for cap, miou in ((.1, 64.3), (.2, 64.0), (.3, 65.8), (.4, 65.5), (.5, 65.7))]  # Table 6
-PAPER_MIOU += [(miou, dict(dataset="context", labels=625, lambda_cap=cap)) for cap, miou in ((.1, 37.6), (.2, 39.4), (.3, 39.8), (.4, 40.3), (.5, 40.1))]  # Table 8
-PAPER_MIOU += [(miou, dict(dataset=dataset, labels=labels)) for dataset, labels, miou in (
-    ("vocaug", 500, 65.4), ("vocaug", 1000, 68.1), ("vocaug", 1323, 73.4), ("vocaug", 2646, 75.5), ("vocaug", 5291, 76.5),  # Tables 4, 5
-    ("cityscapes", 100, 56.9), ("cityscapes", 744, 67.5), ("cityscapes", 1488, 69.8), ("context", 1250, 41.7))]  # Tables 7, 9
-for labels, miou, multi_scale in ((1323, 75.2, 76.4), (2646, 76.5, 77.8), (5291, 77.1, 78.2)):  # Table 10
-    PAPER_MIOU += [(miou, dict(dataset="vocaug", labels=labels, crop=[512, 512])), (multi_scale, dict(dataset="vocaug", labels=labels, crop=[512, 512]) | MULTI_SCALE)]
+VOC50, VOC101 = dict(dataset="vocaug", backbone="resnet50"), dict(dataset="vocaug", backbone="resnet101")
+CITY101, CONTEXT101 = dict(dataset="cityscapes", backbone="resnet101"), dict(dataset="context", backbone="resnet101")
+MULTI_SCALE = dict(scales=[.5, .75, 1., 1.25, 1.5, 1.75], flip=True)
+PAPER_MIOU = [
+    *((miou, VOC50 | dict(labels=1464, lambda_cap=cap)) for cap, miou in ((.1, 67.9), (.2, 69.5), (.3, 70.7), (.4, 71.4), (.5, 73.7))),  # Table 1
+    (71.9, VOC50 | dict(labels=1464, pairs="random")), (72.7, VOC50 | dict(labels=1464, mitrans=False)),  # Table 2
+    (71.4, VOC50 | dict(labels=1464, decoupling="hard")),
+    *((miou, VOC50 | dict(labels=n)) for n, miou in ((500, 65.4), (1000, 68.1))),  # Table 4
+    *((miou, VOC101 | dict(labels=n)) for n, miou in ((1323, 73.4), (2646, 75.5), (5291, 76.5))),  # Table 5
+    *((miou, CITY101 | dict(labels=372, lambda_cap=cap)) for cap, miou in ((.1, 64.3), (.2, 64.0), (.3, 65.8), (.4, 65.5), (.5, 65.7))),  # Table 6
+    *((miou, CITY101 | dict(labels=n)) for n, miou in ((100, 56.9), (744, 67.5), (1488, 69.8))),  # Table 7
+    *((miou, CONTEXT101 | dict(labels=n, lambda_cap=cap)) for n in (625, 624)  # Table 8; 1/8 of 4998, and of the public lists' 4996
+      for cap, miou in ((.1, 37.6), (.2, 39.4), (.3, 39.8), (.4, 40.3), (.5, 40.1))),
+    *((41.7, CONTEXT101 | dict(labels=n)) for n in (1250, 1249)),  # Table 9
+    *((miou, VOC101 | dict(labels=n, crop=[512, 512]) | more) for n, one, many in ((1323, 75.2, 76.4), (2646, 76.5, 77.8), (5291, 77.1, 78.2))  # Table 10
+      for miou, more in ((one, {}), (many, MULTI_SCALE)))]
 
 
 def get_parser():
@@ -107,13 +118,14 @@ def get_parser():
     a("--labeled-decoupling", choices=["soft", "hard"], help="of L_dec (hard in Eq. 12)")
     a("--masks", choices=["softmax", "logits", "probabilities"], default="softmax",
       help="decouple logits and compare their softmax, or compare the logits; or decouple probabilities and compare these (default: softmax)")
-    a("--stop-gradient", action=argparse.BooleanOptionalAction, help="what is compared with a prediction is a target without gradient")
+    a("--stop-gradient", action=argparse.BooleanOptionalAction, 
+      help="no gradient into the pseudo-mask (L_usup), nor into the two pictures' own predictions in L_dec")
     a("--omega", type=float, metavar="X", help="weight of L_usup after its ramp-up (Eq. 9); 0 leaves it out")
     a("--dec-weight", type=float, metavar="X", default=1., help="weight of L_dec (Eq. 11; default: %(default)s); 0 leaves it out")
     a("--warmup", type=float, metavar="X", help="share of the iterations on L_ce and L_cla alone, at the start")
     a("--ramp", type=float, metavar="X", default=.1, help="share of the iterations in which omega rises, after that (default: %(default)s)")
     a("--rotation", type=float, metavar="X", help="pictures are turned by up to so many degrees")
-    common.add_arguments(parser)
+    common.add_arguments(parser, ["guidedmix"])
     return parser
 
 
@@ -154,7 +166,8 @@ class MITrans(nn.Module):
 class GuidedMixNet(common.SegmentationNetwork):
     """Fig. 2: a ResNet with a PSP module, and a decoder of two MITrans steps with skips from layer1 and the stem. Logits at stride 2.
 
-    present: outputs of the image-level classifier, 0 for none. Its crops have 8 n + 1 pixels (321, 513), hence align_corners."""
+    present: outputs of the image-level classifier, 0 for none. Crops of 8 n + 1 pixels (321, 513) have corners on corners, hence align_corners
+    (which upsample() takes for such sizes alone)."""
 
     align_corners = True
 
@@ -196,6 +209,17 @@ def make_network(spec):
     return GuidedMixNet(backbone, spec["classes"], spec["present"], 64 if tiny else 512, spec["style"], common.group_norm if tiny else nn.BatchNorm2d, spec["mitrans"])
 
 
+@contextlib.contextmanager
+def keep_statistics(network):
+    """Batch norm goes on normalising by its batch, but the running statistics stay."""
+    norms = [m for m in network.modules() if isinstance(m, (nn.BatchNorm2d, nn.SyncBatchNorm))]
+    for norm in norms:
+        norm.track_running_stats = False
+    yield
+    for norm in norms:
+        norm.track_running_stats = True
+
+
 class WithEncoder(nn.Module):
     """The network as it trains: images (B, 3, H, W) float -> logits (B, K, h, w), what the encoder gives (B, C, h', w'), logits of the classes present or None."""
 
@@ -211,15 +235,16 @@ class WithEncoder(nn.Module):
 
 # ---- perturbations ---------------------------------------------------------------------------------------------------
 
-def rotation(degrees):
-    """A cut() for weak views that turns the scaled picture by up to so many degrees; 255 where the turned one does not reach."""
-    def cut(image, label, top, left, crop, generator):
-        angle = generator.uniform(-degrees, degrees)
-        image = V.rotate(image, angle, InterpolationMode.BILINEAR, fill=list(map(float, common.MEAN_COLOR)))
-        label, valid = (V.rotate(x[None], angle, InterpolationMode.NEAREST, fill=fill)[0] for x, fill in ((label, IGNORE), (torch.ones_like(label), 0)))
-        return [F.pad(x[..., top:top + crop[0], left:left + crop[1]], (0, max(0, crop[1] - x.shape[-1]), 0, max(0, crop[0] - x.shape[-2])), value=fill)
-                for x, fill in ((image, 0), (label, IGNORE), (valid.bool(), False))]
-    return cut if degrees else None
+def rotate(image, label, top, left, crop, generator, degrees):
+    """The crop, turned about its middle by up to so many degrees: a cut for weak views, see common.weak_view()."""
+    angle, (h, w) = generator.uniform(-degrees, degrees), crop
+    margin, color = math.ceil((math.hypot(h, w) - min(h, w)) / 2), list(map(float, common.MEAN_COLOR))  # a window that holds the crop at any angle
+    image, label, valid = (V.crop(x, top - margin, left - margin, h + 2 * margin, w + 2 * margin) for x in (image, label[None], torch.ones_like(label)[None]))
+    image = image.where(valid > 0, torch.tensor(color, dtype=torch.uint8)[:, None, None])
+    image = V.rotate(image, angle, InterpolationMode.BILINEAR, fill=color)
+    label, valid = V.rotate(label, angle, InterpolationMode.NEAREST), V.rotate(valid, angle, InterpolationMode.NEAREST)
+    image, label, valid = (V.center_crop(x, [h, w]) for x in (image, label, valid))
+    return image, label[0], valid[0] > 0
 
 
 def sample_lambda(alpha, cap, generator):
@@ -237,14 +262,18 @@ def mix(guide, picture, lam):
     return lam * guide + (1 - lam) * picture  # Eq. 2
 
 
-def distances(a, b, places=False):
-    """Euclidean, between what the encoder gives for two batches: (A, C, h, w), (B, C, h, w) -> (A, B) (Eq. 3)."""
-    a, b = (x.detach().float().flatten(1) if places else x.detach().float().mean((2, 3)) for x in (a, b))
-    return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")  # the fast mode cancels where pictures are alike
+def describe(v, places=False):
+    """What pictures are compared by: the encoder's features (B, C, h, w), mean over all places or each place -> (B, C or C h w), without gradient."""
+    return v.detach().float().flatten(1) if places else v.detach().float().mean((2, 3))
+
+
+def distances(a, b):
+    """Euclidean: (A, D), (B, D) -> (A, B)."""
+    return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")  # Eq. 3; the fast mode cancels where pictures are alike
 
 
 def nearest(distance, own=None):
-    """For each row of (A, B) the nearest column (A,); own: column of the picture itself in the first row, which may not be chosen, and so on."""
+    """For each row of (A, B) the nearest column (A,). own: row i may not choose column own + i, which is the picture itself."""
     if own is not None:
         distance = distance.clone()
         distance[:, own:own + len(distance)].fill_diagonal_(math.inf)
@@ -252,13 +281,8 @@ def nearest(distance, own=None):
 
 
 def gather(x):
-    """x of all processes, along the first axis; gradient flows into the own part. x itself where there is one process."""
-    if common.world_size() == 1:
-        return x
-    parts = [torch.empty_like(x) for _ in range(common.world_size())]
-    dist.all_gather(parts, x.detach().contiguous())
-    parts[common.rank()] = x
-    return torch.cat(parts)
+    """x of all processes, along the first axis; gradient flows back to each. x itself where there is one process."""
+    return x if common.world_size() == 1 else torch.cat(torch.distributed.nn.all_gather(x.contiguous()))
 
 
 # ---- EMA -------------------------------------------------------------------------------------------------------------
@@ -290,8 +314,7 @@ def mask_error(a, b, valid):
 
 def classes_present(label, classes, background):
     """Multi-hot targets of the classifier: label (B, H, W) with 255 -> (B, K) float, without the first column where that is background."""
-    hot = F.pad(torch.zeros(len(label), classes, device=label.device), (0, 256 - classes))
-    return hot.scatter_(1, label.flatten(1), 1.)[:, int(background):classes]
+    return torch.zeros(len(label), 256, device=label.device).scatter_(1, label.flatten(1), 1.)[:, int(background):classes]
 
 
 def ramp_up(t):
@@ -323,62 +346,65 @@ def train(args, data, labeled, unlabeled, device):
     else:
         save(0)
 
-    cut = rotation(args.rotation)
+    cut = partial(rotate, degrees=args.rotation) if args.rotation else None
     streams = [common.Stream(data, labeled, "labeled", args, cut=cut)]
     if guided:
         streams.append(common.Stream(data, unlabeled, "unlabeled", args, labeled=False, cut=cut))
     loaders = [common.batches(stream, args, device, begin, args.iterations) for stream in streams]
     tables_of_masks = torch.zeros(2, K, K, dtype=torch.int64, device=device)  # decoupled, direct
-    before = torch.nn.Softmax(1) if args.masks == "probabilities" else torch.nn.Identity()  # of masks that are to be decoupled
-    after = torch.nn.Softmax(1) if args.masks == "softmax" else torch.nn.Identity()  # of masks that are to be compared
+    as_mask = nn.Softmax(1) if args.masks == "probabilities" else nn.Identity()  # what is decoupled, of logits
+    as_compared = nn.Softmax(1) if args.masks == "softmax" else nn.Identity()  # what is compared, of masks
 
     for iteration, batch in enumerate(zip(*loaders), begin):
-        # 1 batch: labeled and unlabeled pictures, and what the network says of them
-        image, label, losses = batch[0]["image"], batch[0]["label"], {}  # (B, 3, H, W), (B, H, W)
+        # 1 batch: labeled and unlabeled pictures, what the network says of them, and who is blended with whom
+        image, label = batch[0]["image"], batch[0]["label"]  # (B, 3, H, W), (B, H, W)
         B, semi = len(image), guided and iteration >= warmup
-        x_l, x_u = common.to_float(image), common.to_float(batch[1]["image"]) if semi else None
+        with_usup, with_dec = semi and args.omega > 0, semi and args.dec_weight > 0
+        x_l, x_u = common.to_float(image), common.to_float(batch[1]["image"]) if with_usup else None
+        n, own = B * common.world_size(), B * common.rank()  # labeled pictures of all processes; where those of this one begin among them
+        if args.pairs == "random":  # indices among the n: a partner of each x_u, and of each x_l, where it is another picture
+            if with_usup:
+                partner = torch.tensor([common.rng(args.seed, "pair", place).randint(n) for place in batch[1]["position"]]).to(device, non_blocking=True)
+            if with_dec:
+                partner_l = torch.tensor([(own + i + common.rng(args.seed, "pair labeled", place).randint(1, n)) % n
+                                          for i, place in enumerate(batch[0]["position"])]).to(device, non_blocking=True)
         student.train()
         with common.autocast(args, device):
-            logits, v, present = learner(torch.cat([x_l, x_u]) if semi else x_l)  # (2B, K, h, w), (2B, C, h', w'), (2B, K')
-        masks, size = before(logits.float()), logits.shape[2:]
-        if semi:  # M_l, of all processes, since a partner may be any labeled picture of the batch; M_u
-            guides, guide_v, guide_masks, guide_valid = (gather(x) for x in (image, v[:B], masks[:B], batch[0]["valid"]))
-            m_u, own = masks[B:], common.rank() * B  # own: where this process's pictures begin among all
-            if args.stop_gradient:
-                guide_masks = guide_masks.detach()
-            m_l = guide_masks[own:own + B]
+            logits, v, present = learner(torch.cat([x_l, x_u]) if with_usup else x_l)  # (2B, K, h, w), (2B, C, h', w'), (2B, K')
+        masks, size = as_mask(logits.float()), logits.shape[2:]
+        m_l, m_u = masks[:B], masks[B:]  # M_l, M_u
+        if with_usup or with_dec:
+            guides, guide_masks, guide_valid = gather(image), gather(m_l.detach() if args.stop_gradient else m_l), gather(batch[0]["valid"])  # (n, ..)
             if args.pairs == "similar":
-                distance = distances(v, guide_v, args.distance == "places")  # (2B, n)
-                partner, partner_l = nearest(distance[B:]), nearest(distance[:B], own)  # of x_u, and of x_l: indices, (B,)
-            else:
-                draws = [[common.rng(args.seed, name, place) for place in part["position"]] for name, part in zip(("pair labeled", "pair"), batch)]
-                partner = torch.tensor([r.randint(len(guides)) for r in draws[1]], device=device)
-                partner_l = torch.tensor([(own + i + 1 + r.randint(len(guides) - 1)) % len(guides) for i, r in enumerate(draws[0])], device=device)
+                description = describe(v, args.distance == "places")
+                distance = distances(description, gather(description[:B]))  # (2B, n)
+                partner, partner_l = nearest(distance[B:]), nearest(distance[:B], own)
 
         # 2 pseudo-labels: the masks of unlabeled pictures, decoupled from blends with their partners
-        if semi and args.omega:
+        if with_usup:
             lam = sample_lambda(args.alpha, args.lambda_cap, common.rng(args.seed, "lambda", iteration))
             x_mix = mix(common.to_float(guides[partner]), x_u, lam)
-            with torch.set_grad_enabled(not args.stop_gradient), common.autocast(args, device):
-                m_mix = before(learner(x_mix)[0].float())  # M_mix, (B, K, h, w)
+            with torch.set_grad_enabled(not args.stop_gradient), keep_statistics(student), common.autocast(args, device):
+                m_mix = as_mask(learner(x_mix)[0].float())  # M_mix, (B, K, h, w)
             m_dec = decouple(m_mix, guide_masks[partner], lam, args.decoupling)  # M_u-dec
 
         # 3 losses
-        losses["loss_labeled"] = cross_entropy(common.upsample(logits[:B], args.crop, student.align_corners), label)  # L_ce
+        losses = {"loss_labeled": cross_entropy(common.upsample(logits[:B], args.crop, student.align_corners), label)}  # L_ce
         loss_sup = losses["loss_labeled"]
         if classify:
             losses["loss_cla"] = F.binary_cross_entropy_with_logits(present[:B].float(), classes_present(label, K, background))
             loss_sup = loss_sup + losses["loss_cla"]
-        if semi and args.dec_weight:  # the same with two labeled pictures, of which the partner's mask is decoupled; here the blend learns
+        if with_dec:  # the same with two labeled pictures, x_l in the part lambda; decoupled is the mask of its partner
             lam_l = sample_lambda(args.alpha, args.lambda_cap, common.rng(args.seed, "lambda labeled", iteration))
-            with common.autocast(args, device):
-                m_mix_l = before(learner(mix(x_l, common.to_float(guides[partner_l]), lam_l))[0].float())
-            m_dec_l = decouple(m_mix_l, m_l, lam_l, args.labeled_decoupling)
-            losses["loss_dec"] = mask_error(after(m_dec_l), after(guide_masks[partner_l]), at_size(guide_valid[partner_l], size))  # Eq. 12
+            with keep_statistics(student), common.autocast(args, device):
+                m_mix_l = as_mask(learner(mix(x_l, common.to_float(guides[partner_l]), lam_l))[0].float())
+            m_dec_l = decouple(m_mix_l, guide_masks[own:own + B], lam_l, args.labeled_decoupling)
+            losses["loss_dec"] = mask_error(as_compared(m_dec_l), as_compared(guide_masks[partner_l]), at_size(guide_valid[partner_l], size))  # Eq. 12
             loss_sup = loss_sup + args.dec_weight * losses["loss_dec"]  # Eq. 11: L_ce + L_dec + L_cla
-        loss, omega = loss_sup, args.omega * ramp_up((iteration - warmup) / max(1, args.ramp * args.iterations)) if semi else 0.
-        if omega:
-            losses["loss_usup"] = mask_error(after(m_dec), after(m_u), at_size(batch[1]["valid"], size))  # Eq. 10
+        loss = loss_sup
+        if with_usup:
+            omega = args.omega * ramp_up((iteration - warmup) / max(1, args.ramp * args.iterations))
+            losses["loss_usup"] = mask_error(as_compared(m_dec), as_compared(m_u), at_size(batch[1]["valid"], size))  # Eq. 10
             loss = loss_sup + omega * losses["loss_usup"]  # Eq. 9
 
         # 4 backward
@@ -395,24 +421,24 @@ def train(args, data, labeled, unlabeled, device):
         # 6 log, evaluate, save
         run.watch(1, iteration, losses)
         done, last = iteration + 1, iteration + 1 == args.iterations
-        if omega:  # the truth of unlabeled pictures is used here and in pictures, and nowhere else
+        if with_usup:  # the truth of unlabeled pictures is used here and in pictures, and nowhere else
             truth = at_size(batch[1]["truth"], size)
             for table, m in zip(tables_of_masks, (m_dec, m_u)):
                 table += common.confusion_matrix(truth, m.detach().max(1).indices, K)
         if done % args.log_every == 0 or done in (warmup, args.iterations) or done % args.eval_every == 0:
-            extra = {"lr": optimizer.param_groups[0]["lr"]} | ({"omega": omega, "lambda": lam} if omega else {})
-            if omega:
+            extra = {"lr": optimizer.param_groups[0]["lr"]} | ({"omega": omega, "lambda": lam} if with_usup else {})
+            if with_usup:
                 common.all_reduce(tables_of_masks)
                 extra |= {"pseudo_miou": common.mean_iou(tables_of_masks[0]), "direct_miou": common.mean_iou(tables_of_masks[1])}
                 tables_of_masks.zero_()
-            run.images = args.batch_size * (1 + semi)
+            run.images = args.batch_size * (1 + with_usup)
             run.log(1, done, **extra)
         if done % args.eval_every == 0 or last:
             tables = common.evaluate(networks, data, args, device)
             run.log(1, done, val={name: common.mean_iou(table) for name, table in tables.items()})
             run.predictions(f"val_{done:06d}", networks)
-            columns = {"labeled picture": image, "label": label, "prediction": in_full(masks, args.crop)}
-            if omega:
+            columns = {"labeled picture": image, "label": label, "prediction": in_full(m_l, args.crop)}
+            if with_usup:
                 columns = {"labeled partner": guides[partner], "unlabeled picture": batch[1]["image"], f"mix, lambda {lam:.2f}": (255 * x_mix).round().to(torch.uint8),
                            "prediction of the mix": in_full(m_mix, args.crop), "decoupled pseudo-mask": in_full(m_dec, args.crop),
                            "direct prediction": in_full(m_u, args.crop), "truth (not used)": batch[1]["truth"]}
@@ -450,14 +476,16 @@ def main():
     common.check_range(args, 0, math.inf, "omega", "dec_weight")
     common.check_range(args, 0, 1, "warmup", "ramp")
     common.check_range(args, 0, 180, "rotation")
-    if args.network != "guidedmix" or args.head != "plain":
-        raise common.UserError(f"--network {args.network} --head {args.head}: this paper's network is a U-Net of its own; leave both out, and choose --backbone")
+    if args.head != "plain" or args.aspp_branches != 4:
+        raise common.UserError(f"--head {args.head} --aspp-branches {args.aspp_branches}: are for DeepLab, and this paper has a network of its own; leave them out")
     sample_lambda(args.alpha, args.lambda_cap, common.rng(args.seed, "check"))  # that there is one
     data = common.open_dataset(args)
     labeled, unlabeled = common.split(args, data)
     if args.dec_weight and not args.supervised and min(args.batch_size, len(labeled)) < 2:
         raise common.UserError(f"--batch-size {args.batch_size}, {len(labeled)} labeled: L_dec blends a labeled picture with another one of the batch, and there is none; "
                                "use 2 or more of both, or --dec-weight 0")
+    if args.dec_weight and not args.supervised and len(labeled) < args.batch_size:
+        common.warn(f"{len(labeled)} labeled pictures, --batch-size {args.batch_size}: L_dec blends some of them with another view of themselves")
     if args.warmup == 1 and not args.supervised:
         raise common.UserError("--warmup 1: leaves no iteration for the method; it is a share, such as .05")
     train(args, data, labeled, unlabeled, device)
