@@ -412,7 +412,7 @@ def open_context(root, size, cache):
     masks = pngs(folder / "SegmentationClassContext") if root else {}
     mat = next((path for path in sorted(Path(root).glob("**/*.mat"))), None) if root and not masks else None
     if mat:
-        raise UserError(f"{mat}: a mask of the 459-class form, which is not read; convert it to class ids 0..59, one PNG for each picture: --data-root must hold {layout}")
+        raise UserError(f"{mat}: .mat masks (of 459 classes) are not read; convert to class ids 0..59, one PNG for each picture, from trainval_merged.json: --data-root must hold {layout}")
     folder = find_root(folder, "context", layout, ["JPEGImages", "SegmentationClassContext", "ImageSets/SegmentationContext"])
     lists = folder / "ImageSets/SegmentationContext"
     train, val = read_list(lists / "train.txt", folder, layout, 4998, 4996), read_list(lists / "val.txt", folder, layout, 5105, 5104)
@@ -1602,7 +1602,7 @@ class Run:
             raise UserError(f"{self.folder}: the processes do not see the same files there; all machines must share the run folder (--out)")
         self._trim_log()
         self.started = self.interval = time.time()
-        self.spoken, self.left = 0., None
+        self.spoken, self.left, self.phase = 0., None, None  # phase: a word for iterations that take another time than those after them
         self.pending, self.names, self.sums, self.count = None, [], 0, 0
         self.images = args.batch_size * (1 if args.supervised else 2)  # of an iteration; a method with other batches sets its own
         self.board = tensorboard(self.folder) if is_main() else None
@@ -1696,8 +1696,11 @@ class Run:
         for key, value in record.items():  # on the screen the mean over the students, in the log each term
             if key.startswith("loss"):
                 terms.setdefault(re.sub(r"_\d.*", "", key).replace("_", " "), []).append(value)
-        words = [f"{self.step}/{self.total}", f"{self.word} {record['stage']}"] + ([f"{duration(self.left)} left in it"] if self.left is not None else [])
-        words += [f"{name} {sum(values) / len(values):.3f}" for name, values in terms.items()]
+        several = len(self.lengths) > 1
+        words = [f"{self.step}/{self.total}"] + [f"{self.word} {record['stage']}"] * several + [self.phase] * bool(self.phase)
+        if self.left is not None and not self.phase:
+            words.append(f"{duration(self.left)} left" + " in it" * several)
+        words += [f"{name if i == 0 else name.removeprefix('loss ')} {sum(values) / len(values):.3f}" for i, (name, values) in enumerate(terms.items())]
         words += [f"{key.replace('_', ' ').replace('miou', 'mIoU')} {value:.1f}" for key, value in record.items() if "miou" in key and isinstance(value, float)]
         if "val" in record:
             words += ["val mIoU"] + [f"{name} {value:.1f}" for name, value in record["val"].items()]
@@ -1800,14 +1803,15 @@ class Run:
         if is_main():
             self.write_json("result.json", result)
             shutil.rmtree(self.folder / "soft_labels", ignore_errors=True)
-            report(tables, headline, self.data, paper)
+            report(tables, headline, self.data, self.args, paper)
             print(f"\n{self.step} iterations in {duration(result['seconds'])} on {result['device']}, peak memory {result['peak_memory_mb']} MB\n"
                   f"numbers {self.folder}/result.json   log {self.folder}/log.jsonl   pictures {self.folder}/pictures/   weights {self.folder}/last.pt")
         barrier()
 
 
-def report(tables, headline, data, paper=None):
+def report(tables, headline, data, args, paper=None):
     """Print IoU per class and mIoU of each network."""
+    views = [f"scales {' '.join(f'{x:g}' for x in args.scales)}"] * (args.scales != [1.]) + ["flip"] * args.flip
     width = max(map(len, data.names)) + 2
     print(f"\nIoU in percent on {len(data.val)} val pictures of {data.name}\n" + " " * width + "".join(f"{name:>13}" for name in tables))
     for k, name in enumerate(data.names):
@@ -1816,7 +1820,7 @@ def report(tables, headline, data, paper=None):
     absent = [name for k, name in enumerate(data.names) if torch.isnan(iou(tables[headline])[k])]
     if absent:
         print(f"nan: in no label and no prediction, so left out of the mean: {', '.join(absent)}")
-    print(f"\nresult    {mean_iou(tables[headline]):.2f} mIoU ({headline}, last iteration)" + (f"; the paper reports {paper}" if paper else ""), flush=True)
+    print(f"\nresult    {mean_iou(tables[headline]):.2f} mIoU ({', '.join([headline, 'last iteration'] + views)})" + (f"; the paper reports {paper}" if paper else ""), flush=True)
 
 
 def progress(text, done, total, last=[0.]):
@@ -1942,7 +1946,7 @@ def use_checkpoint(args, device, make=make_network):
                             f"{len(data.names)}; evaluate it with --dataset {state['dataset']}")
         tables = evaluate(networks, data, args, device)
         if is_main():
-            report(tables, state["headline"], data)
+            report(tables, state["headline"], data, args)
     elif is_main():
         predict_pictures(networks[state["headline"]], state, args, device)
 

@@ -3,8 +3,8 @@ Peng Tu, Yawen Huang, Rongrong Ji, Feng Zheng, Ling Shao. arXiv 2106.15064
 
 A labeled picture guides an unlabeled one. Each unlabeled picture is blended with the labeled picture of the batch that is most similar to it, and the
 network segments the blend, where it sees both at once. The labeled picture's prediction is subtracted from that of the blend (decoupled). What
-remains is the pseudo-mask, the target for the network's direct prediction of the unlabeled picture. The same with two labeled pictures (L_dec)
-trains the prediction of the blend. The decoder (MITrans) lets each place use similar places anywhere in the blend.
+remains is the pseudo-mask, the target for the network's direct prediction of the unlabeled picture. The same is done
+with two labeled pictures (L_dec), so that the network learns to segment blends. The decoder (MITrans) lets each place use similar places anywhere in the blend.
 
     python guidedmix.py                                                                  drawn streets, a CPU, minutes
     torchrun --nproc_per_node=4 guidedmix.py --dataset vocaug --data-root DIR --labels 1/8
@@ -25,19 +25,20 @@ Choices that the paper leaves open, and why (its public repository holds another
     Batch norm is trained and synchronised. Blends are normalised by their own batch; the running statistics, which evaluation uses, are of whole
         pictures alone, since blends have less contrast.                                                 --batch-norm
     Eq. 3 compares "pooled features": means over all places of what the encoder gives, after its PSP module. Taken literally, it compares place by
-        place: --distance places. A partner may serve several pictures (Sect. 3.1.1 looks for a labeled picture for each unlabeled one; Sect. 4.3.1 says the
-        reverse). All labeled pictures of the batch are looked at, also those of other processes. On Cityscapes: random, no classifier
-        (Sect. 4.4). In Table 2, random pairs keep the classifier here.                                  --pairs, --classifier
+        place: --distance places.
+    Partners come from all labeled pictures of the batch, also those of other processes; one may serve several pictures. (Sect. 3.1.1 looks for a labeled
+        picture for each unlabeled one; Sect. 4.3.1 says the reverse.)
+    On Cityscapes pairs are random, and there is no classifier (Sect. 4.4). Random pairs on VOC (Table 2) keep it.  --pairs, --classifier
     lambda: one a batch, from Beta(1, 1), folded to at most .5 and drawn again until it is below the cap.      --alpha
     The classifier has one output for each class but background, learned from the classes present in a crop, each by itself (binary cross entropy).
-    Logits are decoupled, then their softmax is compared, on pixels inside the picture, at stride 2: at the crop's size 8 crops of 480 with 60
-        classes take 442 MB a mask.                                                                      --masks
-    The pseudo-mask is a target: no gradient goes into it, nor in L_dec into the two pictures' own predictions. On streets and camvid-cpu gradient
-        flows into all of them: as targets, the masks of networks from scratch cost more than they brought.  --stop-gradient
+    Logits are decoupled and their softmax compared, at stride 2 and inside the picture only. At full size one mask of 8 crops of 480 with 60 classes
+        would take 442 MB.                                                                               --masks
+    The pseudo-mask is a target: no gradient goes into it; in L_dec gradient goes into the blend's prediction alone. On streets and camvid-cpu it flows
+        into both sides: there, fixed targets made the network worse than its baseline.                   --stop-gradient
     Eq. 12 is hard, M_mix - M_l, also where soft decoupling is used. So L_dec teaches M_mix = M_l + M_l^, while Eq. 8 assumes M_mix = lambda M_l + M_u. On
         streets and camvid-cpu it is soft.                                                               --labeled-decoupling
-    omega = w exp(-5 (1 - t)^2) with t from 0 to 1 in 10 % of the iterations. w = 1.5: CCT, in whose line this paper stands, has 30 on the mean over
-        21 classes; Eq. 10 has the sum. (Context: 30 / 60.)                                              --omega, --ramp
+    omega = w exp(-5 (1 - t)^2) with t from 0 to 1 in 10 % of the iterations. w = 1.5, and .5 on Context: CCT, in whose line this paper stands, has 30
+        on the mean over the classes, Eq. 10 has the sum, and VOC has 21 classes, Context 60.              --omega, --ramp
     "First trained on the labeled samples" (Sect. 3.2): 5 % of the iterations, then omega begins to rise.        --warmup
     MITrans: softmax over the places looked at ("over the channel dimension" in the text), scores without a scale, a 1x1 conv to four times the width before
         PixelShuffle, two 3x3 convs after the skip. Skips are layer1 and the stem. Encoder to logits with ResNet-50, 21 classes and the classifier:
@@ -54,7 +55,7 @@ import math
 from functools import partial
 
 import torch
-import torch.distributed.nn
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torchvision.transforms import InterpolationMode
@@ -106,24 +107,25 @@ PAPER_MIOU = [
 
 def get_parser():
     parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__.split("\n\n")[1],
-                                     epilog="What is left out comes from the table PAPER at the top of guidedmix.py, by dataset; a run writes all values to args.json.")
+                                     epilog="Arguments not given take the dataset's value in the table PAPER at the top of guidedmix.py; a run writes all values to args.json.")
     a = parser.add_argument_group("GuidedMix-Net").add_argument
-    a("--lambda-cap", type=float, metavar="X", help="the labeled picture's part in a blend stays below this, above 0 to .5 (Tables 1, 6, 8)")
-    a("--alpha", type=float, metavar="X", default=1., help="of the Beta distribution of that part (Sect. 3.1; default: %(default)s)")
+    a("--lambda-cap", type=float, metavar="X", help="upper limit of the labeled picture's part in a blend, above 0 and at most .5 (Tables 1, 6, 8)")
+    a("--alpha", type=float, metavar="X", default=1., help="that part is drawn from Beta(X, X) (Sect. 3.1; default: %(default)s)")
     a("--pairs", choices=["similar", "random"], help="the labeled picture that an unlabeled one is blended with (Sect. 3.1.1; Table 2)")
     a("--distance", choices=["pooled", "places"], default="pooled", help="what similar means: by the mean over all places, or place by place (Eq. 3)")
     a("--classifier", action=argparse.BooleanOptionalAction, help="image-level classifier on the encoder's features (L_cla; Sect. 4.4)")
-    a("--mitrans", action=argparse.BooleanOptionalAction, default=True, help="non-local blocks in the decoder (Eq. 5; Table 2)")
-    a("--decoupling", choices=["soft", "hard"], default="soft", help="of the pseudo-mask (Eq. 8, Eq. 7; Table 2)")
-    a("--labeled-decoupling", choices=["soft", "hard"], help="of L_dec (hard in Eq. 12)")
+    a("--mitrans", action=argparse.BooleanOptionalAction, default=True, help="the non-local block of each MITrans step (Eq. 5; Table 2)")
+    a("--decoupling", choices=["soft", "hard"], default="soft",
+      help="pseudo-mask = M_mix - lambda M_l (soft, Eq. 8), or M_mix - M_l (hard, Eq. 7; Table 2)")
+    a("--labeled-decoupling", choices=["soft", "hard"], help="the same, within L_dec (hard in Eq. 12)")
     a("--masks", choices=["softmax", "logits", "probabilities"], default="softmax",
-      help="decouple logits and compare their softmax, or compare the logits; or decouple probabilities and compare these (default: softmax)")
+      help="softmax: decouple logits, compare their softmax; logits: decouple and compare logits; probabilities: decouple and compare these (default: softmax)")
     a("--stop-gradient", action=argparse.BooleanOptionalAction, 
       help="no gradient into the pseudo-mask (L_usup), nor into the two pictures' own predictions in L_dec")
     a("--omega", type=float, metavar="X", help="weight of L_usup after its ramp-up (Eq. 9); 0 leaves it out")
     a("--dec-weight", type=float, metavar="X", default=1., help="weight of L_dec (Eq. 11; default: %(default)s); 0 leaves it out")
     a("--warmup", type=float, metavar="X", help="share of the iterations on L_ce and L_cla alone, at the start")
-    a("--ramp", type=float, metavar="X", default=.1, help="share of the iterations in which omega rises, after that (default: %(default)s)")
+    a("--ramp", type=float, metavar="X", default=.1, help="share of the iterations, after those, in which omega rises (default: %(default)s)")
     a("--rotation", type=float, metavar="X", help="pictures are turned by up to so many degrees")
     common.add_arguments(parser, ["guidedmix"])
     return parser
@@ -280,9 +282,23 @@ def nearest(distance, own=None):
     return distance.argmin(1)
 
 
+class Gather(torch.autograd.Function):
+    """x of all processes, along the first axis. What each process's loss sends back to a part goes to the process that it came from."""
+
+    @staticmethod
+    def forward(ctx, x):
+        parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(common.world_size())]
+        dist.all_gather(parts, x.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return common.all_reduce(gradient.contiguous()).chunk(common.world_size())[common.rank()]
+
+
 def gather(x):
-    """x of all processes, along the first axis; gradient flows back to each. x itself where there is one process."""
-    return x if common.world_size() == 1 else torch.cat(torch.distributed.nn.all_gather(x.contiguous()))
+    """Gather, or x itself where there is one process."""
+    return x if common.world_size() == 1 else Gather.apply(x)
 
 
 # ---- EMA -------------------------------------------------------------------------------------------------------------
@@ -394,7 +410,7 @@ def train(args, data, labeled, unlabeled, device):
         if classify:
             losses["loss_cla"] = F.binary_cross_entropy_with_logits(present[:B].float(), classes_present(label, K, background))
             loss_sup = loss_sup + losses["loss_cla"]
-        if with_dec:  # the same with two labeled pictures, x_l in the part lambda; decoupled is the mask of its partner
+        if with_dec:  # blend x_l, in the part lambda, with its partner; subtract M_l, compare with the partner's mask
             lam_l = sample_lambda(args.alpha, args.lambda_cap, common.rng(args.seed, "lambda labeled", iteration))
             with keep_statistics(student), common.autocast(args, device):
                 m_mix_l = as_mask(learner(mix(x_l, common.to_float(guides[partner_l]), lam_l))[0].float())
@@ -431,7 +447,7 @@ def train(args, data, labeled, unlabeled, device):
                 common.all_reduce(tables_of_masks)
                 extra |= {"pseudo_miou": common.mean_iou(tables_of_masks[0]), "direct_miou": common.mean_iou(tables_of_masks[1])}
                 tables_of_masks.zero_()
-            run.images = args.batch_size * (1 + with_usup)
+            run.images, run.phase = args.batch_size * (1 + with_usup), "warm-up" if guided and not semi else None
             run.log(1, done, **extra)
         if done % args.eval_every == 0 or last:
             tables = common.evaluate(networks, data, args, device)
@@ -439,9 +455,11 @@ def train(args, data, labeled, unlabeled, device):
             run.predictions(f"val_{done:06d}", networks)
             columns = {"labeled picture": image, "label": label, "prediction": in_full(m_l, args.crop)}
             if with_usup:
-                columns = {"labeled partner": guides[partner], "unlabeled picture": batch[1]["image"], f"mix, lambda {lam:.2f}": (255 * x_mix).round().to(torch.uint8),
-                           "prediction of the mix": in_full(m_mix, args.crop), "decoupled pseudo-mask": in_full(m_dec, args.crop),
-                           "direct prediction": in_full(m_u, args.crop), "truth (not used)": batch[1]["truth"]}
+                outside = ~batch[1]["valid"]
+                columns = {"labeled partner": guides[partner], "its prediction": in_full(guide_masks[partner], args.crop), "unlabeled picture": batch[1]["image"],
+                           f"mix, lambda {lam:.2f}": (255 * x_mix.detach()).round().to(torch.uint8)}
+                columns |= {title: in_full(m, args.crop).masked_fill(outside, IGNORE) for title, m in (
+                    ("prediction of the mix", m_mix), ("decoupled pseudo-mask", m_dec), ("direct prediction", m_u))} | {"truth (not used)": batch[1]["truth"]}
             run.panel(f"batch_{done:06d}", {title: cells[:4] for title, cells in columns.items()})
         if done % args.save_every == 0 or last:
             save(done)
@@ -474,20 +492,23 @@ def main():
     common.check_range(args, 1e-12, .5, "lambda_cap")
     common.check_range(args, 1e-12, math.inf, "alpha")
     common.check_range(args, 0, math.inf, "omega", "dec_weight")
-    common.check_range(args, 0, 1, "warmup", "ramp")
+    common.check_range(args, 0, 1, "ramp")
+    if not 0 <= args.warmup < 1 or (round(args.warmup * args.iterations) >= args.iterations > 0 and not args.supervised):
+        raise common.UserError(f"--warmup {args.warmup:g}: a share of the {args.iterations} iterations, from 0 to below 1, that leaves some for the method; use .2, say")
     common.check_range(args, 0, 180, "rotation")
     if args.head != "plain" or args.aspp_branches != 4:
         raise common.UserError(f"--head {args.head} --aspp-branches {args.aspp_branches}: are for DeepLab, and this paper has a network of its own; leave them out")
     sample_lambda(args.alpha, args.lambda_cap, common.rng(args.seed, "check"))  # that there is one
     data = common.open_dataset(args)
     labeled, unlabeled = common.split(args, data)
-    if args.dec_weight and not args.supervised and min(args.batch_size, len(labeled)) < 2:
-        raise common.UserError(f"--batch-size {args.batch_size}, {len(labeled)} labeled: L_dec blends a labeled picture with another one of the batch, and there is none; "
-                               "use 2 or more of both, or --dec-weight 0")
-    if args.dec_weight and not args.supervised and len(labeled) < args.batch_size:
-        common.warn(f"{len(labeled)} labeled pictures, --batch-size {args.batch_size}: L_dec blends some of them with another view of themselves")
-    if args.warmup == 1 and not args.supervised:
-        raise common.UserError("--warmup 1: leaves no iteration for the method; it is a share, such as .05")
+    if args.dec_weight and not args.supervised:
+        for flag, number in (("--labels", len(labeled)), ("--batch-size", args.batch_size)):
+            if number < 2:
+                raise common.UserError(f"{flag} {number}: L_dec blends two labeled pictures of a batch; use {flag} 2 or more, or --dec-weight 0")
+        if len(labeled) < args.batch_size:
+            common.warn(f"{len(labeled)} labeled pictures, --batch-size {args.batch_size}: L_dec blends some of them with another view of themselves")
+    if not (args.omega or args.dec_weight or args.supervised):
+        common.warn("--omega 0 --dec-weight 0: without L_usup and L_dec this is no more than a baseline")
     train(args, data, labeled, unlabeled, device)
 
 

@@ -436,7 +436,7 @@ def train(args, data, labeled, unlabeled, device):
                 extra |= {f"pseudo_miou_{i + 1}": common.mean_iou(common.all_reduce(pseudo_tables[i])) for i in members}
                 extra["pseudo_coverage"] = float(common.all_reduce(torch.stack(covered).mean())) / common.world_size()
                 pseudo_tables, covered = [torch.zeros_like(table) for table in pseudo_tables], []
-            run.images = args.batch_size * (1 + semi)
+            run.images, run.phase = args.batch_size * (1 + semi), None if semi or args.supervised else "warm-up"
             run.log(1, done, **extra)
         if done % args.eval_every == 0 or last:
             tables = common.evaluate(evaluated if last else networks, data, args, device)

@@ -94,7 +94,7 @@ def test_masks_of_459_classes_say_how_to_convert_them(tmp_path, place):
     (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / place).write_bytes(b"MATLAB 5.0 MAT-file")
     message = refused(tmp_path)
-    assert str(tmp_path / place) in message and all(word in message for word in ("459-class", "0..59", "pascal_context.py", "trainval_merged.json"))
+    assert str(tmp_path / place) in message and all(word in message for word in ("459 classes", "0..59", "pascal_context.py", "trainval_merged.json"))
 
 
 def test_a_missing_context_says_what_to_get(tmp_path):

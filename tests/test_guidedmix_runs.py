@@ -471,7 +471,7 @@ def test_two_processes_give_one_processs_losses(main, tmp_path, flags):
 # ---- errors ----------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("argv", ["--lambda-cap 0", "--lambda-cap .6", "--lambda-cap -1", "--lambda-cap nan", "--alpha 0", "--omega -1", "--dec-weight -2", "--dec-weight nan",
-                                  "--warmup -1", "--warmup 500", "--warmup 1", "--ramp 2", "--rotation -3", "--rotation 200", "--batch-size 1", "--batch-size 0", "--lr 0",
+                                  "--warmup -1", "--warmup 500", "--warmup 1", "--warmup .9", "--warmup nan", "--ramp 2", "--rotation -3", "--rotation 200", "--batch-size 1", "--batch-size 0", "--lr 0",
                                   "--head bottleneck", "--aspp-branches 2", "--alpha 1e9"])
 def test_a_wrong_value_is_named_before_the_training(error, argv, tmp_path):
     flag, value = argv.split()
@@ -481,7 +481,7 @@ def test_a_wrong_value_is_named_before_the_training(error, argv, tmp_path):
 
 def test_one_labeled_picture_has_no_partner(error, main, tmp_path):
     message = error("--labels", 1)
-    assert "1 labeled" in message and "--dec-weight 0" in message and not list(tmp_path.iterdir())
+    assert "--labels 1:" in message and "--dec-weight 0" in message and not list(tmp_path.iterdir())
     main("--labels", 1, "--dec-weight", 0, "--iterations", 1, "--out", "run")  # as the message says
     assert terms(tmp_path / "run") == TERMS - {"loss_dec"}
     main("--labels", 1, "--supervised", "--iterations", 1, "--out", "supervised")
