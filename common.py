@@ -1299,9 +1299,10 @@ def load_weights(network, weights, source):
 def add_arguments(parser, networks=NETWORKS):
     """The arguments that all methods share. Those left out come from the method's PAPER table for the dataset. networks: what --network offers."""
     a = parser.add_argument_group("data").add_argument
-    a("--dataset", default="streets", choices=["streets", "camvid", "cityscapes", "voc", "vocaug", "context"], help="default: streets, drawn scenes that need no download")
+    a("--dataset", default="streets", choices=["streets", "camvid", "cityscapes", "voc", "vocaug", "context", "mnist"],
+      help="default: streets, drawn scenes that need no download; mnist: an experiment of rml.py")
     a("--data-root", metavar="DIR", help="the dataset's folder")
-    a("--download", action="store_true", help="fetch PASCAL VOC with torchvision")
+    a("--download", action="store_true", help="fetch PASCAL VOC, or MNIST, with torchvision")
     a("--extra", metavar="N", help="so many additional unlabeled pictures, or all: of Cityscapes' train_extra; on voc of the 10,582")
     a("--preset", metavar="P", help="another row of the method's table PAPER: on camvid cpu or gpu, for a small or a big network (default: gpu where there is one); others by script, see README")
     a("--labels", metavar="N", help="labeled pictures, as a number or a share such as 1/8")
@@ -1888,9 +1889,45 @@ def draw_panel(columns, data, font=ImageFont.load_default(15)):
     return panel
 
 
+PALETTE = [(90, 90, 90), (220, 120, 40), (40, 110, 190), (60, 150, 80)]
+
+
+def draw_curves(title, series, across, font=ImageFont.load_default(15)):
+    """A PIL picture: for each name a line, the mean of its curves, and each of them thinly where there are several. At most four names.
+
+    series: {name: array (curves, points)}, across: (label, the points' places from left to right)."""
+    left, top, width, height = 70, 64, 720, 340
+    picture = Image.new("RGB", (left + width + 30, top + height + 50), "white")
+    pen, (label, xs) = ImageDraw.Draw(picture), across
+    low, high = min(0., min(map(np.nanmin, series.values()))), max(map(np.nanmax, series.values())) or 1.
+    pen.text((left, 6), title, fill="black", font=font)
+
+    def ticks(low, high):  # about five round numbers
+        step = 10. ** math.floor(math.log10((high - low) / 4 or 1))
+        step *= next(m for m in (1, 2, 5, 10) if (high - low) / (m * step) <= 6)
+        return np.arange(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1) * step
+
+    def place(x, y):
+        return left + (x - xs[0]) / (xs[-1] - xs[0] or 1) * width, top + height - (y - low) / (high - low) * height
+    for y in ticks(low, high):
+        pen.line((*place(xs[0], y), *place(xs[-1], y)), fill=(225, 225, 225))
+        pen.text((left - 8, place(xs[0], y)[1]), f"{y:g}", fill="gray", font=font, anchor="rm")
+    for x in ticks(xs[0], xs[-1]):
+        pen.text((place(x, low)[0], top + height + 6), f"{x:g}", fill="gray", font=font, anchor="mt")
+    pen.text((left + width / 2, top + height + 28), label, fill="black", font=font, anchor="mt")
+    x = left
+    for (name, curves), color in zip(series.items(), PALETTE):
+        pale = tuple((2 * 255 + c) // 3 for c in color)
+        for curve, shade, line in [(curve, pale, 1) for curve in curves if len(curves) > 1] + [(np.mean(curves, 0), color, 3)]:
+            pen.line([place(*point) for point in zip(xs, curve) if not math.isnan(point[1])], fill=shade, width=line, joint="curve")
+        pen.rectangle((x, 38, x + 12, 50), fill=color)
+        pen.text((x + 18, 35), name, fill="black", font=font)
+        x += 44 + int(font.getlength(name))
+    return picture
+
+
 def draw_bars(title, categories, series, font=ImageFont.load_default(15)):
     """A PIL picture: for each category one bar per series {name: list of values}, in percent, on a scale by the square root."""
-    palette = [(90, 90, 90), (220, 120, 40), (40, 110, 190), (60, 150, 80)]
     bar, height, left, top = 14, 300, 50, 60
     group = bar * len(series) + 14
     room = max(font.getlength(c) for c in categories)
@@ -1903,12 +1940,12 @@ def draw_bars(title, categories, series, font=ImageFont.load_default(15)):
         pen.text((8, y - 8), f"{value:g}", fill="gray", font=font)
     for i, (name, values) in enumerate(series.items()):
         x = left + sum(26 + int(font.getlength(n)) for n in list(series)[:i])
-        pen.rectangle((x, 34, x + 12, 46), fill=palette[i])
+        pen.rectangle((x, 34, x + 12, 46), fill=PALETTE[i])
         pen.text((x + 16, 31), name, fill="black", font=font)
         for c, value in enumerate(values):
             x = left + 7 + c * group + i * bar
             if value > 0:
-                pen.rectangle((x, top + height - height * (value / high) ** .5, x + bar - 2, top + height), fill=palette[i])
+                pen.rectangle((x, top + height - height * (value / high) ** .5, x + bar - 2, top + height), fill=PALETTE[i])
     for c, name in enumerate(categories):  # upright
         word = Image.new("L", (int(room) + 2, 20))
         ImageDraw.Draw(word).text((room - font.getlength(name), 0), name, fill=255, font=font)

@@ -21,7 +21,9 @@ paper -> code
     Eq. 10  prototypes over all pictures        start_stage()
     Eq. 11  prototypes, moving average          update_prototypes()
     Sect. 4.1, 5.2  input and model noise       strong_view(), add_model_noise()
-    Table 4 ablations                           flags, see README.md;  Fig. 4: pseudo_miou_1, pseudo_miou_2 in log.jsonl
+    Fig. 2  coupling of two learners on MNIST   couple(), --dataset mnist
+    Fig. 4  pseudo-labels over time             compare(), --compare RUN RUN ..
+    Table 4 ablations                           flags, see README.md
 
 Choices that the paper leaves open, and why
     Stage 0. Eqs. 1 and 6 need supervised models to begin with: both students are trained on labels alone, without noise, with a
@@ -44,15 +46,24 @@ Choices that the paper leaves open, and why
     Order of a step: optimizer, prototypes, EMA. Batch norm is frozen as loaded; --batch-norm train has statistics per process,
         averaged after each step.
     The baseline (--supervised) is stage 0 for as many steps as a student takes in all: no noise, and stage 0's learning rate.
+    Fig. 2 names 3-layer MLPs, MNIST and 1/60 labels; the rest is ours: 784-256-256-10, 500 iterations on labels first, SGD at .004 (at .02 noise hides
+        everything), mean teachers at .999, dropout .5, learners that learn from their peer alone (Eq. 3). Without MNIST, digits are drawn.
     Reported: all networks at the last iteration; the headline is teacher 1; student 1 for --mutual none, direct and --supervised.
 """
 
 import argparse
 import copy
+import json
 import math
+import time
+from functools import partial
+from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+import torchvision
+from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 from torchvision.ops import StochasticDepth
 from torchvision.transforms.v2 import functional as V
@@ -76,6 +87,9 @@ PAPER = {
         head="bottleneck", batch_norm="frozen", scale=(1., 1.), weight_decay=1e-2, ema_decay=.99, prototype_min_cells=1,
         stage0_iterations=400, stage0_lr=3e-3, stage0_head_lr=1., workers=0, log_every=50, eval_every=300, save_every=100),
 }
+# Fig. 2: two MLPs on digits, a start on labels, then each mode; what the paper leaves open is ours.
+PAPER["mnist"] = dict(labels="1/60", size=None, crop=(28, 28), scale=(1., 1.), batch_size=128, network="mlp", backbone="mlp", weights="none", lr=.004, iterations=400,
+                      stage0_iterations=500, dropout=.5, ema_decay=.999, log_every=10, workers=0, eval_every=1, save_every=1)
 PAPER["camvid-cpu"] = PAPER["streets"] | dict(labels="1/8", size=(180, 240), crop=(96, 128), lr=2e-3, iterations=2000, stage0_iterations=2000,
                                               eval_every=500)
 PAPER["camvid-gpu"] = PAPER["cityscapes"] | dict(labels="1/8", size=(360, 480), crop=(256, 352), iterations=20_000, stage0_iterations=10_000,
@@ -114,6 +128,8 @@ def get_parser():
     a("--stage0-iterations", type=int, help="supervised start")
     a("--stage0-lr", type=float, help="learning rate at the start of stage 0")
     a("--stage0-head-lr", type=float, help="the head's learning rate in stage 0, times --stage0-lr")
+    a("--seeds", type=int, metavar="N", default=5, help="of --dataset mnist: --seed and the ones after it (Fig. 2; default: %(default)s)")
+    a("--compare", nargs="+", metavar="RUN", help="only draw the pseudo-label mIoU of up to four runs as one picture, --out FILE (Fig. 4)")
     common.add_arguments(parser)
     return parser
 
@@ -197,7 +213,8 @@ def add_model_noise(network, dropout, drop_path, linear=False):
 def update_teacher(teacher, student, decay):
     """teacher <- decay teacher + (1 - decay) student; buffers are copied."""
     torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - decay)
-    torch._foreach_copy_(list(teacher.buffers()), list(student.buffers()))
+    for old, new in zip(teacher.buffers(), student.buffers()):
+        old.copy_(new)
 
 
 # ---- pseudo-labels ---------------------------------------------------------------------------------------------------
@@ -440,11 +457,158 @@ def train(args, data, labeled, unlabeled, device):
     run.finish(headline, tables or common.evaluate(networks, data, args, device), paper)
 
 
+# ---- the coupling experiment (Sect. 4.1, Fig. 2): --dataset mnist ----------------------------------------------------
+
+# Who student 1 and student 2 learn from, and whether dropout is on.
+COUPLING = {"direct": ("student", False), "indirect": ("teacher", False), "indirect, model noise": ("teacher", True)}
+
+
+def draw_digits(seed, n):
+    """n drawn digits that need no download: images (n, 28, 28) uint8, labels (n,) int64. Turned, sheared, moved, of any size and thickness, with noise."""
+    images, labels = np.zeros((n, 28, 28), np.uint8), np.zeros(n, np.int64)
+    for i in range(n):
+        r = common.rng("digits", seed, i)
+        labels[i] = r.randint(10)
+        picture = Image.new("L", (56, 56))
+        ImageDraw.Draw(picture).text((28, 28), str(labels[i]), fill=255, font=ImageFont.load_default(int(r.uniform(36, 48))), anchor="mm", stroke_width=int(r.randint(3)))
+        angle, shear = r.uniform(-.25, .25), r.uniform(-.3, .3)
+        cos, sin, x, y = math.cos(angle), math.sin(angle), r.uniform(-3, 3), r.uniform(-3, 3)
+        matrix = cos + shear * sin, sin, 0, shear * cos - sin, cos, 0
+        matrix = *matrix[:2], 28 - (matrix[0] + matrix[1]) * 28 + x, *matrix[3:5], 28 - (matrix[3] + matrix[4]) * 28 + y
+        picture = picture.transform((56, 56), Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR).resize((28, 28), Image.Resampling.BOX)
+        images[i] = (np.asarray(picture) * r.uniform(.5, 1) + r.normal(0, 20, (28, 28))).clip(0, 255)
+    return images, labels
+
+
+def read_digits(args):
+    """MNIST from --data-root (--download fetches it), or drawn digits: images (n, 784) float32 in [0, 1], labels (n,) int64, for training and held out."""
+    if args.data_root is None:
+        common.say("digits    drawn, 12,000 + 1,000; for MNIST: --data-root DIR (with --download, if it is not there yet)")
+        parts = draw_digits("train", 12_000), draw_digits("held out", 1000)
+    else:
+        try:
+            parts = [torchvision.datasets.MNIST(args.data_root, train=train, download=args.download) for train in (True, False)]
+        except (OSError, RuntimeError) as error:
+            raise common.UserError(f"--data-root {args.data_root}: no MNIST there ({str(error).splitlines()[0]}); add --download, or leave out --data-root for drawn digits") from None
+        parts = [(part.data.numpy(), part.targets.numpy()) for part in parts]
+    (images, labels), (held_out, held_out_labels) = parts  # 2,000 held-out ones tell as much as 10,000, and cost a fifth
+    return [(torch.from_numpy(x).flatten(1).float() / 255, torch.from_numpy(y)) for x, y in ((images, labels), (held_out[:2000], held_out_labels[:2000]))]
+
+
+def total_variation(p, q):
+    """Mean over pictures of half the sum over the classes of |p - q|: probabilities (B, K) -> 0-dim, 0 (the same) to 1."""
+    return (p - q).abs().sum(1).mean() / 2
+
+
+def make_mlp(dropout):
+    """Three layers: (B, 784) -> (B, 10)."""
+    return nn.Sequential(nn.Linear(784, 256), nn.ReLU(), nn.Dropout(dropout), nn.Linear(256, 256), nn.ReLU(), nn.Dropout(dropout), nn.Linear(256, 10))
+
+
+def couple(args, device):
+    """Do two learners become one? Total variation between them on held-out digits, over the iterations after a start on labels, in each mode and for several seeds.
+
+    Teachers are those whose predictions are learned: mean teachers, or with direct mutual learning the students themselves."""
+    folder, began = Path(args.out or f"runs/rml-mnist-s{args.seed}"), time.time()
+    if (folder / "result.json").exists() and not args.overwrite:
+        raise common.UserError(f"{folder} holds a finished run; choose another --out, or --overwrite to begin anew")
+    (images, labels), (held_out, held_out_labels) = [[x.to(device) for x in part] for part in read_digits(args)]
+    n, records, seeds = common.count_labels(args.labels, argparse.Namespace(name="digits", train=range(len(labels)))), [], range(args.seed, args.seed + args.seeds)
+    for seed in seeds:
+        order = torch.from_numpy(common.rng(seed, "which are labeled").permutation(len(labels))).to(device)
+        known, unknown = order[:n], order[n:]
+
+        def pick(ids, name, iteration):
+            return ids[torch.from_numpy(common.rng(seed, name, iteration).randint(len(ids), size=args.batch_size)).to(device)]
+
+        start = []
+        for j in range(2):  # both learners on labels alone, from other weights and in another order
+            torch.manual_seed(int(common.rng(seed, "weights", j).randint(2 ** 31)))
+            student = make_mlp(args.dropout).to(device).eval()
+            optimizer = torch.optim.SGD(student.parameters(), lr=args.lr, momentum=.9, fused=True)
+            for iteration in range(args.stage0_iterations):
+                ids = pick(known, f"labeled {j}", iteration)
+                optimizer.zero_grad()
+                F.cross_entropy(student(images[ids]), labels[ids]).backward()  # Eq. 1
+                optimizer.step()
+            start.append(student)
+        for mode, (source, noise) in COUPLING.items():
+            students, teachers = copy.deepcopy(start), [copy.deepcopy(student).requires_grad_(False) for student in start]
+            sources = teachers if source == "teacher" else students
+            optimizers = [torch.optim.SGD(student.parameters(), lr=args.lr, momentum=.9, fused=True) for student in students]
+            for iteration in range(args.iterations + 1):
+                if iteration % args.log_every == 0:
+                    with torch.no_grad():
+                        p = {name: [network.eval()(held_out).softmax(1) for network in pair] for name, pair in (("students", students), ("teachers", sources))}
+                    records.append({"seed": seed, "mode": mode, "iteration": iteration} | {f"tv_{name}": float(total_variation(*pair)) for name, pair in p.items()}
+                                   | {f"accuracy_{name}": 100 * float(torch.stack([(q.argmax(1) == held_out_labels).float().mean() for q in pair]).mean()) for name, pair in p.items()})
+                ids, others = pick(known, "labeled", iteration), pick(unknown, "unlabeled", iteration)
+                with torch.no_grad():
+                    pseudo_labels = [network.eval()(images[others]).argmax(1) for network in sources]  # of a student: Eq. 3; of a teacher: Eq. 4
+                torch.manual_seed(int(common.rng(seed, "noise", mode, iteration).randint(2 ** 31)))
+                for j, (student, optimizer) in enumerate(zip(students, optimizers)):
+                    student.train(noise)
+                    of_known, of_unknown = student(images[torch.cat([ids, others])]).chunk(2)
+                    optimizer.zero_grad()
+                    (F.cross_entropy(of_known, labels[ids]) + F.cross_entropy(of_unknown, pseudo_labels[1 - j])).backward()  # Eqs. 1 and 3
+                    optimizer.step()
+                for teacher, student in zip(teachers, students):
+                    update_teacher(teacher, student, args.ema_decay)
+            common.progress("coupling, seeds x modes", len(COUPLING) * (seed - args.seed) + list(COUPLING).index(mode) + 1, len(COUPLING) * args.seeds)
+    def curves(key):  # {mode: (seeds, points)}
+        return {mode: np.array([[r[key] for r in records if (r["seed"], r["mode"]) == (seed, mode)] for seed in seeds]) for mode in COUPLING}
+
+    marks = list(range(0, args.iterations + 1, args.log_every))
+    shown = [i for i, mark in enumerate(marks) if mark in (0, 50, 100, 200, 400) or i == len(marks) - 1]
+    common.write_atomically(folder / "log.jsonl", lambda file: file.write("".join(json.dumps(r) + "\n" for r in records).encode()))
+    for who in ("teachers", "students"):
+        print(f"\ntotal variation in percent between the two {who}, on {len(held_out)} held-out digits: mean and standard deviation over seeds {', '.join(map(str, seeds))}")
+        print(f"{'iteration':24}" + "".join(f"{marks[i]:>15}" for i in shown))
+        for mode, values in curves(f"tv_{who}").items():
+            print(f"{mode:24}" + "".join(f"{100 * values[:, i].mean():9.2f} +-{100 * values[:, i].std():4.2f}" for i in shown))
+        common.write_atomically(folder / f"coupling_{who}.png", partial(common.draw_curves(
+            f"total variation between the two {who} (Fig. 2), mean of {len(seeds)} seeds", curves(f"tv_{who}"), ("iterations after the start on labels", marks)).save, format="PNG"))
+    result = {"method": "rml-coupling", "dataset": "mnist" if args.data_root else "drawn digits", "labels": n, "seeds": list(seeds), "iterations": marks, "seconds": round(time.time() - began, 1),
+              "torch": torch.__version__, "commit": common.git_commit()} | {key: {mode: x.round(5).tolist() for mode, x in curves(key).items()} for key in
+              ("tv_teachers", "tv_students", "accuracy_teachers", "accuracy_students")}
+    common.write_atomically(folder / "result.json", lambda file: file.write(json.dumps(result, indent=1).encode()))
+    print(f"\naccuracy of the teachers at the end: " + ", ".join(f"{mode} {x[:, -1].mean():.1f}" for mode, x in curves("accuracy_teachers").items())
+          + f"\n{common.duration(time.time() - began)} on {common.device_name(device)}; curves {folder}/coupling_*.png   numbers {folder}/result.json, log.jsonl", flush=True)
+
+
+def compare(folders, out):
+    """Fig. 4: pseudo-label mIoU over the iterations after stage 0, of runs of rml.py, as one picture."""
+    series = {}
+    for folder in map(Path, folders):
+        try:
+            records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+        except (OSError, ValueError) as error:
+            raise common.UserError(f"--compare {folder}: has no readable log.jsonl ({error}); expected a run folder of rml.py") from None
+        records = [r for r in records if "pseudo_miou_1" in r]
+        if not records:
+            raise common.UserError(f"--compare {folder}: no pseudo-labels in its log.jsonl; expected a run of rml.py past stage 0, not --supervised")
+        begin = records[0]["step"] - records[0]["iteration"]
+        series[folder.name] = {r["step"] - begin: (r["pseudo_miou_1"] + r["pseudo_miou_2"]) / 2 for r in records}
+    steps = sorted(set.intersection(*(set(points) for points in series.values())))
+    if len(steps) < 2:
+        raise common.UserError(f"--compare {' '.join(folders)}: their logs have no two iterations in common; run them with the same --log-every")
+    curves = {name: np.array([[points[step] for step in steps]]) for name, points in series.items()}
+    common.write_atomically(out, partial(common.draw_curves("mIoU of pseudo-labels (Fig. 4)", curves, ("iterations after stage 0", steps)).save, format="PNG"))
+    for name, (curve,) in curves.items():
+        print(f"{name:24}{curve[0]:6.1f} at first, {curve[-1]:6.1f} at last")
+    print(f"picture   {out}")
+
+
 def main():
     args = common.parse_args(get_parser(), PAPER)
     device = common.setup(args)
     if args.evaluate or args.predict:
         return common.use_checkpoint(args, device)
+    if args.compare:
+        return compare(args.compare, Path(args.out or "pseudo_miou.png"))
+    common.check_range(args, 1, math.inf, "seeds")
+    if args.dataset == "mnist":
+        return couple(args, device) if common.is_main() else None
     args.rectify = args.mutual in ("peer", "indirect") if args.rectify is None else args.rectify
     common.check_range(args, 0, math.inf, "stages", "stage0_iterations")
     common.check_range(args, 1e-12, math.inf, "stage0_lr", "stage0_head_lr")
