@@ -120,7 +120,7 @@ def get_parser():
     a("--labeled-decoupling", choices=["soft", "hard"], help="the same, within L_dec (hard in Eq. 12)")
     a("--masks", choices=["softmax", "logits", "probabilities"], default="softmax",
       help="softmax: decouple logits, compare their softmax; logits: decouple and compare logits; probabilities: decouple and compare these (default: softmax)")
-    a("--stop-gradient", action=argparse.BooleanOptionalAction, 
+    a("--stop-gradient", action=argparse.BooleanOptionalAction,
       help="no gradient into the pseudo-mask (L_usup), nor into the two pictures' own predictions in L_dec")
     a("--omega", type=float, metavar="X", help="weight of L_usup after its ramp-up (Eq. 9); 0 leaves it out")
     a("--dec-weight", type=float, metavar="X", default=1., help="weight of L_dec (Eq. 11; default: %(default)s); 0 leaves it out")

@@ -297,7 +297,7 @@ SHORT = ["--stage0-iterations", 1, "--iterations", 1, "--stages", 1, "--labels",
 
 @pytest.mark.parametrize("dataset", ["voc", "vocaug"])
 def test_a_method_without_numbers_for_a_dataset_names_those_it_has(monkeypatch, dataset):
-    with pytest.raises(common.UserError, match=f"this paper has no numbers for {dataset}; choose among camvid, cityscapes, streets$"):
+    with pytest.raises(common.UserError, match=f"this paper has no numbers for {dataset}; choose among camvid, cityscapes, mnist, streets$"):
         run_rml(monkeypatch, "--dataset", dataset)
 
 
