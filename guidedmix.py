@@ -34,7 +34,7 @@ Choices that the paper leaves open, and why (its public repository holds another
     Logits are decoupled and their softmax compared, at stride 2 and inside the picture only. At full size one mask of 8 crops of 480 with 60 classes
         would take 442 MB.                                                                               --masks
     The pseudo-mask is a target: no gradient goes into it; in L_dec gradient goes into the blend's prediction alone. On streets and camvid-cpu it flows
-        into both sides: there, fixed targets made the network worse than its baseline.                   --stop-gradient
+        into both sides: there, with networks from scratch, fixed targets brought nothing.                --stop-gradient
     Eq. 12 is hard, M_mix - M_l, also where soft decoupling is used. So L_dec teaches M_mix = M_l + M_l^, while Eq. 8 assumes M_mix = lambda M_l + M_u. On
         streets and camvid-cpu it is soft.                                                               --labeled-decoupling
     omega = w exp(-5 (1 - t)^2) with t from 0 to 1 in 10 % of the iterations. w = 1.5, and .5 on Context: CCT, in whose line this paper stands, has 30
