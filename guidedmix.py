@@ -3,8 +3,8 @@ Peng Tu, Yawen Huang, Rongrong Ji, Feng Zheng, Ling Shao. arXiv 2106.15064
 
 A labeled picture guides an unlabeled one. Each unlabeled picture is blended with the labeled picture of the batch that is most similar to it, and the
 network segments the blend, where it sees both at once. The labeled picture's prediction is subtracted from that of the blend (decoupled). What
-remains is the pseudo-mask, the target for the network's direct prediction of the unlabeled picture. The same is done
-with two labeled pictures (L_dec), so that the network learns to segment blends. The decoder (MITrans) lets each place use similar places anywhere in the blend.
+remains is the pseudo-mask, the target for the network's direct prediction of the unlabeled picture. The same is done with two labeled pictures
+(L_dec), so that the network learns to segment blends. The decoder (MITrans) lets each place use similar places anywhere in the blend.
 
     python guidedmix.py                                                                  drawn streets, a CPU, minutes
     torchrun --nproc_per_node=4 guidedmix.py --dataset vocaug --data-root DIR --labels 1/8
