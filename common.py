@@ -446,7 +446,8 @@ def read_list(path, folder, layout, *sizes):
     pictures = set(os.listdir(folder / "JPEGImages"))
     for id in ids:
         if f"{id}.jpg" not in pictures:
-            raise UserError(f"{path}: names {id}, but {folder}/JPEGImages has no {id}.jpg; copy the dataset again (with --download: remove {folder} first)")
+            raise UserError(f"{path}: names {id}, but {folder}/JPEGImages has no {id}.jpg; copy the dataset again"
+                            + f" (with --download: remove {folder} first)" * ("--download" in layout))
     if not ids:
         raise UserError(f"{path}: names no picture; copy the dataset again")
     if len(ids) not in sizes:
@@ -455,6 +456,7 @@ def read_list(path, folder, layout, *sizes):
 
 
 def not_both(train, val, train_list, val_list):
+    """A UserError if a training id is a val id too."""
     both = set(train) & set(val)
     if both:
         raise UserError(f"{train_list}: names {min(both)}, which {val_list} names too: that would be training on val; take another list")
@@ -477,6 +479,8 @@ def open_dataset(args):
         raise UserError(f"--extra {args.extra}: only cityscapes (train_extra) and voc (the rest of the 10,582) have additional pictures, not {args.dataset}; leave it out")
     if args.download and args.dataset not in ("voc", "vocaug"):
         raise UserError(f"--download fetches PASCAL VOC (--dataset voc), not {args.dataset}; leave it out")
+    if args.dataset == "mnist":
+        raise UserError("--dataset mnist: is an experiment of rml.py, with nothing to segment; leave it out")
     if args.dataset == "streets":
         if tuple(args.size) != (64, 128):
             raise UserError(f"--size {args.size[0]} {args.size[1]}: streets are drawn at 64 128")

@@ -187,7 +187,7 @@ class GuidedMixNet(common.SegmentationNetwork):
         net = self.backbone
         stem = net.relu(net.bn1(net.conv1(self.normalize(image))))
         layer1 = net.layer1(net.maxpool(stem))
-        return self.psp(net.layer4(net.layer3(net.layer2(layer1)))), layer1, stem
+        return self.psp(net.layer4(net.layer3(net.layer2(layer1)))), layer1, stem  # Eq. 4: v_j, and the v_(j-1) of both steps
 
     def decode(self, v, layer1, stem):
         """-> (B, 128, H/2, W/2)."""
@@ -308,8 +308,10 @@ def gather(x):
 # ---- pseudo-labels ---------------------------------------------------------------------------------------------------
 
 def decouple(mixed, guide, lam, how="soft"):
-    """What the blend's prediction holds of the other picture: M_mix ~ M_l + M_u (Eq. 6), of any shape."""
-    return mixed - guide if how == "hard" else mixed - lam * guide  # Eq. 7, Eq. 8
+    """What the blend's prediction M_mix holds of the other picture, of any shape."""
+    if how == "hard":
+        return mixed - guide  # Eq. 7
+    return mixed - lam * guide  # Eq. 8
 
 
 # ---- losses ----------------------------------------------------------------------------------------------------------
@@ -319,13 +321,13 @@ def cross_entropy(logits, label):
 
     Each process returns its share times their number, since gradients are averaged over processes."""
     count = common.all_reduce((label != IGNORE).sum())
-    return F.cross_entropy(logits, label, ignore_index=IGNORE, reduction="sum") * common.world_size() / count.clamp(min=1)
+    return F.cross_entropy(logits, label, ignore_index=IGNORE, reduction="sum") * common.world_size() / count.clamp(min=1)  # Eq. 1
 
 
 def mask_error(a, b, valid):
-    """(a - b)^2, summed over the classes, mean over the valid pixels of all processes: (B, K, h, w), valid (B, h, w) bool -> 0-dim (Eqs. 10, 12)."""
+    """(a - b)^2, summed over the classes, mean over the valid pixels of all processes: (B, K, h, w), valid (B, h, w) bool -> 0-dim."""
     count = common.all_reduce(valid.sum())
-    return ((a - b).square() * valid[:, None]).sum() * common.world_size() / count.clamp(min=1)
+    return ((a - b).square() * valid[:, None]).sum() * common.world_size() / count.clamp(min=1)  # Eqs. 10, 12
 
 
 def classes_present(label, classes, background):
@@ -371,6 +373,7 @@ def train(args, data, labeled, unlabeled, device):
     as_mask = nn.Softmax(1) if args.masks == "probabilities" else nn.Identity()  # what is decoupled, of logits
     as_compared = nn.Softmax(1) if args.masks == "softmax" else nn.Identity()  # what is compared, of masks
 
+    student.train()  # evaluate() and predictions() leave it so
     for iteration, batch in enumerate(zip(*loaders), begin):
         # 1 batch: labeled and unlabeled pictures, what the network says of them, and who is blended with whom
         image, label = batch[0]["image"], batch[0]["label"]  # (B, 3, H, W), (B, H, W)
@@ -384,7 +387,6 @@ def train(args, data, labeled, unlabeled, device):
             if with_dec:
                 partner_l = torch.tensor([(own + i + common.rng(args.seed, "pair labeled", place).randint(1, n)) % n
                                           for i, place in enumerate(batch[0]["position"])]).to(device, non_blocking=True)
-        student.train()
         with common.autocast(args, device):
             logits, v, present = learner(torch.cat([x_l, x_u]) if with_usup else x_l)  # (2B, K, h, w), (2B, C, h', w'), (2B, K')
         masks, size = as_mask(logits.float()), logits.shape[2:]
@@ -401,7 +403,7 @@ def train(args, data, labeled, unlabeled, device):
             lam = sample_lambda(args.alpha, args.lambda_cap, common.rng(args.seed, "lambda", iteration))
             x_mix = mix(common.to_float(guides[partner]), x_u, lam)
             with torch.set_grad_enabled(not args.stop_gradient), keep_statistics(student), common.autocast(args, device):
-                m_mix = as_mask(learner(x_mix)[0].float())  # M_mix, (B, K, h, w)
+                m_mix = as_mask(learner(x_mix)[0].float())  # Eq. 6: M_mix, which should be M_l + M_u, (B, K, h, w)
             m_dec = decouple(m_mix, guide_masks[partner], lam, args.decoupling)  # M_u-dec
 
         # 3 losses

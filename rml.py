@@ -512,6 +512,10 @@ def couple(args, device):
     folder, began = Path(args.out or f"runs/rml-mnist-s{args.seed}"), time.time()
     if (folder / "result.json").exists() and not args.overwrite:
         raise common.UserError(f"{folder} holds a finished run; choose another --out, or --overwrite to begin anew")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise common.UserError(f"{folder}: cannot be written ({error.strerror}); choose another --out") from None
     (images, labels), (held_out, held_out_labels) = [[x.to(device) for x in part] for part in read_digits(args)]
     n, records, seeds = common.count_labels(args.labels, argparse.Namespace(name="digits", train=range(len(labels)))), [], range(args.seed, args.seed + args.seeds)
     for seed in seeds:
@@ -555,6 +559,7 @@ def couple(args, device):
                 for teacher, student in zip(teachers, students):
                     update_teacher(teacher, student, args.ema_decay)
             common.progress("coupling, seeds x modes", len(COUPLING) * (seed - args.seed) + list(COUPLING).index(mode) + 1, len(COUPLING) * args.seeds)
+
     def curves(key):  # {mode: (seeds, points)}
         return {mode: np.array([[r[key] for r in records if (r["seed"], r["mode"]) == (seed, mode)] for seed in seeds]) for mode in COUPLING}
 
@@ -572,12 +577,14 @@ def couple(args, device):
               "torch": torch.__version__, "commit": common.git_commit()} | {key: {mode: x.round(5).tolist() for mode, x in curves(key).items()} for key in
               ("tv_teachers", "tv_students", "accuracy_teachers", "accuracy_students")}
     common.write_atomically(folder / "result.json", lambda file: file.write(json.dumps(result, indent=1).encode()))
-    print(f"\naccuracy of the teachers at the end: " + ", ".join(f"{mode} {x[:, -1].mean():.1f}" for mode, x in curves("accuracy_teachers").items())
+    print("\naccuracy of the teachers at the end: " + ", ".join(f"{mode} {x[:, -1].mean():.1f}" for mode, x in curves("accuracy_teachers").items())
           + f"\n{common.duration(time.time() - began)} on {common.device_name(device)}; curves {folder}/coupling_*.png   numbers {folder}/result.json, log.jsonl", flush=True)
 
 
 def compare(folders, out):
     """Fig. 4: pseudo-label mIoU over the iterations after stage 0, of runs of rml.py, as one picture."""
+    if len(folders) > 4:
+        raise common.UserError(f"--compare: {len(folders)} runs are too many for one picture; name up to four")
     series = {}
     for folder in map(Path, folders):
         try:
@@ -593,7 +600,10 @@ def compare(folders, out):
     if len(steps) < 2:
         raise common.UserError(f"--compare {' '.join(folders)}: their logs have no two iterations in common; run them with the same --log-every")
     curves = {name: np.array([[points[step] for step in steps]]) for name, points in series.items()}
-    common.write_atomically(out, partial(common.draw_curves("mIoU of pseudo-labels (Fig. 4)", curves, ("iterations after stage 0", steps)).save, format="PNG"))
+    try:
+        common.write_atomically(out, partial(common.draw_curves("mIoU of pseudo-labels (Fig. 4)", curves, ("iterations after stage 0", steps)).save, format="PNG"))
+    except OSError as error:
+        raise common.UserError(f"--out {out}: cannot be written ({error.strerror}); name a file such as fig4.png") from None
     for name, (curve,) in curves.items():
         print(f"{name:24}{curve[0]:6.1f} at first, {curve[-1]:6.1f} at last")
     print(f"picture   {out}")

@@ -31,3 +31,25 @@ def error(main):
 @pytest.fixture
 def seeded():
     torch.manual_seed(0)
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.fixture
+def kill(main, monkeypatch):
+    """kill(target, name, condition, ..): run until target.name(..) is called for which condition(its arguments) is true, as if the process ended there."""
+    def go(target, name, condition, *argv):
+        real = getattr(target, name)
+
+        def fatal(*args, **kwargs):
+            if condition(*args, **kwargs):
+                raise Killed
+            return real(*args, **kwargs)
+        with monkeypatch.context() as patch:
+            patch.setattr(target, name, fatal)
+            with pytest.raises(Killed):
+                main("--out", "run", *argv)
+        assert not Path("run/result.json").exists()
+    return go

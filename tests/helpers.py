@@ -1,8 +1,13 @@
 """What the tests of whole runs share: few streets, and how two run folders are compared."""
 
 import json
+import os
+import socket
+import subprocess
 import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -21,6 +26,25 @@ def run_on_few_streets(script, *argv):
         patch.setattr(common, "Streets", FewStreets)
         patch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, argv)])
         script.main()
+
+
+def all_masks_are(value, ids, monkeypatch):
+    """From now on the masks of these pictures hold one value."""
+    real = FewStreets.label
+    monkeypatch.setattr(FewStreets, "label", lambda data, id, full_size=False: np.full((64, 128), value, np.uint8) if id in ids else real(data, id), raising=False)
+
+
+def two_processes(script, folder, *argv):
+    """Two processes that run a script together on few streets, in the folder."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    name, tests = script.__name__, Path(__file__).resolve().parent
+    code = f"import torch, common, helpers, {name}\ncommon.Streets = helpers.FewStreets\ntorch.set_num_threads(1)\ncommon.run_main({name}.main)"
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (tests, tests.parent))), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": "lo",
+                        "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return [subprocess.Popen([sys.executable, "-c", code, *argv], cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+                             env=env | {"RANK": str(r), "LOCAL_RANK": str(r)}) for r in range(2)]
 
 
 def strict(text):

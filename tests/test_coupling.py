@@ -12,6 +12,7 @@ from PIL import Image
 import common
 import rml
 from helpers import run_on_few_streets, strict
+from test_data import arguments
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SHORT = ["--dataset", "mnist", "--iterations", "4", "--stage0-iterations", "3", "--log-every", "2", "--seeds", "2", "--ema-decay", ".5", "--out", "run"]
@@ -158,6 +159,26 @@ def test_compare_names_what_is_missing(main, make, word):
     make()
     with pytest.raises(common.UserError, match=word):
         main("--compare", "run")
+
+
+def test_compare_more_than_four_runs_or_into_a_folder(main, tmp_path):
+    write_log(tmp_path / "run", [1., 2.])
+    with pytest.raises(common.UserError, match="5 runs are too many"):
+        main("--compare", *["run"] * 5)
+    (tmp_path / "pictures").mkdir()
+    with pytest.raises(common.UserError, match="--out pictures: cannot be written"):
+        main("--compare", "run", "--out", "pictures")
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_the_work(main, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(common.UserError, match="file/run: cannot be written"):
+        main(*SHORT, "--out", "file/run")
+
+
+def test_mnist_has_nothing_to_segment(tmp_path):
+    with pytest.raises(common.UserError, match="experiment of rml.py"):
+        common.open_dataset(arguments(dataset="mnist"))
 
 
 def test_curves_are_drawn_where_their_numbers_are():

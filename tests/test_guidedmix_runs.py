@@ -3,8 +3,6 @@
 import copy
 import math
 import os
-import socket
-import subprocess
 import sys
 from pathlib import Path
 
@@ -19,7 +17,8 @@ sys.path.insert(0, str(ROOT))
 import common  # noqa: E402
 import guidedmix  # noqa: E402
 import rml  # noqa: E402
-from helpers import FewStreets, equal, losses, records, result_of, run_on_few_streets, same_checkpoint, strict, terms, untimed  # noqa: E402
+from helpers import (FewStreets, all_masks_are, equal, losses, records, result_of, run_on_few_streets, same_checkpoint, strict, terms, two_processes,
+                     untimed)  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -158,12 +157,6 @@ def test_another_scripts_evaluate_names_the_script(whole, monkeypatch, tmp_path)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(common.UserError, match="guidedmix.py"):
         run_on_few_streets(rml, "--evaluate", "--checkpoint", whole)
-
-
-def all_masks_are(value, ids, monkeypatch):
-    """From now on the masks of these pictures hold one value."""
-    real = FewStreets.label
-    monkeypatch.setattr(FewStreets, "label", lambda data, id, full_size=False: np.full((64, 128), value, np.uint8) if id in ids else real(data, id), raising=False)
 
 
 def test_nothing_learns_from_masks_of_unlabeled_pictures(main, whole, tmp_path, monkeypatch):
@@ -367,28 +360,6 @@ def test_weights_of_another_run(main, whole, tmp_path, capsys):
 
 # ---- nothing is lost -------------------------------------------------------------------------------------------------
 
-class Killed(BaseException):
-    pass
-
-
-@pytest.fixture
-def kill(main, monkeypatch):
-    """kill(target, name, condition, ..): run until target.name(..) is called for which condition(its arguments) is true, as if the process ended there."""
-    def go(target, name, condition, *argv):
-        real = getattr(target, name)
-
-        def fatal(*args, **kwargs):
-            if condition(*args, **kwargs):
-                raise Killed
-            return real(*args, **kwargs)
-        with monkeypatch.context() as patch:
-            patch.setattr(target, name, fatal)
-            with pytest.raises(Killed):
-                main("--out", "run", *argv)
-        assert not Path("run/result.json").exists()
-    return go
-
-
 def at(iteration):
     return lambda run, stage, i, losses: i == iteration
 
@@ -431,27 +402,12 @@ def test_an_unfinished_run_of_another_configuration_names_the_argument(error, wh
 
 # ---- processes -------------------------------------------------------------------------------------------------------
 
-def launch(folder, *argv, **env):
-    """A process of its own that runs guidedmix.py on few streets."""
-    code = "import test_guidedmix_runs as t\nt.common.Streets = t.FewStreets\nt.torch.set_num_threads(1)\nt.common.run_main(t.guidedmix.main)"
-    return subprocess.Popen([sys.executable, "-c", code, *SHORT, *argv], cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                            start_new_session=True, env=os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), str(ROOT)]), "OMP_NUM_THREADS": "1",
-                                                                      "CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": "lo"} | env)
-
-
-def two_processes(folder, *argv):
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    return [launch(folder, *argv, RANK=str(r), LOCAL_RANK=str(r), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)) for r in range(2)]
-
-
 @pytest.mark.parametrize("flags", ["--batch-size 4", "--batch-size 2 --scale .4 .9 --rotation 10", "--batch-size 4 --pairs random --masks logits",
                                    "--batch-size 2 --no-stop-gradient --omega 20 --dec-weight 20 --ramp 0", "--batch-size 4 --distance places --omega 0"])
 def test_two_processes_give_one_processs_losses(main, tmp_path, flags):
     """With SGD: AdamW divides by gradients near zero, which makes rounding visible. With a batch of 2 each process has one labeled picture, whose partner is the other's."""
     flags = [*ONCE[:2], "--optimizer", "sgd", "--lr", "0.005", *flags.split()]
-    processes = two_processes(tmp_path, *flags, "--out", "two")
+    processes = two_processes(guidedmix, tmp_path, *SHORT, *flags, "--out", "two")
     main(*flags, "--out", "one")
     for process in processes:
         output = process.communicate(timeout=240)[0]

@@ -301,28 +301,6 @@ def test_other_settings(main, tmp_path, flags):
 
 # ---- nothing is lost -------------------------------------------------------------------------------------------------
 
-class Killed(BaseException):
-    pass
-
-
-@pytest.fixture
-def kill(main, monkeypatch):
-    """kill(target, name, condition, ..): run until target.name(..) is called for which condition(its arguments) is true, as if the process ended there."""
-    def go(target, name, condition, *argv):
-        real = getattr(target, name)
-
-        def fatal(*args, **kwargs):
-            if condition(*args, **kwargs):
-                raise Killed
-            return real(*args, **kwargs)
-        with monkeypatch.context() as patch:
-            patch.setattr(target, name, fatal)
-            with pytest.raises(Killed):
-                main("--out", "run", *argv)
-        assert not Path("run/result.json").exists()
-    return go
-
-
 def nth(n):
     """True at the n-th call."""
     calls = []
