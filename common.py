@@ -3,7 +3,7 @@
 Three parts, in this order:
 
     DATASETS   streets (drawn, no download), camvid, cityscapes, voc, vocaug, context; splits; weak views; seeded streams; evaluation by mIoU
-    NETWORKS   DeepLabv2, DeepLabv3+ and PSPNet on ResNets and on a tiny backbone; weights in the layouts that people have
+    NETWORKS   DeepLabv2, DeepLabv3+ and PSPNet on ResNets, SETR on Vision Transformers, all on a tiny backbone too; weights in the layouts that people have
     SETUP      arguments, processes, precision, run folder, log, checkpoints, pictures, errors
 
 Conventions everywhere:
@@ -41,7 +41,7 @@ import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import nn
-from torchvision.models import resnet
+from torchvision.models import resnet, vision_transformer
 from torchvision.transforms import v2
 
 IGNORE = 255
@@ -959,8 +959,11 @@ class ResNet(resnet.ResNet):
         return self.layers(x)[-1]
 
 
+RESNETS = ["resnet50", "resnet101", "tiny"]
+
+
 def make_backbone(name, batch_norm="frozen", caffe=False, deep_stem=False, output_stride=8):
-    """resnet50, resnet101, or tiny: a ResNet-18 of an eighth of the width at stride 4, to train from scratch on a CPU.
+    """resnet50, resnet101, or tiny: a ResNet-18 of an eighth of the width at stride 4, to train from scratch on a CPU. (SETR's are ViTs.)
 
     Its group norm has no running statistics, so nothing depends on how a batch is cut among processes."""
     if name == "tiny":
@@ -976,11 +979,44 @@ def group_norm(channels):
     return nn.GroupNorm(channels // 8, channels)
 
 
+class ViT(vision_transformer.VisionTransformer):
+    """torchvision's Vision Transformer (its names, so its weights load) without the classifier, for pictures of any size.
+
+    Its position embeddings belong to grid x grid patches, 14 x 14 for ImageNet's pictures of 224 pixels; to others they are interpolated.
+    A picture that patches do not divide is padded to the right and below with the mean colour, which is 0 after normalisation."""
+
+    def __init__(self, patch, depth, heads, width, grid=14):
+        super().__init__(grid * patch, patch, depth, heads, width, 4 * width)
+        del self.heads
+        self.channels, self.stride, self.grid = width, patch, grid
+
+    def positions(self, h, w):
+        """Position embeddings of the class token and of h x w patches, row by row: (1, 1 + hw, C)."""
+        if (h, w) == (self.grid, self.grid):
+            return self.encoder.pos_embedding
+        token, patches = self.encoder.pos_embedding.split([1, self.grid ** 2], 1)
+        patches = patches.transpose(1, 2).unflatten(2, (self.grid, self.grid))  # (1, C, grid, grid)
+        patches = F.interpolate(patches, (h, w), mode="bicubic", align_corners=False)
+        return torch.cat([token, patches.flatten(2).transpose(1, 2)], 1)
+
+    def forward(self, x):
+        """(B, 3, H, W), normalised -> (B, C, h, w), the sides divided by that of a patch and rounded up."""
+        x = self.conv_proj(F.pad(x, (0, -x.shape[3] % self.stride, 0, -x.shape[2] % self.stride)))
+        h, w = x.shape[2:]
+        tokens = torch.cat([self.class_token.expand(len(x), -1, -1), x.flatten(2).transpose(1, 2)], 1) + self.positions(h, w)  # (B, 1 + hw, C)
+        tokens = self.encoder.ln(self.encoder.layers(tokens))
+        return tokens[:, 1:].transpose(1, 2).unflatten(2, (h, w))
+
+
+# Side of a patch, layers, attention heads, channels; torchvision's two, and one to train from scratch on a CPU.
+VITS = {"vit_b_16": (16, 12, 12, 768), "vit_l_16": (16, 24, 16, 1024), "tiny": (8, 4, 4, 64)}
+
+
 class SegmentationNetwork(nn.Module):
     """logits = classifier(features(image)), with the pictures' normalisation inside. Networks below add their heads.
 
-    forward: (B, 3, H, W) float RGB in [0, 1] -> logits (B, K, h, w) at .stride: 8, DeepLabv3+ 4; tiny half of that. With aux=True a
-    tuple: the logits, and those of an auxiliary head where the network has one.
+    forward: (B, 3, H, W) float RGB in [0, 1] -> logits (B, K, h, w) at .stride: 8, DeepLabv3+ 4, tiny half of that; SETR 2, naive 16. With
+    aux=True a tuple: the logits, and those of an auxiliary head where the network has one.
     align_corners: for upsample()."""
 
     align_corners = False
@@ -1130,14 +1166,48 @@ class PSPNet(SegmentationNetwork):
         return (logits, self.auxiliary(layer3)) if aux else logits
 
 
-NETWORKS = ["deeplabv2", "deeplabv3plus", "pspnet"]
+class SETR(SegmentationNetwork):
+    """SETR: a Vision Transformer, and a decoder that only scales up: progressively (PUP), or naive.
+
+    PUP: 3x3 conv to the width, norm, ReLU and x 2, as often as it takes from the patches to the pixels: four times for patches of 16. The last
+    x 2 comes after the 1x1 conv to the classes, in upsample(): both are linear, so the logits are the same, and features and logits stay at stride 2.
+    naive: 1x1 conv to the width, norm, ReLU, 1x1 conv to the classes, all at the patches' stride.
+    The layer norm that either begins with is the encoder's last one. dropout, before the last conv, is an Identity that a method may replace."""
+
+    def __init__(self, backbone, classes, naive=False, width=256, style="torchvision", norm=nn.BatchNorm2d):
+        super().__init__(backbone, style)
+        self.feature_channels, self.dropout = width, nn.Identity()
+        layers = [nn.Conv2d(backbone.channels, width, 1 if naive else 3, padding=0 if naive else 1, bias=False), norm(width), nn.ReLU()]
+        while not naive and self.stride > 2:
+            layers += [nn.Upsample(scale_factor=2, mode="bilinear"), nn.Conv2d(width, width, 3, padding=1, bias=False), norm(width), nn.ReLU()]
+            self.stride //= 2
+        self.decoder = nn.Sequential(*layers)
+        self.last = nn.Conv2d(width, classes, 1)
+        nn.init.normal_(self.last.weight, 0, .01)
+        nn.init.zeros_(self.last.bias)
+
+    def features(self, image):
+        """(B, 3, H, W) float RGB in [0, 1] -> (B, C, h, w), without what lies in the padding."""
+        h, w = (math.ceil(n / self.stride) for n in image.shape[2:])
+        return self.decoder(self.backbone(self.normalize(image)))[:, :, :h, :w]
+
+    def classifier(self, features):
+        """(B, C, h, w) -> logits (B, K, h, w)."""
+        return self.last(self.dropout(features))
+
+
+NETWORKS = ["deeplabv2", "deeplabv3plus", "pspnet"]  # on a ResNet
+TRANSFORMERS = ["setr", "setr-naive"]  # on a ViT
 
 
 def make_network(spec):
     """The network that a description (as saved in every checkpoint) names, with random weights. A UserError if it is a script's own one."""
-    if spec.get("network", "deeplabv2") not in NETWORKS:
+    if spec.get("network", "deeplabv2") not in NETWORKS + TRANSFORMERS:
         raise UserError(f"this checkpoint's network is the one of {spec['network']}.py; use it with that script")
     tiny = spec["backbone"] == "tiny"
+    if spec.get("network") in TRANSFORMERS:
+        return SETR(ViT(*VITS[spec["backbone"]], spec["grid"]), spec["classes"], spec["network"] == "setr-naive", 32 if tiny else 256, spec["style"],
+                    group_norm if tiny else nn.BatchNorm2d)
     backbone = make_backbone(spec["backbone"], spec["batch_norm"], STYLES[spec["style"]]["caffe"], spec.get("deep_stem", False),
                              16 if spec.get("network") == "deeplabv3plus" else 8)
     if spec.get("network") == "deeplabv3plus":
@@ -1152,18 +1222,24 @@ def make_network(spec):
 def build_network(args, data, device, member=0, make=make_network, **more):
     """The network of the arguments, with its weights; member (0, 1, ..) gives each network of an ensemble its own initialisation.
 
-    A script with a network of its own passes make(description), and what the description needs more."""
+    A script with a network of its own passes make(description), and what the description needs more. A UserError if network and backbone do not fit."""
+    fits = list(VITS) if args.network in TRANSFORMERS else RESNETS
+    if args.backbone not in fits:
+        raise UserError(f"--backbone {args.backbone}: {args.network} sits on {', '.join(fits[:-1])} or {fits[-1]}")
     weights, style, source = read_weights(args)
     spec = dict(network=args.network, backbone=args.backbone, head=args.head, aspp_branches=args.aspp_branches,
                 batch_norm=args.batch_norm, style=args.input_style or style, classes=len(data.names),
                 deep_stem=weights["backbone.bn1.weight"].numel() if weights is not None and "backbone.conv1.0.weight" in weights else False, **more)
+    if args.network in TRANSFORMERS:  # the grid that the file's position embeddings belong to; one of them is the class token's
+        positions = weights["backbone.encoder.pos_embedding"].shape[1] if weights is not None and "backbone.encoder.pos_embedding" in weights else 197
+        spec["grid"] = math.isqrt(positions - 1)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(rng(args.seed, "network", member).randint(2 ** 31)))
         network = make(spec)
     if args.batch_norm == "sync" and world_size() > 1 and device.type == "cuda":
         network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
     network.spec = spec
-    if weights is None and args.backbone != "tiny" and args.batch_norm == "frozen":
+    if weights is None and args.backbone != "tiny" and args.batch_norm == "frozen" and args.network not in TRANSFORMERS:
         warn("--weights none with --batch-norm frozen: nothing normalises this network; it is for timing, not for training")
     if weights is not None:
         report = load_weights(network, weights, source)
@@ -1183,13 +1259,13 @@ def read_weights(args):
         return None, "torchvision", None
     if args.weights in ("imagenet", "coco"):
         if args.backbone == "tiny":
-            raise UserError(f"--weights {args.weights}: there are none for the tiny backbone; use --weights none, or --backbone resnet50 or resnet101")
+            raise UserError(f"--weights {args.weights}: there are none for the tiny backbone; use --weights none, or another --backbone")
         if args.weights == "coco":
             if args.backbone != "resnet101":
                 raise UserError(f"--weights coco: is for --backbone resnet101, not {args.backbone}")
             url = COCO_URL
         else:
-            url = getattr(torchvision.models, f"ResNet{args.backbone[6:]}_Weights").IMAGENET1K_V1.url
+            url = torchvision.models.get_model_weights(args.backbone).IMAGENET1K_V1.url
         folder = Path(torch.hub.get_dir(), "checkpoints")
         path = folder / url.split("/")[-1]
         with one_after_another():  # the main process downloads, the others find the file
@@ -1211,8 +1287,8 @@ def read_weights(args):
         state = state[key] if isinstance(state.get(key), dict) else state
     converted, style = convert_weights(state)
     if not converted:
-        raise UserError(f"{path}: unknown layout (its first entries: {', '.join(map(str, list(state)[:3]))}); expected torchvision's ResNet, "
-                        "semseg's or MMSegmentation's, Hung's or the MS-DeepLab COCO ResNet-101, kazuto1011's DeepLab, or a last.pt")
+        raise UserError(f"{path}: unknown layout (its first entries: {', '.join(map(str, list(state)[:3]))}); expected torchvision's ResNet or ViT, "
+                        "semseg's or MMSegmentation's ResNet, Hung's or the MS-DeepLab COCO ResNet-101, kazuto1011's DeepLab, or a last.pt")
     return converted, style, path
 
 
@@ -1233,6 +1309,7 @@ def convert_weights(state):
     torchvision     conv1.weight, layer1.0.conv1.weight, fc.*                       torchvision
     semseg          the same names, conv2.weight, conv3.weight (a stem of three)    torchvision
     MMSegmentation  the same names, stem.0.weight (ResNetV1c)                       torchvision
+    torchvision ViT conv_proj.weight, encoder.pos_embedding, heads.*                torchvision
     Hung            the same names, layer5.conv2d_list.0.weight                     caffe-rgb
     MS-DeepLab      the same with the prefix Scale.                                 caffe-bgr
     kazuto1011      [base.]layer1.conv1.conv.weight, layer2.block1.reduce.bn.bias,
@@ -1254,13 +1331,14 @@ def convert_weights(state):
         state = {".".join([stem.get(key.split(".")[0], key.split(".")[0])] + key.split(".")[1:]): value for key, value in state.items()}
     converted = {}
     for key, value in state.items():
-        if re.match(r"(conv1|bn1|layer[1-4]\.\d+)\.", key):
+        if re.match(r"(conv1|bn1|layer[1-4]\.\d+|conv_proj|encoder)\.|class_token$", key):
+            key = key.replace(".mlp.linear_1.", ".mlp.0.").replace(".mlp.linear_2.", ".mlp.3.")  # as torchvision's files of ViTs have them
             converted["backbone." + key] = value
         elif re.match(r"layer5\.conv2d_list\.\d\.", key):
             converted["branches." + key.removeprefix("layer5.conv2d_list.")] = value
         else:
             converted["skipped." + key] = value
-    known = {"backbone.conv1.weight", "backbone.conv1.0.weight"} & converted.keys()
+    known = {"backbone.conv1.weight", "backbone.conv1.0.weight", "backbone.conv_proj.weight"} & converted.keys()
     return (converted if known else {}), style
 
 
@@ -1300,8 +1378,10 @@ def load_weights(network, weights, source):
 # SETUP
 # ======================================================================================================================
 
-def add_arguments(parser, networks=NETWORKS):
-    """The arguments that all methods share. Those left out come from the method's PAPER table for the dataset. networks: what --network offers."""
+def add_arguments(parser, networks=NETWORKS, several=False):
+    """The arguments that all methods share. Those left out come from the method's PAPER table for the dataset. networks: what --network offers.
+
+    several: --network, --backbone and --weights may name two things divided by a comma, one for each student; the method checks them."""
     a = parser.add_argument_group("data").add_argument
     a("--dataset", default="streets", choices=["streets", "camvid", "cityscapes", "voc", "vocaug", "context", "mnist"],
       help="default: streets, drawn scenes that need no download; mnist: an experiment of rml.py")
@@ -1318,11 +1398,15 @@ def add_arguments(parser, networks=NETWORKS):
     a("--cache", metavar="DIR", default="runs/cache", help="where big pictures are kept at --size (default: %(default)s)")
     a("--workers", type=int, metavar="N", help="loader processes for each stream")
     a = parser.add_argument_group("network").add_argument
-    a("--network", choices=networks, help="which head sits on the backbone")
-    a("--backbone", choices=["tiny", "resnet50", "resnet101"], help="tiny: a small ResNet-18, to train from scratch on a CPU")
+    if several:
+        a("--network", metavar="NAME[,NAME]", help=f"which head sits on the backbone: {', '.join(networks)}; with a comma, one for each student")
+        a("--backbone", metavar="NAME[,NAME]", help=f"{', '.join(RESNETS)} (small, to train from scratch on a CPU); of SETR {', '.join(VITS)}")
+    else:
+        a("--network", choices=networks, help="which head sits on the backbone")
+        a("--backbone", choices=RESNETS, help="tiny: a small ResNet-18, to train from scratch on a CPU")
     a("--head", choices=["bottleneck", "plain"], help="ASPP with a 256-d feature before the last 1x1 conv (ProDA), or straight to classes (DeepLabv2)")
     a("--aspp-branches", type=int, choices=[1, 2, 3, 4], default=4, help="the lineage's code summed only 2 by mistake (default: 4)")
-    a("--weights", metavar="W", help="imagenet, coco, none, or a file")
+    a("--weights", metavar="W", help="imagenet, coco, none, or a file" + "; with a comma, one for each student" * several)
     a("--input-style", choices=list(STYLES), help="how pictures go in, where the weights file's layout does not tell (default: by layout)")
     a("--batch-norm", choices=["frozen", "train", "sync"], help="frozen as loaded; trained; or trained with statistics over all GPUs (tiny has group norm)")
     a = parser.add_argument_group("training").add_argument

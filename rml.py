@@ -24,6 +24,7 @@ paper -> code
     Fig. 2  coupling of two learners on MNIST   couple(), --dataset mnist
     Fig. 4  pseudo-labels over time             compare(), --compare RUN RUN ..
     Table 4 ablations                           flags, see README.md
+    Table 5 CNN and Transformer                 --network deeplabv2,setr; each_student(), common.SETR
 
 Choices that the paper leaves open, and why
     Stage 0. Eqs. 1 and 6 need supervised models to begin with: both students are trained on labels alone, without noise, with a
@@ -38,13 +39,18 @@ Choices that the paper leaves open, and why
         class has at least 10 cells.                                                                         --prototype-min-cells
     Eq. 11: eta' is the mean over the unlabeled batch and its CutMix partners (weak views, by the teacher's own argmax, without
         padding). An absent class is not updated; one never seen before takes eta' at once, until then its probability is 0.
-    Rectification happens at output stride; the product is divided by its sum, upsampled to the crop, then argmax. No threshold;
+    Rectification happens at DeepLabv2's output stride, 8 (tiny 4), where SETR's finer features are averaged, cells(); the product is divided by its sum, upsampled to the crop, then argmax. No threshold;
         with one, the mean is over the confident pixels, where Eq. 2 as printed is over all.                 --threshold
     CutMix: one box, half of the area, always; the partner comes from a second, independent batch; the hard labels are mixed, after
         rectification.                                                                                       --no-cutmix
     "Batch size 4" is 4 labeled and 4 unlabeled pictures. Both students get the same weak views; only noise tells them apart.
+    SETR (Table 5): variant, backbone and optimizer are not named: PUP on ViT-B/16, the same optimizer and rates, no auxiliary heads. Each student's
+        features are rectified by its own prototypes. Table 5 is "without noise injection", but its 61.25 for two DeepLabv2 is Table 4's with
+        full noises; without, that has 60.09.                                                                  --network setr-naive --setr-lr
     Order of a step: optimizer, prototypes, EMA. Batch norm is frozen as loaded; --batch-norm train has statistics per process,
         averaged after each step.
+    VOC's labels: the text takes them from the standard 1,464 pictures, of which 1/8 of 10,582 are nearly all: --dataset voc; the splits it names
+        are of all 10,582: --dataset vocaug, or --split. Shares are of the 10,582.
     The baseline (--supervised) is stage 0 for as many steps as a student takes in all: no noise, and stage 0's learning rate.
     Fig. 2 names 3-layer MLPs, MNIST and 1/60 labels; the rest is ours: 784-256-256-10, 500 iterations on labels first, SGD at .004 (at .02 noise hides
         everything), mean teachers at .999, dropout .5, learners that learn from their peer alone (Eq. 3). Without MNIST, digits are drawn.
@@ -65,6 +71,7 @@ import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageDraw, ImageFont
 from torch import nn
+from torchvision.models.vision_transformer import EncoderBlock
 from torchvision.ops import StochasticDepth
 from torchvision.transforms.v2 import functional as V
 
@@ -78,13 +85,13 @@ PAPER = {
     "cityscapes": dict(
         labels="372", size=(512, 1024), crop=(256, 512), batch_size=4, network="deeplabv2", backbone="resnet101", weights="imagenet",
         optimizer="sgd", lr=1e-4, iterations=90_000, dropout=.5, drop_path=.2, prototype_decay=.9999,
-        head="bottleneck", batch_norm="frozen", scale=(1., 1.), weight_decay=2e-4, ema_decay=.999, prototype_min_cells=10,
+        head="bottleneck", batch_norm="frozen", scale=(1., 1.), weight_decay=2e-4, ema_decay=.999, prototype_min_cells=10, setr_lr=1.,
         stage0_iterations=40_000, stage0_lr=2.5e-4, stage0_head_lr=10., workers=4, log_every=50, eval_every=5000, save_every=1000),
     # A small network from scratch, minutes on a CPU: AdamW, faster averages, and less noise, since it has little capacity to lose.
     "streets": dict(
         labels="8", size=(64, 128), crop=(64, 128), batch_size=4, network="deeplabv2", backbone="tiny", weights="none",
         optimizer="adamw", lr=3e-3, iterations=900, dropout=.1, drop_path=.05, prototype_decay=.999,
-        head="bottleneck", batch_norm="frozen", scale=(1., 1.), weight_decay=1e-2, ema_decay=.99, prototype_min_cells=1,
+        head="bottleneck", batch_norm="frozen", scale=(1., 1.), weight_decay=1e-2, ema_decay=.99, prototype_min_cells=1, setr_lr=.3,
         stage0_iterations=400, stage0_lr=3e-3, stage0_head_lr=1., workers=0, log_every=50, eval_every=300, save_every=100),
 }
 # Fig. 2: two MLPs on digits, a start on labels, then each mode; what the paper leaves open is ours.
@@ -95,9 +102,22 @@ PAPER["camvid-cpu"] = PAPER["streets"] | dict(labels="1/8", size=(180, 240), cro
 PAPER["camvid-gpu"] = PAPER["cityscapes"] | dict(labels="1/8", size=(360, 480), crop=(256, 352), iterations=20_000, stage0_iterations=10_000,
                                                  eval_every=2000)
 
-# The paper's mIoU (Table 1), and of its supervised baseline.
-PAPER_MIOU = {("cityscapes", 100): 58.25, ("cityscapes", 372): 63.97, ("cityscapes", 744): 66.15}
-PAPER_SUPERVISED = {("cityscapes", 100): 45.40, ("cityscapes", 372): 56.08, ("cityscapes", 744): 60.91, ("cityscapes", 2975): 67.14}
+# VOC's augmented list; and, as the text reads, labels from the 1,464 of the standard list alone, the rest of the 10,582 unlabeled.
+PAPER["vocaug"] = PAPER["cityscapes"] | dict(labels="1/8", size=None, crop=(321, 321), scale=(.5, 1.5), batch_size=10, iterations=60_000)
+PAPER["voc"] = PAPER["vocaug"] | dict(labels="1323", extra="all")
+
+# The paper's mIoU (Tables 1, 2, 3) by data, weights and labels, and of its supervised baseline.
+PAPER_MIOU = {("cityscapes", "imagenet", 100): 58.25, ("cityscapes", "imagenet", 372): 63.97, ("cityscapes", "imagenet", 744): 66.15,
+              ("voc", "imagenet", 106): 53.77, ("voc", "imagenet", 212): 64.63, ("voc", "imagenet", 529): 68.82, ("voc", "imagenet", 1323): 70.34,
+              ("voc", "coco", 106): 63.60, ("voc", "coco", 212): 68.66, ("voc", "coco", 529): 71.19, ("voc", "coco", 1323): 73.38}
+PAPER_SUPERVISED = {("cityscapes", "imagenet", 100): 45.40, ("cityscapes", "imagenet", 372): 56.08, ("cityscapes", "imagenet", 744): 60.91,
+                    ("cityscapes", "imagenet", 2975): 67.14, ("voc", "imagenet", 106): 36.25, ("voc", "imagenet", 212): 46.30,
+                    ("voc", "imagenet", 529): 55.92, ("voc", "imagenet", 1323): 63.73, ("voc", "imagenet", 10582): 72.62}
+# Cityscapes, 372 labels: by network, rectification, dropout, drop path, photometric, CutMix and stages (Tables 4, 5; of student 1).
+PAPER_ABLATIONS = {("deeplabv2", False, 0, 0, False, False, 1): 60.09, ("deeplabv2", False, .5, .2, False, False, 1): 60.51,
+                   ("deeplabv2", False, 0, 0, True, True, 1): 60.49, ("deeplabv2", False, .5, .2, True, True, 1): 61.25,
+                   ("deeplabv2", True, .5, .2, True, True, 1): 62.85, ("setr", False, 0, 0, False, False, 1): 64.15,
+                   ("deeplabv2,setr", False, 0, 0, False, False, 1): 63.96, ("setr,deeplabv2", False, 0, 0, False, False, 1): 64.35}
 
 # Who predicts the pseudo-labels, and whose student 1 and student 2 learn from (0 and 1 are the two models).
 MUTUAL = {
@@ -127,11 +147,44 @@ def get_parser():
     a("--prototype-min-cells", type=int, help="a picture counts for a class's prototype from this many cells on (Eq. 10)")
     a("--stage0-iterations", type=int, help="supervised start")
     a("--stage0-lr", type=float, help="learning rate at the start of stage 0")
+    a("--setr-lr", type=float, metavar="X", help="SETR's learning rates, as a multiple of the others'")
     a("--stage0-head-lr", type=float, help="the head's learning rate in stage 0, times --stage0-lr")
     a("--seeds", type=int, metavar="N", default=5, help="of --dataset mnist: --seed and the ones after it (Fig. 2; default: %(default)s)")
     a("--compare", nargs="+", metavar="RUN", help="only draw the pseudo-label mIoU of up to four runs as one picture, --out FILE (Fig. 4)")
-    common.add_arguments(parser)
+    common.add_arguments(parser, common.NETWORKS + common.TRANSFORMERS, several=True)
     return parser
+
+
+def paper_miou(args):
+    """The paper's mIoU of the setting that these arguments make, or None."""
+    row = args.dataset.removesuffix("aug"), args.weights, args.labels
+    if not set(args.changed) - {"weights"}:  # everything else as in the table PAPER
+        return (PAPER_SUPERVISED if args.supervised else PAPER_MIOU).get(row)
+    if row != ("cityscapes", "imagenet", 372) or set(args.changed) - {"network", "rectify", "dropout", "drop_path", "photometric", "cutmix", "stages"}:
+        return None
+    if args.supervised:
+        return 57.79 if args.changed == ["network"] and args.network == "setr" else None  # Table 5
+    return PAPER_ABLATIONS.get((args.network, args.rectify, args.dropout, args.drop_path, args.photometric, args.cutmix, args.stages))
+
+
+def each_student(args):
+    """The arguments of each student, whose networks, backbones and weights may differ (Table 5), and rate, the multiple of the learning rates.
+
+    A UserError for an unknown network, or for two of anything where one student learns."""
+    both = [copy.copy(args) for _ in range(2)]
+    for name in ("network", "backbone", "weights"):
+        values = getattr(args, name).split(",")
+        if len(values) > 2 or len(values) > 1 and args.supervised:
+            raise common.UserError(f"--{name} {getattr(args, name)}: names {len(values)}, there {'is one student with --supervised' if args.supervised else 'are two students'}")
+        for own, value in zip(both, values * 2):
+            setattr(own, name, value)
+    for own in both:
+        if own.network not in common.NETWORKS + common.TRANSFORMERS:
+            raise common.UserError(f"--network {own.network}: there is none of this name; choose among {', '.join(common.NETWORKS + common.TRANSFORMERS)}")
+        own.rate = args.setr_lr if own.network in common.TRANSFORMERS else 1.
+        if own.network in common.TRANSFORMERS and "backbone" not in args.given and own.backbone != "tiny":
+            own.backbone = "vit_b_16"
+    return both[:1] if args.supervised else both
 
 
 # ---- perturbations ---------------------------------------------------------------------------------------------------
@@ -202,9 +255,13 @@ def strong_view(weak, positions, args, stage, student):
 def add_model_noise(network, dropout, drop_path, linear=False):
     """Dropout before the last classifier, stochastic depth on every residual branch. Both are off in eval mode. No parameters."""
     network.dropout = nn.Dropout(dropout)
-    blocks = [block for block in network.modules() if hasattr(block, "drop_path")]
+    blocks = [block for block in network.modules() if isinstance(block, EncoderBlock) or hasattr(block, "drop_path")]
     for i, block in enumerate(blocks, 1):
-        block.drop_path = StochasticDepth(drop_path * i / len(blocks) if linear else drop_path, mode="row")
+        noise = StochasticDepth(drop_path * i / len(blocks) if linear else drop_path, mode="row")
+        if isinstance(block, EncoderBlock):  # both branches of a transformer's block end with a dropout of probability 0
+            block.dropout, block.mlp[-1] = noise, noise
+        else:
+            block.drop_path = noise
 
 
 # ---- EMA -------------------------------------------------------------------------------------------------------------
@@ -218,6 +275,13 @@ def update_teacher(teacher, student, decay):
 
 
 # ---- pseudo-labels ---------------------------------------------------------------------------------------------------
+
+def cells(features, stride, size):
+    """Features (B, C, h, w) at stride as means over cells of size x size pixels, where they are finer: SETR's, at stride 2.
+
+    Kept as fine as that, p^0 of Cityscapes would take 13 GB on disk for each network."""
+    return F.avg_pool2d(features, size // stride, ceil_mode=True) if stride < size else features
+
 
 def rectify(features, p0, prototypes, seen):
     """Rectified class probabilities: omega_k p_k^0, divided by their sum over the classes.
@@ -274,7 +338,7 @@ def start_stage(networks, data, labeled, unlabeled, folders, args, device):
         image = torch.from_numpy(data.image(id).transpose(2, 0, 1).copy())[None].to(device)
         for network, total, folder in zip(networks, sums, folders):
             with common.autocast(args, device):
-                features = network.features(common.to_float(image))
+                features = cells(network.features(common.to_float(image)), network.stride, args.cell)
                 logits = network.classifier(features)
             if id in wanted:
                 common.write_soft_label(folder, id, logits[0].float().softmax(0))  # p^0 of Eq. 6, (K, h, w)
@@ -300,13 +364,13 @@ def cross_entropy(log_p, label):
 
 # ---- training --------------------------------------------------------------------------------------------------------
 
-def train(args, data, labeled, unlabeled, device):
+def train(args, each, data, labeled, unlabeled, device):
     # The stages: number, iterations, learning rate, and the head's multiple of it.
     stages = [(0, args.stage0_iterations, args.stage0_lr, args.stage0_head_lr)]
     stages += [(s, args.iterations, args.lr, 1.) for s in range(1, args.stages + 1)]
     if args.supervised:  # the baseline is stage 0 alone, one network, as many steps as a student takes in all stages
         stages = [(0, sum(s[1] for s in stages), args.stage0_lr, args.stage0_head_lr)]
-    students = [common.build_network(args, data, device, member) for member in range(1 if args.supervised else 2)]
+    students = [common.build_network(own, data, device, member) for member, own in enumerate(each)]
     run = common.Run("rml-supervised" if args.supervised else "rml", args, data, labeled, unlabeled, device, {s[0]: s[1] for s in stages})
     teachers = [copy.deepcopy(student).requires_grad_(False).eval() for student in students]
     networks = {f"student_{i}": s for i, s in enumerate(students, 1)} | {f"teacher_{i}": t for i, t in enumerate(teachers, 1)}
@@ -314,13 +378,13 @@ def train(args, data, labeled, unlabeled, device):
     predictor, learns_from = MUTUAL[args.mutual]
     sources = teachers if predictor == "teacher" else students
     headline = "student_1" if args.supervised or predictor == "student" else "teacher_1"
-    paper = None if args.changed else (PAPER_SUPERVISED if args.supervised else PAPER_MIOU).get((args.dataset, args.labels))
     B, K, members = args.batch_size // common.world_size(), len(data.names), range(len(students))
 
     for stage, iterations, stage_lr, head_lr in stages:
         if run.state and stage < run.state["stage"]:
             continue
         optimizers = [common.make_optimizer(args, stage_lr, s.backbone.parameters(), s.head_parameters()) for s in students]
+        rates = [(stage_lr * own.rate, stage_lr * own.rate * head_lr) for own in each]  # of backbone and head
         scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
         folders = [run.folder / "soft_labels" / f"stage_{stage}_model_{i + 1}" for i in members] if stage and args.rectify else []
         prototypes, begin, tables = [], 0, None
@@ -357,7 +421,7 @@ def train(args, data, labeled, unlabeled, device):
         else:
             names = ["unlabeled", "partner"] if args.cutmix else ["unlabeled"]
             loaders = [stream("labeled", labeled)]
-            loaders += [stream(name, unlabeled, labeled=False, soft_labels=folders, stride=students[0].stride) for name in names]
+            loaders += [stream(name, unlabeled, labeled=False, soft_labels=folders, stride=args.cell) for name in names]
         pseudo_tables, covered = [torch.zeros(K, K, dtype=torch.int64, device=device) for _ in members], 0
 
         for iteration, batch in enumerate(zip(*loaders), begin):
@@ -376,6 +440,8 @@ def train(args, data, labeled, unlabeled, device):
                     with torch.no_grad():
                         with common.autocast(args, device):
                             features = sources[i].features(common.to_float(weak))  # (2B, C, h, w)
+                            if args.rectify:
+                                features = cells(features, sources[i].stride, args.cell)
                             logits = sources[i].classifier(features)  # (2B, K, h, w)
                         p = logits.float().softmax(1)  # Eq. 4; from a student: Eqs. 2, 3
                         if args.rectify:
@@ -407,8 +473,8 @@ def train(args, data, labeled, unlabeled, device):
                 # 4 backward: at once, so that the activations of one student are gone when the next one begins
                 optimizers[j].zero_grad()
                 scaler.scale(sum(own.values())).backward()
-            for optimizer in optimizers:
-                for group, base in zip(optimizer.param_groups, (stage_lr, stage_lr * head_lr)):
+            for optimizer, rate in zip(optimizers, rates):
+                for group, base in zip(optimizer.param_groups, rate):
                     group["lr"] = base * (1 - iteration / iterations) ** .9
                 scaler.step(optimizer)
             scaler.update()
@@ -454,7 +520,7 @@ def train(args, data, labeled, unlabeled, device):
             if done % args.save_every == 0 or last:
                 save(done)
 
-    run.finish(headline, tables or common.evaluate(networks, data, args, device), paper)
+    run.finish(headline, tables or common.evaluate(networks, data, args, device), paper_miou(args))
 
 
 # ---- the coupling experiment (Sect. 4.1, Fig. 2): --dataset mnist ----------------------------------------------------
@@ -621,12 +687,15 @@ def main():
         return couple(args, device) if common.is_main() else None
     args.rectify = args.mutual in ("peer", "indirect") if args.rectify is None else args.rectify
     common.check_range(args, 0, math.inf, "stages", "stage0_iterations")
-    common.check_range(args, 1e-12, math.inf, "stage0_lr", "stage0_head_lr")
+    common.check_range(args, 1e-12, math.inf, "stage0_lr", "stage0_head_lr", "setr_lr")
     common.check_range(args, 1, math.inf, "prototype_min_cells")
     common.check_range(args, 0, 1, "dropout", "drop_path", "threshold", "ema_decay", "prototype_decay")
+    each = each_student(args)
+    args.backbone = ",".join(dict.fromkeys(own.backbone for own in each))  # as it is, for result.json
+    args.cell = 4 if "tiny" in args.backbone else 8  # DeepLabv2's stride
     data = common.open_dataset(args)
     labeled, unlabeled = common.split(args, data)
-    train(args, data, labeled, unlabeled, device)
+    train(args, each, data, labeled, unlabeled, device)
 
 
 if __name__ == "__main__":

@@ -138,7 +138,7 @@ class StubData:
 
 class StubNetwork:
     """Features: class and position; logits: one-hot of the class."""
-    feature_channels = 3
+    feature_channels, stride = 3, 8
 
     def eval(self):
         return self
@@ -154,7 +154,7 @@ class StubNetwork:
 
 def test_eq_10_prototypes_are_means_over_pictures_of_class_means(tmp_path):
     data, network = StubData(), StubNetwork()
-    args = SimpleNamespace(prototype_min_cells=3, precision="fp32")
+    args = SimpleNamespace(prototype_min_cells=3, precision="fp32", cell=8)
     [(prototypes, seen)] = rml.start_stage([network], data, ["1", "2"], ["3", "4"], [tmp_path], args, CPU)
     for k in range(3):
         means = []
@@ -189,7 +189,7 @@ class Stop(Exception):
 def test_eqs_3_and_5_each_student_learns_from_the_right_labels(flags, expected, tmp_path, monkeypatch):
     """The pseudo-labels of model 1 are made class 1 everywhere, model 2's class 2; then the loss terms are recomputed."""
     args = common.parse_args(rml.get_parser(), rml.PAPER, flags + ["--stage0-iterations", "0", "--iterations", "1", "--stages", "1", "--out", str(tmp_path)])
-    args.rectify = args.mutual in ("peer", "indirect") if args.rectify is None else args.rectify
+    args.rectify, args.cell = args.mutual in ("peer", "indirect") if args.rectify is None else args.rectify, 4
     data = common.Streets()
     data.train = data.train[:12]
     labeled, unlabeled = data.train[:8], data.train[8:]
@@ -212,7 +212,7 @@ def test_eqs_3_and_5_each_student_learns_from_the_right_labels(flags, expected, 
     monkeypatch.setattr(rml, "cross_entropy", recorded)
     monkeypatch.setattr(common.Run, "watch", watch)
     with pytest.raises(Stop):
-        rml.train(args, data, labeled, unlabeled, CPU)
+        rml.train(args, rml.each_student(args), data, labeled, unlabeled, CPU)
     names = terms.pop()
     assert {name.removeprefix("loss_pseudo_") for name in names if "pseudo" in name} == expected
     pseudo = [labels for _, labels in terms if labels in ([1], [2])]
