@@ -29,6 +29,7 @@ import sys
 import time
 import warnings
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from functools import lru_cache, partial
 from pathlib import Path
@@ -64,6 +65,11 @@ def rng(*keys):
 # DATASETS
 # ======================================================================================================================
 
+def class_color(k):
+    """The colour of class k in VOC's order, which begins with black."""
+    return tuple(sum((k >> (3 * bit + channel) & 1) << (7 - bit) for bit in range(3)) for channel in range(3))
+
+
 STREETS = {"road": (128, 64, 128), "sidewalk": (244, 35, 232), "building": (70, 70, 70), "vegetation": (107, 142, 35),
            "sky": (70, 130, 180), "car": (0, 0, 142), "bus": (0, 60, 100), "person": (220, 20, 60),
            "pole": (153, 153, 153), "sign": (220, 220, 0)}
@@ -79,7 +85,7 @@ VOC = {"background": (0, 0, 0), "aeroplane": (128, 0, 0), "bicycle": (0, 128, 0)
 CONTEXT = ("background aeroplane bag bed bedclothes bench bicycle bird boat book bottle building bus cabinet car cat ceiling chair cloth computer cow cup curtain dog "
            "door fence floor flower food grass ground horse keyboard light motorbike mountain mouse person plate platform pottedplant road rock sheep shelves sidewalk "
            "sign sky snow sofa table track train tree truck tvmonitor wall water window wood").split()
-CONTEXT = {name: tuple(sum((k >> (3 * bit + channel) & 1) << (7 - bit) for bit in range(3)) for channel in range(3))  # VOC's colours, continued
+CONTEXT = {name: class_color(k)  # VOC's colours, continued
            for k, name in enumerate(CONTEXT)}
 AS_PUBLISHED = {("cityscapes", 2975, "1/30"): 100, ("vocaug", 10582, "1/16"): 662}  # where the papers' counts are not the rounded share
 FRENCH_SEEDS = (12345, 23456, 34567, 45678, 56789)  # the five Cityscapes splits of French et al. (BMVC 2020)
@@ -90,9 +96,11 @@ class Dataset:
 
     classes: {name: RGB colour}, in the order of the class ids.  train, val: lists of ids.
     files: {id: (image path, mask path or None)}.  values: {value in the mask file: class id or 255}.
-    size: (H, W) to which pictures and masks are resized, or None for the size that they have.
+    size: (H, W) to which pictures and masks are resized, (N,) for those whose longer side is above N, or None for the size that they have.
     official: the train ids that a published list names as the labeled ones (vocaug).  extra: ids of pictures beside train, without masks.
     """
+
+    mask_modes = "1", "L", "P", "I", "I;16"
 
     def __init__(self, name, classes, train, val, files, values, size=None, cache=None):
         self.name, self.classes, self.train, self.val, self.files, self.size, self.cache = name, classes, train, val, files, size, cache
@@ -112,9 +120,21 @@ class Dataset:
         image, mask = self.files[id]
         if mask is None:
             with open_picture(image, load=False) as picture:
-                return np.full(self.size or picture.size[::-1], IGNORE, np.uint8)
+                return np.full(self._fit(*self._size(picture)), IGNORE, np.uint8)
         read = partial(self._read_label, image)
         return read(mask) if full_size else self._resized(mask, read, Image.Resampling.NEAREST)
+
+    def _size(self, picture):
+        """(H, W) of a PIL picture, as _read_image() gives it."""
+        return picture.size[::-1]
+
+    def _fit(self, height, width):
+        """(H, W) of a picture at self.size."""
+        if self.size is None or len(self.size) == 1 and max(height, width) <= self.size[0]:
+            return height, width
+        if len(self.size) == 1:
+            return tuple(max(1, round(n * self.size[0] / max(height, width))) for n in (height, width))
+        return tuple(self.size)
 
     def _read_image(self, path):
         with open_picture(path) as picture:
@@ -122,10 +142,13 @@ class Dataset:
 
     def _read_label(self, image, path):
         with open_picture(path) as mask, open_picture(image, load=False) as picture:
-            if mask.mode not in ("1", "L", "P", "I", "I;16"):
-                raise UserError(f"{path}: a {mask.mode} picture, but a mask must be one channel of class ids (an index or palette PNG)")
-            if mask.size != picture.size:
-                raise UserError(f"{path}: the mask is {mask.size[0]}x{mask.size[1]}, its picture {image} {picture.size[0]}x{picture.size[1]}")
+            if mask.mode not in self.mask_modes:
+                raise UserError(f"{path}: {KINDS.get(mask.mode, f'a {mask.mode} picture')}, but a mask must be one channel of class ids (an {'8-bit ' * ('I' not in self.mask_modes)}"
+                                "index or palette PNG); convert it, or export it again as class ids")
+            height, width = self._size(picture)
+            if mask.size != (width, height):
+                raise UserError(f"{path}: the mask is {mask.size[0]}x{mask.size[1]}, its picture {image} {width}x{height}"
+                                + f" (turned, as its EXIF orientation says)" * (picture.size != (width, height)) + "; make the mask of this picture again")
             raw = np.asarray(mask).astype(np.int64)  # a palette PNG gives its indices, never its colours
         label = np.where((raw >= 0) & (raw < 65536), self.values[np.clip(raw, 0, 65535)], -1)
         if (label < 0).any():
@@ -137,19 +160,23 @@ class Dataset:
         """read(path) at self.size; a big picture is decoded once and kept on disk at that size, as a PNG."""
         if self.size is None:
             return read(path)
-        kept = Path(self.cache, "x".join(map(str, self.size)), hashlib.sha256(str(Path(path).resolve()).encode()).hexdigest()[:24] + ".png")
+        kept = Path(self.cache, "x".join(map(str, self.size)) if len(self.size) == 2 else f"longest_{self.size[0]}", hashlib.sha256(str(Path(path).resolve()).encode()).hexdigest()[:24] + ".png")
         with contextlib.suppress(OSError):
             if kept.stat().st_mtime >= Path(path).stat().st_mtime:
                 with Image.open(kept) as picture:
                     return np.array(picture)
         array = read(path)
-        if array.shape[:2] == tuple(self.size):
+        height, width = self._fit(*array.shape[:2])
+        if array.shape[:2] == (height, width):
             return array
-        small = Image.fromarray(array).resize(self.size[::-1], how)  # PIL's BILINEAR averages when it shrinks
-        if array.shape[0] > self.size[0]:
+        small = Image.fromarray(array).resize((width, height), how)  # PIL's BILINEAR averages when it shrinks
+        if array.shape[0] > height:
             with contextlib.suppress(OSError):  # a full disk only means decoding again
                 write_atomically(kept, partial(small.save, format="PNG", compress_level=1))
         return np.array(small)
+
+
+KINDS = {"RGB": "a colour picture (RGB)", "RGBA": "a colour picture (RGBA)", "I": "a 16-bit picture", "I;16": "a 16-bit picture"}  # PIL's modes, in words
 
 
 def open_picture(path, load=True):
@@ -161,8 +188,9 @@ def open_picture(path, load=True):
         return picture
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except (OSError, SyntaxError, ValueError) as error:
-        raise UserError(f"{path}: not a readable picture ({error}); copy or download it again") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        reason = "an empty file" if Path(path).is_file() and not Path(path).stat().st_size else str(error).replace(f" {str(path)!r}", "")
+        raise UserError(f"{path}: not a readable picture ({reason}); copy or download it again") from None
 
 
 def ranges(values):
@@ -435,6 +463,123 @@ def pngs(folder):
     return {path.stem: path for path in folder.glob("*.png")}
 
 
+class Folder(Dataset):
+    """Pictures of one's own: any format and size, turned as their EXIF orientation says."""
+
+    mask_modes = "1", "L", "P"
+
+    def _size(self, picture):
+        return picture.size if picture.getexif().get(274, 1) in (5, 6, 7, 8) else picture.size[::-1]
+
+    def _read_image(self, path):
+        with open_picture(path) as picture:
+            if picture.mode.startswith("I"):  # 16-bit grey
+                picture = Image.fromarray((np.asarray(picture).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+            return np.asarray(ImageOps.exif_transpose(picture).convert("RGB"))
+
+
+def open_folder(root, size, cache, seed=0, trouble=None):
+    """Pictures of one's own. images/ and masks/ are labeled, by file stem; unlabeled/; val_images/ and val_masks/, or a fifth of the labeled ones, held
+    out in the order of a hash of (seed, name); classes.txt, or classes numbered from the masks. For all labeled pictures to be used: --labels 1/1.
+
+    trouble: a list that collects what is wrong; without it the first thing wrong is a UserError."""
+    layout = ("images/ and masks/ (index PNGs of the same names, 255 is unknown), unlabeled/ (pictures without masks), and if you like val_images/, val_masks/ and "
+              "classes.txt (a name in each line, which may be followed by a colour, 255 0 0 or #ff0000)")
+    root, problems = find_root(root, "folder", layout, ["images", "masks"]), []
+    found = {part: pictures_in(root / part, problems) for part in ("images", "masks", "unlabeled", "val_images", "val_masks")}
+    for pictures, masks in (("images", "masks"), ("val_images", "val_masks")):
+        for stem in sorted(found[pictures].keys() ^ found[masks].keys()):
+            path = found[pictures].get(stem) or found[masks][stem]
+            problems.append(f"{path}: " + (f"has no mask {root / masks / stem}.png; make one, or move the picture to {root}/unlabeled/" if stem in found[pictures]
+                                           else f"a mask without a picture {root / pictures / stem}.jpg or .png; remove it, or copy its picture"))
+        found[pictures] = {stem: (path, found[masks][stem]) for stem, path in found[pictures].items() if stem in found[masks]}
+    for folder in ("masks", "val_masks"):
+        problems += [f"{path}: a JPEG changes class ids where it compresses; save masks as PNG" for path in found[folder].values() if path.suffix.lower() != ".png"]
+    labeled = {f"images/{stem}": pair for stem, pair in found["images"].items()}
+    val = {f"val_images/{stem}": pair for stem, pair in found["val_images"].items()}
+    if not labeled:
+        problems.append(f"{root}/images: no picture with a mask; --data-root must hold {layout}")
+    if len(labeled) == 1 and not val:
+        problems.append(f"{root}/images: one picture with a mask, but one more is needed to evaluate on, here or in {root}/val_images and val_masks")
+    if not val:
+        held_out = hash_order(seed, labeled)[:max(1, round(len(labeled) / 5))] if len(labeled) > 1 else []
+        val = {id: labeled.pop(id) for id in sorted(held_out)}
+        say(f"val       {len(val)} of the {len(val) + len(labeled)} labeled pictures, held out by name" + f": {', '.join(Path(id).name for id in val)}" * (len(val) <= 4))
+    classes = read_classes(root / "classes.txt", problems) if (root / "classes.txt").exists() else {}
+    if not classes:
+        classes = number_classes([mask for _, mask in (labeled | val).values()], problems)
+        say(f"classes   {len(classes)}, numbered from the masks; for names, write {root}/classes.txt, one in each line, from class id 0 on")
+    if trouble is None and problems:
+        raise UserError(problems[0] + f" ({len(problems)} things of this kind: --check-data names them all)" * (len(problems) > 1))
+    (trouble if trouble is not None else []).extend(problems)
+    files = labeled | val | {f"unlabeled/{stem}": (path, None) for stem, path in found["unlabeled"].items()}
+    data = Folder("folder", classes, list(labeled), list(val), files, {k: k for k in range(len(classes))} | {IGNORE: IGNORE}, size, cache)
+    data.extra = [f"unlabeled/{stem}" for stem in found["unlabeled"]]
+    return data
+
+
+def pictures_in(folder, problems):
+    """{file stem: path} of the pictures in a folder, which need not exist. Two files of one stem are a problem, other files are told."""
+    found, other = {}, []
+    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
+        if path.suffix.lower() not in (".png", ".jpg", ".jpeg"):
+            other += [path.name] * (not path.name.startswith("."))
+        elif path.stem in found:
+            problems.append(f"{path}: has the name of {found[path.stem].name}, so their masks cannot be told apart; rename or remove one")
+        else:
+            found[path.stem] = path
+    if other:
+        warn(f"{folder}: {len(other)} files are not read, since they are no .png, .jpg or .jpeg: {', '.join(other[:5])}{', ..' if len(other) > 5 else ''}")
+    return found
+
+
+def read_classes(path, problems):
+    """{name: colour} from a list of one's own: a name in each line, and a colour if one is given (255 0 0 or #ff0000). Problems are added to the list."""
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        problems.append(f"{path}: cannot be read as a text list ({error}); write one name in each line")
+        return {}
+    classes = {}
+    for number, line in enumerate(filter(None, lines)):
+        name, *color = re.fullmatch(r"(.+?)(?:[\s,]+(\d{1,3})[\s,]+(\d{1,3})[\s,]+(\d{1,3})|\s+#([0-9a-fA-F]{6}))?", line).groups()
+        color = tuple(bytes.fromhex(color[3])) if color[3] else tuple(int(c) for c in color[:3]) if color[0] else class_color(number)
+        if max(color) > 255 or name in classes:
+            problems.append(f"{path}: class {number}, {line!r}: " + (f"stands there already, as class {list(classes).index(name)}" if name in classes else "a colour is three numbers up to 255")
+                            + "; mend this line")
+        classes.setdefault(name, tuple(min(c, 255) for c in color))
+    if not 0 < len(classes) <= IGNORE:
+        problems.append(f"{path}: names {len(classes)} classes; expected 1 to {IGNORE}, one name in each line" + "; or remove this file, and they are numbered from the masks" * (not classes))
+    return classes
+
+
+def number_classes(masks, problems):
+    """{name: colour} of the classes 0, 1, .. up to the largest id in the masks. An id beyond a gap of more than ten counts as out of range."""
+    seen = np.zeros(256, bool)
+
+    def ids(path):
+        with contextlib.suppress(UserError), open_picture(path) as mask:  # what cannot be read is named by who reads it
+            return np.unique(np.asarray(mask)) if mask.mode in Folder.mask_modes else ()
+        return ()
+    for number, found in enumerate(in_threads(ids, masks), 1):
+        seen[list(found)] = True
+        progress("numbering the classes from the masks", number, len(masks))
+    known = np.flatnonzero(seen[:IGNORE])
+    for i, k in enumerate(known):
+        if k > (known[i - 1] if i else -1) + 11:
+            known = known[:i]
+            break
+    if seen[IGNORE] and known.tolist() == [0]:
+        problems.append(f"{Path(masks[0]).parent}: the masks hold 0 and 255 alone, and 255 means unknown; save objects as 1, 2, ..")
+    return {f"class {k}": class_color(k) for k in range(known.max() + 1 if len(known) else 1)}
+
+
+def in_threads(function, items):
+    """function(item) for each item, in their order, several at a time: decoding leaves Python's lock alone."""
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        yield from pool.map(function, items)
+
+
 def read_list(path, folder, layout, *sizes):
     """Ids of one of PASCAL's lists, whose pictures are in folder/JPEGImages; a warning if they are not as many as the sizes say.
 
@@ -472,8 +617,8 @@ def find_root(root, name, layout, folders):
     return Path(root)
 
 
-def open_dataset(args):
-    """The Dataset that the arguments name."""
+def open_dataset(args, trouble=None):
+    """The Dataset that the arguments name. trouble: as in open_folder()."""
     cache, seed = Path(args.cache, args.dataset), args.seed if args.split_seed is None else args.split_seed
     if args.extra is not None and args.dataset not in ("cityscapes", "voc"):
         raise UserError(f"--extra {args.extra}: only cityscapes (train_extra) and voc (the rest of the 10,582) have additional pictures, not {args.dataset}; leave it out")
@@ -483,27 +628,117 @@ def open_dataset(args):
         raise UserError("--dataset mnist: is an experiment of rml.py, with nothing to segment; leave it out")
     if args.dataset == "streets":
         if tuple(args.size) != (64, 128):
-            raise UserError(f"--size {args.size[0]} {args.size[1]}: streets are drawn at 64 128")
+            raise UserError(f"--size {' '.join(map(str, args.size))}: streets are drawn at 64 128")
         return Streets()
     if args.dataset in ("voc", "vocaug"):
         return open_voc(args.data_root, args.size, cache, args.download, args.dataset == "vocaug", args.extra, seed)
     if args.dataset == "context":
         return open_context(args.data_root, args.size, cache)
+    if args.dataset == "folder":
+        return open_folder(args.data_root, args.size, cache, args.split_seed or 0, trouble)
     if args.dataset == "camvid":
         return open_camvid(args.data_root, args.size, cache)
     return open_cityscapes(args.data_root, args.size, cache, args.extra, seed)
 
 
+# ---- --check-data ----------------------------------------------------------------------------------------------------
+
+def check_data(args):
+    """Read every picture and mask, print one table, and name all that would stop a run and how to mend it; then a UserError, so exit status 2."""
+    if not is_main():
+        return
+    problems, notes = [], []
+    data = open_dataset(args, problems)
+    try:
+        labeled, unlabeled = split(args, data, read=False)
+    except UserError as error:
+        problems.append(str(error))
+        labeled, unlabeled = data.train, data.extra
+    parts = {"labeled": labeled, "val": data.val, "unlabeled": unlabeled}
+    files = [(part, id) for part, ids in parts.items() for id in ids]
+    looked = []
+    for result in in_threads(lambda file: look_at(data, file[1], file[0] != "unlabeled"), files):
+        looked.append(result)
+        progress("check     reading", len(looked), len(files))
+    K = len(data.names)
+    pixels, with_class = ({part: np.zeros(256, np.int64) for part in parts} for _ in range(2))
+    sizes, formats, same = Counter(), {"pictures": Counter(), "masks": Counter()}, {}
+    for (part, id), (size, mode, mask_mode, counts, content, wrong) in zip(files, looked):
+        (problems if part != "unlabeled" or "mask" not in wrong else notes).extend(wrong.values())
+        if size:
+            sizes[f"{size[1]}x{size[0]}"] += 1
+            formats["pictures"][mode] += 1
+            same.setdefault(content, []).append((part, id))
+        if counts is not None:
+            formats["masks"][mask_mode] += 1
+            pixels[part] += counts
+            with_class[part] += counts > 0
+    for twins in same.values():
+        if len(twins) > 1 and (len({part for part, _ in twins}) > 1 or data.name == "folder"):
+            leak = "val" in {part for part, _ in twins} and len({part for part, _ in twins}) > 1
+            notes.append(f"the same picture {len(twins)} times: {', '.join(f'{data.files[id][0]} ({part})' for part, id in twins[:4])}"
+                         + ("; what is learned from val makes its numbers too good: remove it from one of the two" if leak else ""))
+    print(f"pictures  {', '.join(f'{len(ids)} {part}' for part, ids in parts.items())}; {data.name}, {K} classes")
+    print(f"sizes     {', '.join(f'{size} ({n})' for size, n in sizes.most_common(5))}" + f", and {len(sizes) - 5} others" * (len(sizes) > 5))
+    print("modes     " + "; ".join(f"{kind} {', '.join(f'{mode} ({n})' for mode, n in modes.most_common()) or 'none'}" for kind, modes in formats.items()))
+    shown = [part for part in parts if pixels[part].any()]
+    width = max(map(len, data.names + ["unknown (255)"])) + 5
+    print(f"\n{'class':{width}}" + "".join(f"{'% of ' + part:>16}{'in masks':>10}" for part in shown))
+    for k, name in [*enumerate(data.names), (IGNORE, "unknown (255)")]:
+        print((f"{k:3}  {name}" if k < K else f"     {name}").ljust(width) + "".join(
+            f"{100 * pixels[part][k] / pixels[part].sum():16.2f}{with_class[part][k]:10}" for part in shown))
+    for part in ("labeled", "val"):
+        absent = [name for k, name in enumerate(data.names) if not pixels[part][k]]
+        if absent and pixels[part].any():
+            notes.append(f"in no mask of the {part} part: {', '.join(absent)}" + ("; nothing teaches these classes: label a picture that shows them, or take more --labels" if part == "labeled"
+                                                                                  else "; their IoU cannot be told"))
+    for title, texts in (("worth a look", notes), ("would stop a run", problems)):
+        if texts:
+            print(f"\n{title}: {len(set(texts))}\n" + "\n".join(f"- {text}" for text in dict.fromkeys(texts)))
+    if problems:
+        raise UserError(f"{len(set(problems))} things would stop a run; they are named above")
+    say("\nnothing would stop a run")
+
+
+def look_at(data, id, needed):
+    """What check_data() wants to know of a picture: size, mode, the mask's mode, its pixels by class id (256,), a hash of the picture, and {"image" or "mask": what is wrong}.
+
+    needed: it must have a mask."""
+    if data.name == "streets":  # drawn, no files
+        image, label = data.image(id), data.label(id)
+        return image.shape[:2], "RGB", "L", np.bincount(label.flatten(), minlength=256), hashlib.blake2b(image.tobytes()).digest(), {}
+    (path, mask), size, mode, mask_mode, counts, content, wrong = data.files[id], None, None, None, None, None, {}
+    try:
+        with open_picture(path, load=False) as picture:
+            mode = picture.mode
+        image = data._read_image(path)
+        size, content = image.shape[:2], hashlib.blake2b(image.tobytes() + repr(image.shape).encode()).digest()
+    except UserError as error:
+        wrong["image"] = str(error)
+    if mask is None:
+        if needed:
+            wrong["mask"] = f"{path}: is to be used with its label, but its mask is missing; copy the dataset again"
+        return size, mode, mask_mode, counts, content, wrong
+    try:
+        with open_picture(mask, load=False) as picture:
+            mask_mode = picture.mode
+        counts = np.bincount(data._read_label(path, mask).flatten(), minlength=256)
+    except UserError as error:
+        if str(error) != wrong.get("image"):
+            wrong["mask"] = str(error)
+    return size, mode, mask_mode, counts, content, wrong
+
+
 # ---- splits ----------------------------------------------------------------------------------------------------------
 
-def split(args, data):
+def split(args, data, read=True):
     """Labeled and unlabeled training ids, as args.labels, args.split and args.split_seed say. Resolves args.labels to a number.
 
     Without --split: on Cityscapes the splits of French et al. (a RandomState permutation of the sorted names), elsewhere
     the ids in the order of a hash of (seed, id), which no library version changes. Where the dataset has an official list of
     labeled ids and as many are asked for, it is that list: on vocaug 1464 are VOC's train.txt, and the other 9,118 unlabeled.
     Unlabeled are all others, and with --extra (or --split) the extra pictures too.
-    Checks what a run would need later: mask files of the labeled pictures, readable samples, sizes, counts."""
+    Checks what a run would need later: sizes, counts, and with read mask files of the labeled pictures, readable samples; of one's own pictures all."""
     if args.split:
         labeled, unlabeled = read_split(args.split, data)
         if args.labels is not None and str(args.labels) != str(len(labeled)):
@@ -524,17 +759,31 @@ def split(args, data):
     args.labels = len(labeled)
     if not unlabeled and not args.supervised:
         raise UserError(f"all {len(labeled)} training pictures are labeled, so no unlabeled ones are left; use fewer --labels, or --supervised"
-                        + ", or --extra" * (data.name in ("cityscapes", "voc")))
+                        + ", or --extra" * (data.name in ("cityscapes", "voc")) + f", or put pictures into {args.data_root}/unlabeled/" * (data.name == "folder"))
+    if args.size is not None and len(args.size) == 2 and (args.crop[0] > args.size[0] or args.crop[1] > args.size[1]):
+        raise UserError(f"--crop {args.crop[0]} {args.crop[1]} is larger than the pictures, which are {args.size[0]} {args.size[1]} (H W)")
+    if read:
+        read_some(data, labeled, unlabeled)
+    return labeled, unlabeled
+
+
+def read_some(data, labeled, unlabeled):
+    """Before a long run: every mask that it needs exists, and some pictures can be read; of one's own pictures all. A UserError names what is wrong."""
     for id in labeled + data.val:
         if data.files[id][1] is None:
             raise UserError(f"{data.files[id][0]}: this picture is to be used with its label, but its mask is missing; copy the dataset again")
+    if data.name == "folder":  # pictures of one's own: all of them once, which also keeps small copies of big ones
+        def read(id):
+            data.image(id)
+            if data.files[id][1]:
+                data.label(id)
+        ids = (labeled + data.val + unlabeled)[rank()::world_size()]
+        for number, _ in enumerate(in_threads(read, ids), 1):
+            progress("reading all pictures and masks", number, len(ids))
     for id in labeled[:8] + data.val[:2]:
         data.image(id), data.label(id)
     for id in unlabeled[:2] + [id for id in data.extra if "troisdorf_000000_000073" in id]:  # this one is known to be corrupt in the archive
         data.image(id)
-    if args.size is not None and (args.crop[0] > args.size[0] or args.crop[1] > args.size[1]):
-        raise UserError(f"--crop {args.crop[0]} {args.crop[1]} is larger than the pictures, which are {args.size[0]} {args.size[1]} (H W)")
-    return labeled, unlabeled
 
 
 def hash_order(seed, ids):
@@ -1383,8 +1632,8 @@ def add_arguments(parser, networks=NETWORKS, several=False):
 
     several: --network, --backbone and --weights may name two things divided by a comma, one for each student; the method checks them."""
     a = parser.add_argument_group("data").add_argument
-    a("--dataset", default="streets", choices=["streets", "camvid", "cityscapes", "voc", "vocaug", "context", "mnist"],
-      help="default: streets, drawn scenes that need no download; mnist: an experiment of rml.py")
+    a("--dataset", default="streets", choices=["streets", "camvid", "cityscapes", "voc", "vocaug", "context", "folder", "mnist"],
+      help="default: streets, drawn scenes that need no download; folder: pictures of your own; mnist: an experiment of rml.py")
     a("--data-root", metavar="DIR", help="the dataset's folder")
     a("--download", action="store_true", help="fetch PASCAL VOC, or MNIST, with torchvision")
     a("--extra", metavar="N", help="so many additional unlabeled pictures, or all: of Cityscapes' train_extra; on voc of the 10,582")
@@ -1392,7 +1641,7 @@ def add_arguments(parser, networks=NETWORKS, several=False):
     a("--labels", metavar="N", help="labeled pictures, as a number or a share such as 1/8")
     a("--split", nargs="+", metavar="FILE", help="list of labeled pictures, or two lists: labeled, unlabeled")
     a("--split-seed", type=int, metavar="N", help="which pictures are labeled (default: --seed; on Cityscapes French et al.'s five)")
-    a("--size", type=int, nargs=2, metavar=("H", "W"), help="pictures are resized to this")
+    a("--size", type=int, nargs="+", metavar="N", help="pictures are resized to this height and width; one number: the longer side is shrunk to it")
     a("--crop", type=int, nargs=2, metavar=("H", "W"), help="what the network sees of a picture, and the size of a window (--base-size)")
     a("--scale", type=float, nargs=2, metavar=("LOW", "HIGH"), help="random scale of the weak view")
     a("--cache", metavar="DIR", default="runs/cache", help="where big pictures are kept at --size (default: %(default)s)")
@@ -1428,6 +1677,7 @@ def add_arguments(parser, networks=NETWORKS, several=False):
     a("--flip", action=argparse.BooleanOptionalAction, help="evaluate the mirrored picture too")
     a("--base-size", type=int, metavar="N", help="evaluate by windows of the crop's size on pictures whose longer side is N (0: whole pictures)")
     a("--full-size-labels", action="store_true", help="evaluate against labels as they are on disk, not at --size")
+    a("--check-data", action="store_true", help="only read the whole dataset and tell what is in it, and what would stop a run")
     a("--evaluate", action="store_true", help="only evaluate --checkpoint")
     a("--predict", metavar="PATH", help="only predict a picture or a folder of pictures with --checkpoint")
     a("--checkpoint", metavar="FILE", help="a last.pt, for --evaluate and --predict")
@@ -1471,6 +1721,8 @@ def parse_args(parser, paper, argv=None):
     check_range(args, 1, math.inf, "batch_size", "log_every", "eval_every", "save_every", "size", "crop")
     check_range(args, 0, math.inf, "workers", "seed", "iterations", "weight_decay", "base_size")
     check_range(args, 1e-12, math.inf, "lr", "scale", "scales")
+    if args.size is not None and len(args.size) > 2:
+        raise UserError(f"--size {' '.join(map(str, args.size))}: expected height and width, or the longer side alone")
     if args.scale[0] > args.scale[1]:
         raise UserError(f"--scale {args.scale[0]} {args.scale[1]}: expected LOW HIGH")
     if (args.evaluate or args.predict) and not args.checkpoint:
@@ -2077,12 +2329,13 @@ def use_checkpoint(args, device, make=make_network):
 
 
 def predict_pictures(network, state, args, device):
-    """Write NAME.png (class ids, as a palette picture) and NAME_overlay.png for the picture or every picture in and below the folder args.predict.
+    """Write NAME.png (class ids, as a palette picture), NAME_color.png, NAME_overlay.png and NAME_confidence.png (the largest probability, 0 black, 1 white) for
+    the picture or every picture in and below the folder args.predict.
 
     After training on Cityscapes its pictures get CITY_000000_000000_labelIds.png, with label ids as the evaluation server takes them. The
-    server reads CITY_000000_000000*.png and wants one such file, so their overlay is a JPEG.
-    A picture is shown to the network at the height it was trained with; what comes back has the picture's own size. A bad
-    picture does not stop the others: it is named at the end, with exit status 2."""
+    server reads CITY_000000_000000*.png and wants one such file, so the others are JPEGs.
+    A picture is shown to the network at the size it was trained with, a large one tile by tile; what comes back has the picture's own size. A bad
+    picture does not stop the others: it is named at the end, with exit status 1."""
     source, out = Path(args.predict), Path(args.out or "predictions")
     if not source.exists():
         raise UserError(f"--predict {source}: no such picture or folder")
@@ -2097,10 +2350,10 @@ def predict_pictures(network, state, args, device):
     for path in paths:
         name = path.stem if stems[path.stem] == 1 else "_".join(path.relative_to(source).parts)  # a.jpg and a.png do not share a result
         if state["dataset"] == "cityscapes" and re.fullmatch(r".+_\d{6}_\d{6}_leftImg8bit\.png", path.name):
-            jobs.append((path, out / f"{name.replace('_leftImg8bit', '_labelIds')}.png", out / f"{name}_overlay.jpg", True))
+            jobs.append((path, [out / f"{name.replace('_leftImg8bit', '_labelIds')}.png"] + [out / f"{name}_{kind}.jpg" for kind in ("color", "overlay", "confidence")], True))
         else:
-            jobs.append((path, out / f"{name}.png", out / f"{name}_overlay.png", False))
-    (result, times), = Counter(result for _, index, overlay, _ in jobs for result in (index, overlay)).most_common(1)
+            jobs.append((path, [out / f"{name}.png"] + [out / f"{name}_{kind}.png" for kind in ("color", "overlay", "confidence")], False))
+    (result, times), = Counter(result for _, results, _ in jobs for result in results).most_common(1)
     if times > 1:
         raise UserError(f"{result}: would be written for two of the pictures in --predict {source}; rename one of them, or predict them apart")
     colors, id_colors = np.array(list(state["classes"].values()), np.uint8), np.zeros((256, 3), np.uint8)
@@ -2109,31 +2362,60 @@ def predict_pictures(network, state, args, device):
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out {out}: cannot be written ({error.strerror})") from None
-    for number, (path, index_path, overlay_path, label_ids) in enumerate(jobs, 1):
+    for number, (path, results, label_ids) in enumerate(jobs, 1):
+        progress(f"predict   {path.name}" if sys.stdout.isatty() else "predict", number, len(jobs))
         try:
             with open_picture(path) as picture:
                 picture = ImageOps.exif_transpose(picture).convert("RGB")  # phones store the direction apart from the pixels
         except UserError as error:
+            if not source.is_dir():
+                raise
             bad.append(str(error))
             continue
-        factor = state["size"][0] / picture.height if state["size"] else 1
-        small = picture.resize((max(8, round(picture.width * factor)), max(8, round(picture.height * factor))), Image.Resampling.BILINEAR)
-        image = torch.from_numpy(np.asarray(small).transpose(2, 0, 1).copy())[None].to(device)
-        label = predict(network, image, args, (picture.height, picture.width)).argmax(1)[0].to("cpu", torch.uint8).numpy()
-        index = Image.fromarray(np.array(CITYSCAPES_IDS, np.uint8)[label] if label_ids else label)
+        label, confidence = predict_tiled(network, picture, shown_size(state["size"], args.base_size, picture), args, device)
+        index, color = Image.fromarray(np.array(CITYSCAPES_IDS, np.uint8)[label] if label_ids else label), Image.fromarray(colorize(label, colors))
         index.putpalette((id_colors if label_ids else colors).flatten().tolist())
         try:
-            index.save(index_path)
-            Image.blend(picture, Image.fromarray(colorize(label, colors)), .5).save(overlay_path)
+            for result, kind in zip(results, (index, color, Image.blend(picture, color, .5), Image.fromarray(confidence))):
+                kind.save(result)
         except OSError as error:
-            raise UserError(f"{index_path}: cannot be written ({error.strerror or error})") from None
-        if sys.stdout.isatty():
-            print(f"\r{number}/{len(paths)} {path.name}\x1b[K", end="", flush=True)
-    print(("\n" if sys.stdout.isatty() else "") + f"{len(paths) - len(bad)} of {len(paths)} pictures, in {out}")
+            raise UserError(f"{out}: cannot be written ({error.strerror or error})") from None
+    print(f"{len(paths) - len(bad)} of {len(paths)} pictures, in {out}")
     if not all(label_ids for *_, label_ids in jobs):
-        print(f"NAME.png (class ids) and NAME_overlay.png; classes: {', '.join(f'{k} {name}' for k, name in enumerate(state['classes']))}")
+        print(f"NAME.png (class ids), NAME_color.png, NAME_overlay.png, NAME_confidence.png; classes: {', '.join(f'{k} {name}' for k, name in enumerate(state['classes']))}")
     if any(label_ids for *_, label_ids in jobs):
-        print("CITY_000000_000000_labelIds.png, for Cityscapes' evaluation server, and .._leftImg8bit_overlay.jpg; label ids: "
+        print("CITY_000000_000000_labelIds.png, for Cityscapes' evaluation server, and .._leftImg8bit_color.jpg, _overlay.jpg, _confidence.jpg; label ids: "
               + ", ".join(f"{k} {name}" for k, name in zip(CITYSCAPES_IDS, state["classes"])))
     if bad:
-        raise UserError(f"{len(bad)} could not be predicted: " + "; ".join(bad))
+        print(f"error: {len(bad)} of {len(paths)} could not be predicted:\n" + "\n".join(bad), file=sys.stderr, flush=True)
+        raise SystemExit(1)
+
+
+def shown_size(size, base_size, picture):
+    """(H, W) at which a network sees a PIL picture: as high as the pictures it was trained with, or no longer than they, in its own proportions."""
+    factor = size[0] / picture.height if size and len(size) == 2 else min(1, (size[0] if size else base_size or math.inf) / max(picture.size))
+    return max(8, round(picture.height * factor)), max(8, round(picture.width * factor))
+
+
+def predict_tiled(network, picture, size, args, device, tile=1024, margin=128, band=256):
+    """Class ids (H, W) uint8 of a PIL picture that the network sees at size (h, w), and their probabilities (H, W) uint8, 255 is 1.
+
+    More than two million pixels are shown tile by tile: of each only the inner part counts, so that every pixel is seen with at least a margin around it.
+    The answer is scaled up in bands, so that never more than a tile and a band are in memory with all their classes."""
+    small = np.asarray(picture.resize(size[::-1], Image.Resampling.BILINEAR))
+    (h, w), (H, W) = size, (picture.height, picture.width)
+    label, confidence = np.zeros((H, W), np.uint8), np.zeros((H, W), np.uint8)
+    whole = args.base_size or h * w <= 2 ** 21  # with --base-size predict() looks through windows itself
+    for y in range(0, h, h if whole else tile):
+        for x in range(0, w, w if whole else tile):
+            inner = y, x, h if whole else min(y + tile, h), w if whole else min(x + tile, w)
+            top, left, bottom, right = (0, 0, h, w) if whole else (max(y - margin, 0), max(x - margin, 0), min(inner[2] + margin, h), min(inner[3] + margin, w))
+            image = torch.from_numpy(small[top:bottom, left:right].transpose(2, 0, 1).copy())[None].to(device)
+            p = predict(network, image, args, (bottom - top, right - left))[0].cpu()  # (K, h', w')
+            Y, X, Y_end, X_end = (round(n * scale) for n, scale in zip(inner, (H / h, W / w) * 2))  # where the inner part lies in the picture
+            for begin in range(Y, Y_end, band):
+                end = min(begin + band, Y_end)
+                view = [(begin * h / H - top) / (bottom - top), (X * w / W - left) / (right - left), (end * h / H - top) / (bottom - top), (X_end * w / W - left) / (right - left), False]
+                best, index = crop_map(p, view, (end - begin, X_end - X)).max(0)
+                label[begin:end, X:X_end], confidence[begin:end, X:X_end] = index.numpy(), (255 * best).round().clamp(0, 255).numpy()
+    return label, confidence

@@ -89,6 +89,9 @@ PAPER["vocaug"] = PAPER["cityscapes"] | dict(labels="1464", size=None, crop=(321
 PAPER["voc"] = PAPER["vocaug"] | dict(labels="1/8")
 PAPER["camvid-cpu"] = PAPER["streets"] | dict(labels="1/8", size=(180, 240), crop=(96, 128), base_size=240, lr=2e-3, iterations=1000, round0_iterations=2000)
 PAPER["camvid-gpu"] = PAPER["cityscapes"] | dict(labels="1/8", size=(360, 480), crop=(241, 321), base_size=480, scale=(.5, 2.))
+# Pictures of one's own: at most so large, square crops at changing scale; all of images/ is labeled.
+PAPER["folder-cpu"] = PAPER["camvid-cpu"] | dict(labels="1/1", size=(256,), crop=(128, 128), base_size=256)
+PAPER["folder-gpu"] = PAPER["camvid-gpu"] | dict(labels="1/1", size=(640,), crop=(321, 321), base_size=640)
 
 # The paper's mIoU (Tables 1, 2, 3), and of its supervised baseline.
 PAPER_MIOU = {("cityscapes", None, 372): 69.64, ("cityscapes", None, 744): 71.30, ("cityscapes", "713", 372): 72.78, ("cityscapes", "713", 744): 74.32,
@@ -552,6 +555,8 @@ def analyze(student, results, data, labeled, labels, pictures, args, device):
 def main():
     args = common.parse_args(get_parser(), PAPER)
     device = common.setup(args)
+    if args.check_data:
+        return common.check_data(args)
     if args.evaluate or args.predict:
         return common.use_checkpoint(args, device)
     common.check_range(args, 1e-12, 1, "alpha")

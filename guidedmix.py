@@ -85,6 +85,9 @@ PAPER["cityscapes"] = PAPER["vocaug"] | dict(size=(1024, 2048), crop=(513, 513),
 PAPER["context"] = PAPER["vocaug"] | dict(crop=(480, 480), batch_size=8, lambda_cap=.4, omega=.5)
 PAPER["camvid-cpu"] = PAPER["streets"] | dict(labels="1/8", size=(180, 240), crop=(96, 128), lr=2e-3, iterations=4000, eval_every=1000)
 PAPER["camvid-gpu"] = PAPER["cityscapes"] | dict(size=(360, 480), crop=(257, 353), iterations=20_000, eval_every=2000)
+# Pictures of one's own: at most so large, square crops at changing scale; all of images/ is labeled.
+PAPER["folder-cpu"] = PAPER["camvid-cpu"] | dict(labels="1/1", size=(256,), crop=(129, 129), scale=(.75, 1.5))
+PAPER["folder-gpu"] = PAPER["camvid-gpu"] | dict(labels="1/1", size=(640,), crop=(321, 321), scale=(.5, 1.5))
 
 # The paper's mIoU, and the setting that it belongs to.
 VOC50, VOC101 = dict(dataset="vocaug", backbone="resnet50"), dict(dataset="vocaug", backbone="resnet101")
@@ -489,6 +492,8 @@ def paper_miou(args):
 def main():
     args = common.parse_args(get_parser(), PAPER)
     device = common.setup(args)
+    if args.check_data:
+        return common.check_data(args)
     if args.evaluate or args.predict:
         return common.use_checkpoint(args, device, make_network)
     common.check_range(args, 1e-12, .5, "lambda_cap")

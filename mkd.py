@@ -80,6 +80,9 @@ PAPER["voc"] = PAPER["vocaug"] | dict(labels="183")
 PAPER["cityscapes"] = PAPER["vocaug"] | dict(labels="372", size=(1024, 2048), crop=(512, 1024), lr=.01, iterations=40_000)
 PAPER["camvid-cpu"] = PAPER["streets"] | dict(labels="1/8", size=(180, 240), crop=(96, 128), lr=2e-3, iterations=1500, warmup=600, cutmix=True, eval_every=500)
 PAPER["camvid-gpu"] = PAPER["cityscapes"] | dict(labels="1/8", size=(360, 480), crop=(256, 352), iterations=20_000, eval_every=2000)
+# Pictures of one's own: at most so large, square crops at changing scale; all of images/ is labeled.
+PAPER["folder-cpu"] = PAPER["camvid-cpu"] | dict(labels="1/1", size=(256,), crop=(128, 128), scale=(.75, 1.5), iterations=3000, warmup=1500, cutmix=False)
+PAPER["folder-gpu"] = PAPER["camvid-gpu"] | dict(labels="1/1", size=(640,), crop=(320, 320), scale=(.5, 1.5))
 OFFICIAL = dict(gamma=.6, features_of_teachers=True, labeled_consistency=True, weak_photometric=True)  # the authors' code
 PAPER |= {f"{name}-official": PAPER[name] | OFFICIAL for name in ("vocaug", "voc", "streets")}
 
@@ -459,6 +462,8 @@ def train(args, data, labeled, unlabeled, device):
 def main():
     args = common.parse_args(get_parser(), PAPER)
     device = common.setup(args)
+    if args.check_data:
+        return common.check_data(args)
     if args.evaluate or args.predict:
         return common.use_checkpoint(args, device)
     common.check_range(args, 1, min(args.crop), "loss_stride")

@@ -101,6 +101,9 @@ PAPER["camvid-cpu"] = PAPER["streets"] | dict(labels="1/8", size=(180, 240), cro
                                               eval_every=500)
 PAPER["camvid-gpu"] = PAPER["cityscapes"] | dict(labels="1/8", size=(360, 480), crop=(256, 352), iterations=20_000, stage0_iterations=10_000,
                                                  eval_every=2000)
+# Pictures of one's own: at most so large, square crops at changing scale; all of images/ is labeled.
+PAPER["folder-cpu"] = PAPER["camvid-cpu"] | dict(labels="1/1", size=(256,), crop=(128, 128), scale=(.75, 1.5))
+PAPER["folder-gpu"] = PAPER["camvid-gpu"] | dict(labels="1/1", size=(640,), crop=(320, 320), scale=(.5, 1.5))
 
 # VOC's augmented list; and, as the text reads, labels from the 1,464 of the standard list alone, the rest of the 10,582 unlabeled.
 PAPER["vocaug"] = PAPER["cityscapes"] | dict(labels="1/8", size=None, crop=(321, 321), scale=(.5, 1.5), batch_size=10, iterations=60_000)
@@ -678,6 +681,8 @@ def compare(folders, out):
 def main():
     args = common.parse_args(get_parser(), PAPER)
     device = common.setup(args)
+    if args.check_data:
+        return common.check_data(args)
     if args.evaluate or args.predict:
         return common.use_checkpoint(args, device)
     if args.compare:

@@ -83,6 +83,9 @@ PAPER["vocaug/1/20"] = PAPER["vocaug/529"] = PAPER["vocaug"] | dict(labels="1/20
 PAPER["vocaug/1/8"] = PAPER["vocaug/1323"] = PAPER["vocaug"] | dict(labels="1/8", lambda1=.625, lambda2=.625, batch_size=8, labeled_batch_size=2)
 PAPER["camvid-cpu"] = PAPER["streets"] | dict(labels="1/8", size=(180, 240), crop=(96, 128), cutout=12, iterations=2000, stage1_iterations=2000, eval_every=500)
 PAPER["camvid-gpu"] = PAPER["cityscapes"] | dict(labels="1/8", size=(360, 480), crop=(256, 352), iterations=20_000, eval_every=2000)
+# Pictures of one's own: at most so large, square crops at changing scale; all of images/ is labeled.
+PAPER["folder-cpu"] = PAPER["camvid-cpu"] | dict(labels="1/1", size=(256,), crop=(128, 128), scale=(.75, 1.5), cutout=16)
+PAPER["folder-gpu"] = PAPER["camvid-gpu"] | dict(labels="1/1", size=(640,), crop=(320, 320), scale=(.5, 1.5))
 
 # The paper's mIoU by (dataset, weights, labels): Tables II, III, IV.
 PAPER_MIOU = {("cityscapes", "imagenet", 100): 54.85, ("cityscapes", "imagenet", 372): 62.82, ("cityscapes", "imagenet", 744): 65.80,
@@ -472,6 +475,8 @@ def show_stages(teacher, data, ids, stages, run, args, device):
 def main():
     args = common.parse_args(get_parser(), PAPER)
     device = common.setup(args, uneven=True)
+    if args.check_data:
+        return common.check_data(args)
     if args.evaluate or args.predict:
         return common.use_checkpoint(args, device)
     common.check_range(args, 1, math.inf, "stages", "labeled_batch_size", "stage1_batch_size", "cutout")

@@ -260,7 +260,7 @@ def test_a_mask_with_254_is_found_before_the_training(error, camvid, tmp_path):
 def test_a_mask_of_colours(error, camvid, channels):
     Image.fromarray(noise(0)).convert(channels).save(camvid / "trainannot/a_1.png")
     message = error(*on_camvid(camvid))
-    assert str(camvid / "trainannot/a_1.png") in message and f"a {channels} picture" in message
+    assert str(camvid / "trainannot/a_1.png") in message and re.search(rf"\({channels}\)|a {channels} picture", message)
 
 
 def test_a_palette_mask_with_valid_indices_works_and_one_with_others_does_not(camvid, tmp_path):
@@ -391,14 +391,17 @@ def test_a_checkpoint_that_cannot_be_used(error, finished, tmp_path):
     assert "half.pt" in error("--evaluate", "--checkpoint", "half.pt")
 
 
-def test_predict_names_what_it_cannot_read_and_does_the_rest(error, main, finished, tmp_path):
+def test_predict_names_what_it_cannot_read_and_does_the_rest(error, main, finished, tmp_path, capsys):
     at = ["--checkpoint", finished / "last.pt", "--out", "predicted", "--predict"]
     assert "nowhere.png" in error(*at, "nowhere.png")
     (tmp_path / "pictures").mkdir()
     assert "pictures" in error(*at, "pictures")
     write(tmp_path / "pictures/good.png", noise(0))
     (tmp_path / "pictures/bad.png").write_text("hello")
-    assert "bad.png" in error(*at, "pictures")
+    with pytest.raises(SystemExit) as end:
+        main(*map(str, at), "pictures")
+    assert end.value.code == 1 and "1 of 2" in (said := capsys.readouterr().err) and "bad.png" in said
+    assert "pictures/bad.png" in error(*at, "pictures/bad.png")  # alone it is a mistake like any other
     assert Image.open(tmp_path / "predicted/good.png").size == (64, 64) and (tmp_path / "predicted/good_overlay.png").exists()
     assert not (tmp_path / "predicted/bad.png").exists()
 
