@@ -980,6 +980,9 @@ def pseudo_label_path(folder, id):
     return Path(folder, f"{id}.png")
 
 
+WAITED = [0.]  # seconds that this process has waited for batches since Run.log() looked at it
+
+
 def batches(stream, args, device, start, stop, batch_size=None, overlap=False):
     """Batches of iterations start..stop-1 on the device; each process gets its share of the global batch (default: --batch-size).
 
@@ -996,7 +999,13 @@ def batches(stream, args, device, start, stop, batch_size=None, overlap=False):
     positions = ([t * batch_size + j % batch_size for j in range(first, last + (overlap and world_size() > 1))] for t in range(start, stop))
     loader = torch.utils.data.DataLoader(stream, batch_sampler=positions, num_workers=args.workers, pin_memory=device.type == "cuda",
                                          persistent_workers=args.workers > 0)
-    for batch in loader:
+    loader = iter(loader)
+    while True:
+        began = time.perf_counter()
+        batch = next(loader, None)
+        WAITED[0] += time.perf_counter() - began
+        if batch is None:
+            return
         positions_of_batch = batch.pop("position").tolist()
         batch = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
         for key in batch.keys() & {"label", "truth"}:
@@ -1945,6 +1954,7 @@ class Run:
         self.started = self.interval = time.time()
         self.spoken, self.left, self.phase = 0., None, None  # phase: a word for iterations that take another time than those after them
         self.pending, self.names, self.sums, self.count = None, [], 0, 0
+        self.pseudo, self.absent, self.zeros, self.warned = torch.zeros(len(data.names) + 1, device=device), {}, {}, set()  # for the warnings of look()
         self.images = args.batch_size * (1 if args.supervised else 2)  # of an iteration; a method with other batches sets its own
         self.board = tensorboard(self.folder) if is_main() else None
         say(f"run       {self.folder}" + (f", resumed after iteration {self.step} of {self.total}" if self.step else ""))
@@ -1993,6 +2003,42 @@ class Run:
         self.names, self.pending = list(losses), (stage, iteration, host, arrived)
         self.sums, self.count, self.step = self.sums + values, self.count + 1, self.step + 1
 
+    def watch_pseudo_labels(self, *labels):
+        """Count classes in pseudo-labels (.., H, W), 255 where unknown, on every fourth row and column. No sync."""
+        for label in labels:
+            label = label[..., ::4, ::4].flatten().clamp(max=len(self.data.names))
+            self.pseudo.scatter_add_(0, label, torch.ones_like(label, dtype=self.pseudo.dtype))
+
+    def look(self, tables):
+        """Warn, of each thing once, if an evaluation ({network: confusion matrix}) or the pseudo-labels since the last one look as in a run that goes wrong."""
+        names, counts = self.data.names, all_reduce(self.pseudo.clone()).tolist()
+        self.pseudo.zero_()
+        truth = next(iter(tables.values())).sum(1)
+        *known, unknown = counts
+        largest = max(range(len(names)), key=known.__getitem__)
+        if sum(counts) and not sum(known):
+            self.warn_once("nothing known", "no pixel of the pseudo-labels is over the threshold, so nothing is learned from unlabeled pictures; lower the threshold, "
+                           "or train longer on labels first")
+        elif sum(counts) and known[largest] > .98 * sum(known) and truth[largest] < .9 * truth.sum():
+            self.warn_once("one class", f"{100 * known[largest] / sum(known):.1f} % of the pseudo-labels are {names[largest]}, of val only {100 * truth[largest] / truth.sum():.0f} %: they collapse to "
+                           "one class; train longer on labels first, or with a lower --lr")
+        for k, name in enumerate(names):
+            self.absent[k] = self.absent.get(k, 0) + 1 if sum(known) and not known[k] and truth[k] else 0
+            self.zeros[k] = self.zeros.get(k, 0) + 1 if truth[k] and not any(table[k, k] for table in tables.values()) else 0
+        absent = [names[k] for k, times in self.absent.items() if times >= 2]
+        zeros = [names[k] for k, times in self.zeros.items() if times >= 3 and 2 * self.step >= self.total]
+        if absent:
+            self.warn_once("absent", f"no pseudo-label has held {', '.join(absent)} since the evaluation before last: unlabeled pictures teach nothing of {'it' if len(absent) == 1 else 'them'}")
+        if zeros:
+            self.warn_once("zero", f"IoU 0 in every network, three evaluations in a row: {', '.join(zeros)}; label more pictures that show {'it' if len(zeros) == 1 else 'them'}, or train longer")
+
+    def warn_once(self, key, text):
+        if key not in self.warned:
+            self.warned.add(key)
+            if sys.stdout.isatty() and is_main():
+                print()  # the live line stays
+            warn(f"after iteration {self.step} of {self.total}: {text}")
+
     def check(self):
         """Look at the loss terms of the last watched iteration."""
         if self.pending:
@@ -2009,14 +2055,24 @@ class Run:
         return self.seconds + time.time() - self.started
 
     def log(self, stage, iteration, **extra):
-        """Write a record: the mean loss terms since the last one, over processes, and extra numbers or dicts. This is a sync."""
+        """Write a record: the mean loss terms since the last one, over processes, and extra numbers or dicts. This is a sync.
+
+        val: of an evaluation, {network: confusion matrix}; the record holds their mIoU."""
         self.check()
+        if "val" in extra:
+            self.look(extra["val"])
+            extra["val"] = {name: mean_iou(table) for name, table in extra["val"].items()}
         record = {"step": self.step, "stage": stage, "iteration": iteration, "seconds": round(self.elapsed(), 1)}
         if self.count:
             means = (all_reduce(self.sums) / world_size() / self.count).tolist()
             pace = (time.time() - self.interval) / self.count
             self.left = pace * (self.lengths[stage] - iteration)
-            record |= dict(zip(self.names, means)) | {"images_per_second": round(self.images / pace, 2)}
+            waiting = min(1., WAITED[0] / (pace * self.count))  # share of the time in which the next pictures were not there yet
+            record |= dict(zip(self.names, means)) | {"images_per_second": round(self.images / pace, 2), "waiting": round(waiting, 3)}
+            if waiting > .5 and pace * self.count > 10:
+                self.warn_once("waiting", f"{100 * waiting:.0f} % of the time goes into waiting for pictures; try more --workers (now {self.args.workers}), a smaller --size, "
+                               "or a faster disk")
+        WAITED[0] = 0.
         record |= {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in extra.items()}  # JSON knows no NaN
         self.sums, self.count, self.interval = 0, 0, time.time()
         if is_main():
@@ -2033,15 +2089,12 @@ class Run:
 
     def _show(self, record):
         """One live line on a terminal; into a file, a line now and then."""
-        terms = {}
-        for key, value in record.items():  # on the screen the mean over the students, in the log each term
-            if key.startswith("loss"):
-                terms.setdefault(re.sub(r"_\d.*", "", key).replace("_", " "), []).append(value)
+        terms = loss_terms(record)  # on the screen the mean over the students, in the log each term
         several = len(self.lengths) > 1
         words = [f"{self.step}/{self.total}"] + [f"{self.word} {record['stage']}"] * several + [self.phase] * bool(self.phase)
         if self.left is not None and not self.phase:
             words.append(f"{duration(self.left)} left" + " in it" * several)
-        words += [f"{name if i == 0 else name.removeprefix('loss ')} {sum(values) / len(values):.3f}" for i, (name, values) in enumerate(terms.items())]
+        words += [f"{name if i == 0 else name.removeprefix('loss ')} {value:.3f}" for i, (name, value) in enumerate(terms.items())]
         words += [f"{key.replace('_', ' ').replace('miou', 'mIoU')} {value:.1f}" for key, value in record.items() if "miou" in key and isinstance(value, float)]
         if "val" in record:
             words += ["val mIoU"] + [f"{name} {value:.1f}" for name, value in record["val"].items()]
@@ -2143,11 +2196,30 @@ class Run:
                   "processes": world_size(), "torch": torch.__version__, "commit": git_commit(), **extra}
         if is_main():
             self.write_json("result.json", result)
+            self.draw_losses()
             shutil.rmtree(self.folder / "soft_labels", ignore_errors=True)
             report(tables, headline, self.data, self.args, paper)
             print(f"\n{self.step} iterations in {duration(result['seconds'])} on {result['device']}, peak memory {result['peak_memory_mb']} MB\n"
                   f"numbers {self.folder}/result.json   log {self.folder}/log.jsonl   pictures {self.folder}/pictures/   weights {self.folder}/last.pt")
         barrier()
+
+
+    def draw_losses(self):
+        """pictures/losses.png: each loss term of the log, the mean over students, by step."""
+        records = [record for record in map(json.loads, (self.folder / "log.jsonl").read_text().splitlines()) if loss_terms(record)]
+        if records:
+            names = dict.fromkeys(name for record in records for name in loss_terms(record))
+            series = {name: np.array([[loss_terms(record).get(name, math.nan) for record in records]]) for name in names}
+            self.picture("losses", draw_curves("loss terms", series, ("iteration", [record["step"] for record in records])))
+
+
+def loss_terms(record):
+    """{term: mean over the students} of a record of the log."""
+    terms = {}
+    for key, value in record.items():
+        if key.startswith("loss"):
+            terms.setdefault(re.sub(r"_\d.*", "", key).replace("_", " "), []).append(value)
+    return {name: sum(values) / len(values) for name, values in terms.items()}
 
 
 def report(tables, headline, data, args, paper=None):
@@ -2419,3 +2491,55 @@ def predict_tiled(network, picture, size, args, device, tile=1024, margin=128, b
                 best, index = crop_map(p, view, (end - begin, X_end - X)).max(0)
                 label[begin:end, X:X_end], confidence[begin:end, X:X_end] = index.numpy(), (255 * best).round().clamp(0, 255).numpy()
     return label, confidence
+
+
+# ---- python common.py results runs/ ----------------------------------------------------------------------------------
+
+def results(folder):
+    """Print a Markdown table over the finished runs in and below a folder: mean and standard deviation over seeds, the paper's number, and the gain over the
+    supervised baseline of the same dataset and labels, over the seeds that both have. Of several baselines it is the one that has most of the run's own setting,
+    and nothing else."""
+    runs, unfinished = {}, []
+    for path in sorted(Path(folder).rglob("args.json"), key=lambda path: path.stat().st_mtime):
+        try:
+            arguments = json.loads(path.read_text())["arguments"]
+            result = json.loads((path.parent / "result.json").read_text())
+            setting = tuple(f"{name.replace('_', '-')} {arguments[name]}" for name in arguments["changed"])
+            key = result["method"].removesuffix("-supervised"), result["dataset"], result["labels"], setting, result["method"].endswith("-supervised")
+            seeds = runs.setdefault(key, {})
+            if result["seed"] in seeds:
+                warn(f"{path.parent}: is another run of {result['method']} with seed {result['seed']}; the newest counts")
+            seeds[result["seed"]] = result["miou"][result["headline"]], result["paper"]
+        except FileNotFoundError:
+            unfinished.append(str(path.parent))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            warn(f"{path.parent}: its args.json or result.json cannot be read ({type(error).__name__}: {error}); left out")
+    if not runs:
+        raise UserError(f"{folder}: holds no finished run (a folder with args.json and result.json)" + f"; unfinished: {', '.join(unfinished[:5])}" * bool(unfinished))
+    rows = [["method", "dataset", "labels", "setting", "seeds", "mIoU", "std", "paper", "supervised", "gain"]]
+    for (method, dataset, labels, setting, supervised), seeds in sorted(runs.items(), key=lambda item: (*map(str, item[0][:2]), int(item[0][2]), not item[0][4], item[0][3])):
+        values, papers = [miou for miou, _ in seeds.values()], {paper for _, paper in seeds.values()} - {None}
+        bases = [(other[3], seeds_of) for other, seeds_of in runs.items() if other[:3] == (method, dataset, labels) and other[4] and set(other[3]) <= set(setting)]
+        base = max(bases, key=lambda base: len(base[0]))[1] if bases and not supervised else {}
+        both = sorted(seeds.keys() & base.keys())
+        gain = [seeds[seed][0] - base[seed][0] for seed in both]
+        rows.append([method + ", supervised" * supervised, dataset, str(labels), ", ".join(setting), " ".join(map(str, sorted(seeds))), f"{np.mean(values):.2f}",
+                     f"{np.std(values, ddof=1):.2f}" if len(values) > 1 else "", ", ".join(map(str, papers)), f"{np.mean([base[seed][0] for seed in both]):.2f}" if both else "",
+                     f"{np.mean(gain):+.2f}" + f" (seeds {' '.join(map(str, both))})" * (len(both) < len(seeds)) if both else ""])
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    for row in rows[:1] + [["-" * width for width in widths]] + rows[1:]:
+        print("| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |")
+    if unfinished:
+        print(f"\nunfinished: {', '.join(unfinished)}")
+
+
+def main():
+    if len(sys.argv) != 3 or sys.argv[1] != "results":
+        raise UserError("common.py is what the five scripts share; on its own it prints a table over run folders: python common.py results runs/")
+    if not Path(sys.argv[2]).is_dir():
+        raise UserError(f"{sys.argv[2]}: no such folder of runs")
+    results(sys.argv[2])
+
+
+if __name__ == "__main__":
+    run_main(main)

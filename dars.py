@@ -466,13 +466,14 @@ def train(args, rounds, data, labeled, unlabeled, device):
 
             # 6 log, evaluate, save
             run.watch(number, iteration, losses)
+            run.watch_pseudo_labels(*targets[1:])
             done, last = iteration + 1, iteration + 1 == iterations
             if done % args.log_every == 0 or last:
                 run.log(number, done, lr=optimizer.param_groups[0]["lr"], **({"pseudo_coverage": reports[-1]["coverage"], "pseudo_miou": reports[-1]["pseudo_miou"],
                                                                               "d_kl": reports[-1]["d_kl"]} if number else {}))
             if done % args.eval_every == 0 or last:
                 tables = common.evaluate({"student": student}, data, args, device)
-                run.log(number, done, val={"student": common.mean_iou(tables["student"])}, tail_miou=tail_miou(tables["student"], labels))
+                run.log(number, done, val=tables, tail_miou=tail_miou(tables["student"], labels))
                 run.predictions(f"val_round_{number}_{done:06d}", {"student": student} | ({"teacher": teacher} if number else {}))
                 columns = {"labeled picture": batch[0]["image"], "label": targets[0]}
                 if number:

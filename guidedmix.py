@@ -444,6 +444,7 @@ def train(args, data, labeled, unlabeled, device):
         done, last = iteration + 1, iteration + 1 == args.iterations
         if with_usup:  # the truth of unlabeled pictures is used here and in pictures, and nowhere else
             truth = at_size(batch[1]["truth"], size)
+            run.watch_pseudo_labels(m_dec.detach().max(1).indices)
             for table, m in zip(tables_of_masks, (m_dec, m_u)):
                 table += common.confusion_matrix(truth, m.detach().max(1).indices, K)
         if done % args.log_every == 0 or done in (warmup, args.iterations) or done % args.eval_every == 0:
@@ -456,7 +457,7 @@ def train(args, data, labeled, unlabeled, device):
             run.log(1, done, **extra)
         if done % args.eval_every == 0 or last:
             tables = common.evaluate(networks, data, args, device)
-            run.log(1, done, val={name: common.mean_iou(table) for name, table in tables.items()})
+            run.log(1, done, val=tables)
             run.predictions(f"val_{done:06d}", networks)
             columns = {"labeled picture": image, "label": label, "prediction": in_full(m_l, args.crop)}
             if with_usup:

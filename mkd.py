@@ -428,6 +428,7 @@ def train(args, data, labeled, unlabeled, device):
         # 6 log, evaluate, save
         run.watch(1, iteration, losses)
         done, last = iteration + 1, iteration + 1 == args.iterations
+        run.watch_pseudo_labels(*pseudo_labels)
         if pseudo_labels:  # the truth of unlabeled pictures is used here and nowhere else
             truth_at_stride = sample(truth, loss_size)
             for table, y in zip(pseudo_tables, pseudo_labels):
@@ -443,7 +444,7 @@ def train(args, data, labeled, unlabeled, device):
             run.log(1, done, **extra)
         if done % args.eval_every == 0 or last:
             tables = common.evaluate(evaluated if last else networks, data, args, device)
-            run.log(1, done, val={name: common.mean_iou(table) for name, table in tables.items()})
+            run.log(1, done, val=tables)
             run.predictions(f"val_{done:06d}", networks)
             columns = {"labeled picture": image, "label": label}
             if semi:

@@ -493,6 +493,7 @@ def train(args, each, data, labeled, unlabeled, device):
             # 6 log, evaluate, save
             run.watch(stage, iteration, losses)
             done, last = iteration + 1, iteration + 1 == iterations
+            run.watch_pseudo_labels(*pseudo_labels)
             if stage:  # Fig. 4; the truth of unlabeled pictures is used here and nowhere else
                 truth = torch.cat([u["truth"] for u in unlabeled_batches])
                 for table, y in zip(pseudo_tables, pseudo_labels):
@@ -507,7 +508,7 @@ def train(args, each, data, labeled, unlabeled, device):
                 run.log(stage, done, **extra)
             if done % args.eval_every == 0 or last:
                 tables = common.evaluate(networks, data, args, device)
-                run.log(stage, done, val={name: common.mean_iou(table) for name, table in tables.items()})
+                run.log(stage, done, val=tables)
                 run.predictions(f"val_stage_{stage}_{done:06d}", networks)
                 if stage:
                     picture = {"unlabeled picture": weak, "truth (not used)": truth}

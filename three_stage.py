@@ -426,6 +426,7 @@ def train(args, stages, data, labeled, unlabeled, device):
 
             # 6 log, evaluate, save
             run.watch(stage, iteration, losses)
+            run.watch_pseudo_labels(*targets)
             done, last = iteration + 1, iteration + 1 == iterations
             if done % args.log_every == 0 or last:
                 extra = {"lr": optimizer.param_groups[1]["lr"]}
@@ -435,7 +436,7 @@ def train(args, stages, data, labeled, unlabeled, device):
                 run.log(stage, done, **extra)
             if done % args.eval_every == 0 or last:
                 tables = common.evaluate({"student": student, "teacher": teacher}, data, args, device)
-                run.log(stage, done, val={name: common.mean_iou(table) for name, table in tables.items()})
+                run.log(stage, done, val=tables)
                 run.predictions(f"val_stage_{stage}_{done:06d}", {"student": student, "teacher": teacher})
                 columns = {"labeled picture": batch[0]["image"][:4], "label": label[:4]}
                 if stage > 1:

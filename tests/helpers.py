@@ -59,7 +59,7 @@ def records(folder):
 
 
 def untimed(folder):
-    return [{k: v for k, v in r.items() if k not in ("seconds", "images_per_second")} for r in records(folder)]
+    return [{k: v for k, v in r.items() if k not in ("seconds", "images_per_second", "waiting")} for r in records(folder)]
 
 
 def losses(folder):
