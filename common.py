@@ -1273,7 +1273,7 @@ VITS = {"vit_b_16": (16, 12, 12, 768), "vit_l_16": (16, 24, 16, 1024), "tiny": (
 class SegmentationNetwork(nn.Module):
     """logits = classifier(features(image)), with the pictures' normalisation inside. Networks below add their heads.
 
-    forward: (B, 3, H, W) float RGB in [0, 1] -> logits (B, K, h, w) at .stride: 8, DeepLabv3+ 4, tiny half of that; SETR 2, naive 16. With
+    forward: (B, 3, H, W) float RGB in [0, 1] -> logits (B, K, h, w) at .stride: 8, DeepLabv3+ 4, tiny half of that; SETR always 2. With
     aux=True a tuple: the logits, and those of an auxiliary head where the network has one.
     align_corners: for upsample()."""
 
@@ -1429,17 +1429,20 @@ class SETR(SegmentationNetwork):
 
     PUP: 3x3 conv to the width, norm, ReLU and x 2, as often as it takes from the patches to the pixels: four times for patches of 16. The last
     x 2 comes after the 1x1 conv to the classes, in upsample(): both are linear, so the logits are the same, and features and logits stay at stride 2.
-    naive: 1x1 conv to the width, norm, ReLU, 1x1 conv to the classes, all at the patches' stride.
-    The layer norm that either begins with is the encoder's last one. dropout, before the last conv, is an Identity that a method may replace."""
+    naive: 1x1 conv to the width, norm, ReLU, scaled up to stride 2 at once, 1x1 conv to the classes.
+    The layer norm that either begins with is the encoder's last one. The norms of this decoder are always trained: it comes with no weights. dropout, before the
+    last conv, is an Identity that a method may replace."""
 
     def __init__(self, backbone, classes, naive=False, width=256, style="torchvision", norm=nn.BatchNorm2d):
         super().__init__(backbone, style)
         self.feature_channels, self.dropout = width, nn.Identity()
         layers = [nn.Conv2d(backbone.channels, width, 1 if naive else 3, padding=0 if naive else 1, bias=False), norm(width), nn.ReLU()]
-        while not naive and self.stride > 2:
-            layers += [nn.Upsample(scale_factor=2, mode="bilinear"), nn.Conv2d(width, width, 3, padding=1, bias=False), norm(width), nn.ReLU()]
-            self.stride //= 2
-        self.decoder = nn.Sequential(*layers)
+        if naive:
+            layers.append(nn.Upsample(scale_factor=backbone.stride // 2, mode="bilinear"))
+        else:
+            for _ in range(int(math.log2(backbone.stride)) - 1):
+                layers += [nn.Upsample(scale_factor=2, mode="bilinear"), nn.Conv2d(width, width, 3, padding=1, bias=False), norm(width), nn.ReLU()]
+        self.decoder, self.stride = nn.Sequential(*layers), 2
         self.last = nn.Conv2d(width, classes, 1)
         nn.init.normal_(self.last.weight, 0, .01)
         nn.init.zeros_(self.last.bias)
@@ -1501,8 +1504,7 @@ def build_network(args, data, device, member=0, make=make_network, **more):
         warn("--weights none with --batch-norm frozen: nothing normalises this network; it is for timing, not for training")
     if weights is not None:
         report = load_weights(network, weights, source)
-        if member == 0:
-            say(report)
+        say_once(report)
     return network.to(device, memory_format=torch.channels_last if device.type == "cuda" else torch.contiguous_format)
 
 
@@ -1639,7 +1641,11 @@ def load_weights(network, weights, source):
 def add_arguments(parser, networks=NETWORKS, several=False):
     """The arguments that all methods share. Those left out come from the method's PAPER table for the dataset. networks: what --network offers.
 
-    several: --network, --backbone and --weights may name two things divided by a comma, one for each student; the method checks them."""
+    several: --network, --backbone and --weights may name two things divided by a comma, one for each student."""
+    def known(names, text):
+        if unknown := [name for name in text.split(",") if name not in names]:
+            raise argparse.ArgumentTypeError(f"{text!r}: there is no {unknown[0]!r}; choose among {', '.join(names)}")
+        return text
     a = parser.add_argument_group("data").add_argument
     a("--dataset", default="streets", choices=["streets", "camvid", "cityscapes", "voc", "vocaug", "context", "folder", "mnist"],
       help="default: streets, drawn scenes that need no download; folder: pictures of your own; mnist: an experiment of rml.py")
@@ -1657,8 +1663,8 @@ def add_arguments(parser, networks=NETWORKS, several=False):
     a("--workers", type=int, metavar="N", help="loader processes for each stream")
     a = parser.add_argument_group("network").add_argument
     if several:
-        a("--network", metavar="NAME[,NAME]", help=f"which head sits on the backbone: {', '.join(networks)}; with a comma, one for each student")
-        a("--backbone", metavar="NAME[,NAME]", help=f"{', '.join(RESNETS)} (small, to train from scratch on a CPU); of SETR {', '.join(VITS)}")
+        a("--network", metavar="NAME[,NAME]", type=partial(known, networks), help=f"which head sits on the backbone: {', '.join(networks)}; with a comma, one for each student")
+        a("--backbone", metavar="NAME[,NAME]", type=partial(known, sorted({*RESNETS, *VITS})), help=f"{', '.join(RESNETS)} (small, to train from scratch on a CPU); of SETR {', '.join(VITS)}")
     else:
         a("--network", choices=networks, help="which head sits on the backbone")
         a("--backbone", choices=RESNETS, help="tiny: a small ResNet-18, to train from scratch on a CPU")
@@ -1666,7 +1672,7 @@ def add_arguments(parser, networks=NETWORKS, several=False):
     a("--aspp-branches", type=int, choices=[1, 2, 3, 4], default=4, help="the lineage's code summed only 2 by mistake (default: 4)")
     a("--weights", metavar="W", help="imagenet, coco, none, or a file" + "; with a comma, one for each student" * several)
     a("--input-style", choices=list(STYLES), help="how pictures go in, where the weights file's layout does not tell (default: by layout)")
-    a("--batch-norm", choices=["frozen", "train", "sync"], help="frozen as loaded; trained; or trained with statistics over all GPUs (tiny has group norm)")
+    a("--batch-norm", choices=["frozen", "train", "sync"], help="frozen as loaded; trained; or trained with statistics over all GPUs (tiny has group norm; heads without weights, as SETR's and PSPNet's, are always trained)")
     a = parser.add_argument_group("training").add_argument
     a("--supervised", action="store_true", help="the baseline: labeled pictures only, the same number of steps")
     a("--iterations", type=int, metavar="N", help="per stage or round")
@@ -1851,6 +1857,12 @@ def make_optimizer(args, lr, *groups):
 def say(text):
     if is_main():
         print(text, flush=True)
+
+
+@lru_cache
+def say_once(text):
+    """say(), of the same text once."""
+    say(text)
 
 
 def warn(text):

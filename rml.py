@@ -39,18 +39,20 @@ Choices that the paper leaves open, and why
         class has at least 10 cells.                                                                         --prototype-min-cells
     Eq. 11: eta' is the mean over the unlabeled batch and its CutMix partners (weak views, by the teacher's own argmax, without
         padding). An absent class is not updated; one never seen before takes eta' at once, until then its probability is 0.
-    Rectification happens at DeepLabv2's output stride, 8 (tiny 4), where SETR's finer features are averaged, cells(); the product is divided by its sum, upsampled to the crop, then argmax. No threshold;
-        with one, the mean is over the confident pixels, where Eq. 2 as printed is over all.                 --threshold
+    Rectification happens at DeepLabv2's output stride, 8 (tiny 4); finer features, as SETR's, are averaged over such cells, cells(). The product is
+        divided by its sum, upsampled to the crop, then argmax. No threshold; with one, the mean is over the confident pixels, where Eq. 2 as printed is over all.                 --threshold
     CutMix: one box, half of the area, always; the partner comes from a second, independent batch; the hard labels are mixed, after
         rectification.                                                                                       --no-cutmix
     "Batch size 4" is 4 labeled and 4 unlabeled pictures. Both students get the same weak views; only noise tells them apart.
     SETR (Table 5): variant, backbone and optimizer are not named: PUP on ViT-B/16, the same optimizer and rates, no auxiliary heads. Each student's
-        features are rectified by its own prototypes. Table 5 is "without noise injection", but its 61.25 for two DeepLabv2 is Table 4's with
-        full noises; without, that has 60.09.                                                                  --network setr-naive --setr-lr
-    Order of a step: optimizer, prototypes, EMA. Batch norm is frozen as loaded; --batch-norm train has statistics per process,
+        features are rectified by its own prototypes. Its position embeddings are stretched over what it sees, crop or whole picture; SETR's authors
+        evaluate by windows of the crop, --base-size 1024. How many stages Table 5 has is not said: here one. It is "without noise injection", but
+        its 61.25 for two DeepLabv2 is Table 4's with full noises (without: 60.09), and its DeepLabv2 baseline, 54.52, is 56.03 in Table 4, 56.08
+        in Table 1.                                                                                          --network setr-naive --setr-lr
+    Order of a step: optimizer, prototypes, EMA. Batch norm is frozen as loaded (SETR's decoder is trained); --batch-norm train has statistics per process,
         averaged after each step.
     VOC's labels: the text takes them from the standard 1,464 pictures, of which 1/8 of 10,582 are nearly all: --dataset voc; the splits it names
-        are of all 10,582: --dataset vocaug, or --split. Shares are of the 10,582.
+        are of all 10,582: --dataset vocaug, or --split. The paper's shares are of the 10,582: on voc give numbers (106, 212, 529, 1323).
     The baseline (--supervised) is stage 0 for as many steps as a student takes in all: no noise, and stage 0's learning rate.
     Fig. 2 names 3-layer MLPs, MNIST and 1/60 labels; the rest is ours: 784-256-256-10, 500 iterations on labels first, SGD at .004 (at .02 noise hides
         everything), mean teachers at .999, dropout .5, learners that learn from their peer alone (Eq. 3). Without MNIST, digits are drawn.
@@ -173,17 +175,16 @@ def paper_miou(args):
 def each_student(args):
     """The arguments of each student, whose networks, backbones and weights may differ (Table 5), and rate, the multiple of the learning rates.
 
-    A UserError for an unknown network, or for two of anything where one student learns."""
+    A UserError for three of anything, or two where one student learns."""
     both = [copy.copy(args) for _ in range(2)]
     for name in ("network", "backbone", "weights"):
-        values = getattr(args, name).split(",")
+        value = getattr(args, name)
+        values = [value] if Path(value).is_file() else value.split(",")
         if len(values) > 2 or len(values) > 1 and args.supervised:
             raise common.UserError(f"--{name} {getattr(args, name)}: names {len(values)}, there {'is one student with --supervised' if args.supervised else 'are two students'}")
         for own, value in zip(both, values * 2):
             setattr(own, name, value)
     for own in both:
-        if own.network not in common.NETWORKS + common.TRANSFORMERS:
-            raise common.UserError(f"--network {own.network}: there is none of this name; choose among {', '.join(common.NETWORKS + common.TRANSFORMERS)}")
         own.rate = args.setr_lr if own.network in common.TRANSFORMERS else 1.
         if own.network in common.TRANSFORMERS and "backbone" not in args.given and own.backbone != "tiny":
             own.backbone = "vit_b_16"
@@ -280,9 +281,9 @@ def update_teacher(teacher, student, decay):
 # ---- pseudo-labels ---------------------------------------------------------------------------------------------------
 
 def cells(features, stride, size):
-    """Features (B, C, h, w) at stride as means over cells of size x size pixels, where they are finer: SETR's, at stride 2.
+    """Features (B, C, h, w) at stride as means over cells of size x size pixels, where they are finer: SETR's, at stride 2, and DeepLabv3+'s.
 
-    Kept as fine as that, p^0 of Cityscapes would take 13 GB on disk for each network."""
+    As fine as SETR's, p^0 of Cityscapes would take 13 GB on disk for each network."""
     return F.avg_pool2d(features, size // stride, ceil_mode=True) if stride < size else features
 
 
@@ -500,7 +501,7 @@ def train(args, each, data, labeled, unlabeled, device):
                     table += common.confusion_matrix(truth, y, K)
                 covered = covered + torch.stack([(y != IGNORE).float().mean() for y in pseudo_labels]).mean()
             if done % args.log_every == 0 or done % args.eval_every == 0 or last:
-                extra = {"lr": optimizers[0].param_groups[0]["lr"]}
+                extra = {"lr": optimizers[0].param_groups[0]["lr"]} | ({"lr_2": optimizers[1].param_groups[0]["lr"]} if rates[0] != rates[-1] else {})
                 if stage:
                     extra |= {f"pseudo_miou_{i + 1}": common.mean_iou(common.all_reduce(pseudo_tables[i])) for i in members}
                     extra["pseudo_coverage"] = float(common.all_reduce(covered)) / common.world_size() / run.count
@@ -519,8 +520,8 @@ def train(args, each, data, labeled, unlabeled, device):
                         labels[f"pseudo-label {i + 1}"] = pseudo_labels[i]
                         labels[f"student {i + 1} predicts"] = common.predict(students[i].eval(), weak[:4], args, args.crop).argmax(1)
                         views |= {f"student {i + 1} sees": strong[i][0], f"label of teacher {peer + 1}": strong[i][1][peer]}
-                    run.panel(f"pseudo_{name}", {title: cells[:min(4, B)] for title, cells in (picture | labels).items()})
-                    run.panel(f"strong_{name}", {title: cells[:min(4, B)] for title, cells in (picture | views).items()})
+                    run.panel(f"pseudo_{name}", {title: pictures[:min(4, B)] for title, pictures in (picture | labels).items()})
+                    run.panel(f"strong_{name}", {title: pictures[:min(4, B)] for title, pictures in (picture | views).items()})
             if done % args.save_every == 0 or last:
                 save(done)
 
