@@ -2418,7 +2418,7 @@ def predict_pictures(network, state, args, device):
 
     After training on Cityscapes its pictures get CITY_000000_000000_labelIds.png, with label ids as the evaluation server takes them. The
     server reads CITY_000000_000000*.png and wants one such file, so the others are JPEGs.
-    A picture is shown to the network at the size it was trained with, a large one tile by tile; what comes back has the picture's own size. A bad
+    A picture is shown to the network at the size it was trained with (or --size), a large one tile by tile; what comes back has the picture's own size. A bad
     picture does not stop the others: it is named at the end, with exit status 1."""
     source, out = Path(args.predict), Path(args.out or "predictions")
     if not source.exists():
@@ -2456,7 +2456,7 @@ def predict_pictures(network, state, args, device):
                 raise
             bad.append(str(error))
             continue
-        label, confidence = predict_tiled(network, picture, shown_size(state["size"], args.base_size, picture), args, device)
+        label, confidence = predict_tiled(network, picture, shown_size(args.size, args.base_size, picture), args, device)
         index, color = Image.fromarray(np.array(CITYSCAPES_IDS, np.uint8)[label] if label_ids else label), Image.fromarray(colorize(label, colors))
         index.putpalette((id_colors if label_ids else colors).flatten().tolist())
         try:

@@ -24,9 +24,8 @@ import three_stage
 
 # Script, its networks that learn and those that do not, whose activations are kept at a time, and pictures in a pass as a multiple of --batch-size.
 SCRIPTS = [(rml, 2, 2, 1, 2), (three_stage, 1, 1, 1, None), (mkd, 2, 2, 2, 2), (dars, 1, 0, 1, 2), (guidedmix, 1, 0, 1, 3)]
-ROWS = {"rml": ["cityscapes", "voc", "folder-gpu", "folder-cpu"], "three_stage": ["cityscapes", "vocaug", "folder-gpu", "folder-cpu"],
-        "mkd": ["cityscapes", "vocaug", "folder-gpu", "folder-cpu"], "dars": ["cityscapes", "cityscapes-713", "vocaug", "folder-gpu", "folder-cpu"],
-        "guidedmix": ["cityscapes", "vocaug", "folder-gpu", "folder-cpu"]}
+ROWS = {"rml": ["cityscapes", "voc", "folder-gpu"], "three_stage": ["cityscapes", "vocaug", "folder-gpu"], "mkd": ["cityscapes", "vocaug", "folder-gpu"],
+        "dars": ["cityscapes", "cityscapes-713", "vocaug", "folder-gpu"], "guidedmix": ["cityscapes", "vocaug", "folder-gpu"]}
 CLASSES = {"cityscapes": 19, "voc": 21, "vocaug": 21, "folder": 11}
 GB = 2 ** 30
 
@@ -48,7 +47,7 @@ def saved_bytes(network, images, dtype):
 
 
 def count(script, row, precision, batch_size=None):
-    """GB of a step of a row of the script's table, and pictures in its largest pass."""
+    """GB of a step of a row of the script's table."""
     _, learn, rest, at_a_time, multiple = next(entry for entry in SCRIPTS if entry[0] is script)
     values = script.PAPER[row]
     B, K = batch_size or values["batch_size"], CLASSES[row.split("-")[0]]
@@ -62,20 +61,17 @@ def count(script, row, precision, batch_size=None):
         everything = sum(p.numel() for p in network.parameters())
     state = 4 * (trained * learn * (1 + (2 if values["optimizer"] == "adamw" else 1)) + everything * (learn + rest))  # gradients, momentum; weights
     logits = 3 * 4 * images * K * values["crop"][0] * values["crop"][1]
-    return (kept + logits) * at_a_time / GB + state / GB, images
+    return ((kept + logits) * at_a_time + state) / GB
 
 
 def main():
-    print(f"{'':38}{'pictures':>9}{'fp32':>8}{'bf16':>8}   largest --batch-size in bf16 for")
-    print(f"{'':38}{'in a pass':>9}{'GB':>8}{'GB':>8}{'8 GB':>9}{'16 GB':>8}{'24 GB':>8}")
+    print("| row | crop | --batch-size | fp32, GB | bf16, GB | most in 8 GB, bf16 | 16 GB | 24 GB |\n|---|---|---|---|---|---|---|---|")
     for script, rows in ((entry[0], ROWS[entry[0].__name__]) for entry in SCRIPTS):
         for row in rows:
-            (fp32, images), (bf16, _) = count(script, row, "fp32"), count(script, row, "bf16")
-            one, two = (count(script, row, "bf16", n)[0] for n in (2, 4))  # linear in the pictures
-            fits = [max(0, int(2 + (limit - 1.5 - one) / ((two - one) / 2))) for limit in (8, 16, 24)]  # 1.5 GB for what is not counted
             values = script.PAPER[row]
-            print(f"{script.__name__ + ' ' + row:24}{values['crop'][0]:>5}x{values['crop'][1]:<5}{values['batch_size']:>3}{images:9}{fp32:8.1f}{bf16:8.1f}"
-                  + "".join(f"{n:>8}" for n in fits), flush=True)
+            fp32, bf16, one, two = (count(script, row, *wanted) for wanted in (("fp32",), ("bf16",), ("bf16", 2), ("bf16", 4)))  # linear in the pictures
+            fits = [max(0, int(2 + (.85 * limit - 1 - one) / ((two - one) / 2))) for limit in (8, 16, 24)]
+            print(f"| {script.__name__}.py {row} | {values['crop'][0]}x{values['crop'][1]} | {values['batch_size']} | {fp32:.1f} | {bf16:.1f} | " + " | ".join(map(str, fits)) + " |", flush=True)
 
 
 if __name__ == "__main__":
