@@ -664,7 +664,8 @@ def check_data(args):
     pixels, with_class = ({part: np.zeros(256, np.int64) for part in parts} for _ in range(2))
     sizes, formats, same = Counter(), {"pictures": Counter(), "masks": Counter()}, {}
     for (part, id), (size, mode, mask_mode, counts, content, wrong) in zip(files, looked):
-        (problems if part != "unlabeled" or "mask" not in wrong else notes).extend(wrong.values())
+        for kind, text in wrong.items():
+            (notes if (kind, part) == ("mask", "unlabeled") else problems).append(text)
         if size:
             sizes[f"{size[1]}x{size[0]}"] += 1
             formats["pictures"][mode] += 1
@@ -696,8 +697,8 @@ def check_data(args):
         if texts:
             print(f"\n{title}: {len(set(texts))}\n" + "\n".join(f"- {text}" for text in dict.fromkeys(texts)))
     if problems:
-        raise UserError(f"{len(set(problems))} things would stop a run; they are named above")
-    say("\nnothing would stop a run")
+        raise UserError(f"{len(set(problems))} thing{'s' * (len(set(problems)) > 1)} would stop a run, named above")
+    print("\nnothing would stop a run")
 
 
 def look_at(data, id, needed):
@@ -2402,6 +2403,9 @@ def use_checkpoint(args, device, make=make_network):
         if state["dataset"] != args.dataset and state["dataset"] != "streets" and args.dataset == "streets":
             raise UserError(f"--checkpoint {path}: was trained on {state['dataset']}; add --dataset {state['dataset']} --data-root DIR")
         data = open_dataset(args)
+        if list(state["classes"]) != data.names and state["dataset"] == data.name:
+            raise UserError(f"--checkpoint {path}: was trained on the classes {', '.join(state['classes'])}, {args.data_root} has {', '.join(data.names)}; "
+                            "use the same classes.txt")
         if list(state["classes"]) != data.names:
             raise UserError(f"--checkpoint {path}: was trained on {state['dataset']} with {len(state['classes'])} classes, --dataset {args.dataset} has "
                             f"{len(data.names)}; evaluate it with --dataset {state['dataset']}")

@@ -277,7 +277,7 @@ def test_absent_classes_and_duplicates_are_worth_a_look(own, main, capsys):
 
 
 def test_a_label_count_that_cannot_be_is_a_problem_too(own, main, capsys):
-    with pytest.raises(common.UserError, match="1 things"):
+    with pytest.raises(common.UserError, match="^1 thing would"):
         main("--check-data", "--labels", "99")
     assert "--labels 99" in capsys.readouterr().out
 
@@ -302,7 +302,7 @@ def test_a_public_dataset_is_checked_too(tmp_path, monkeypatch, capsys):
     said = capsys.readouterr().out
     assert "1 labeled, 2 val, 3 unlabeled" in said and "worth a look" in said and f"trainannot/{broken}.png" in said and "the same picture 2 times" in said
     monkeypatch.setattr(sys, "argv", argv + ["4", "--supervised"])
-    with pytest.raises(common.UserError, match="1 things would stop a run"):
+    with pytest.raises(common.UserError, match="1 thing would stop a run"):
         rml.main()
 
 
@@ -336,6 +336,14 @@ def test_from_photos_to_overlays(own, main, script, tmp_path, capsys):
     label = np.asarray(index)
     assert label.max() < 3 and np.array_equal(np.asarray(color), np.array([(1, 2, 3), (4, 5, 6), (7, 8, 9)], np.uint8)[label])
     assert np.array_equal(np.asarray(index.convert("RGB")), np.asarray(color)) and np.asarray(confidence).min() >= 255 / 3 - 1
+
+
+def test_other_classes_than_those_of_the_checkpoint_are_named(own, main):
+    main(*SHORT[rml], "--batch-size", "2", "--size", "80", "--crop", "48", "48", "--out", "run")
+    main("--evaluate", "--checkpoint", "run")
+    (own / "classes.txt").write_text("road\nsky\ntree\n")
+    with pytest.raises(common.UserError, match="class 0, class 1, class 2, .*own has road, sky, tree; use the same classes.txt"):
+        main("--evaluate", "--checkpoint", "run")
 
 
 def test_unlabeled_pictures_have_no_truth_and_that_is_no_number(own, main):
@@ -587,3 +595,18 @@ def test_results_that_cannot_be(tmp_path, monkeypatch, argv, words):
     monkeypatch.setattr(sys, "argv", ["common.py", *argv])
     with pytest.raises(common.UserError, match=words):
         common.main()
+
+
+# ---- tests/benchmark_memory.py ---------------------------------------------------------------------------------------
+
+def test_the_memory_of_a_pass_is_what_autograd_keeps():
+    import benchmark_memory
+    network = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3, padding=1), torch.nn.ReLU(), torch.nn.Conv2d(4, 5, 1))
+    kept = benchmark_memory.saved_bytes(network, torch.zeros(2, 3, 8, 16), torch.float32)
+    assert kept == 4 * 2 * (3 + 4) * 8 * 16  # the picture, and what ReLU gives: once, though ReLU and the second conv keep it
+
+
+def test_the_memory_of_a_step_grows_with_its_pictures():
+    import benchmark_memory
+    two, four, six = (benchmark_memory.count(rml, "folder-cpu", "fp32", n) for n in (2, 4, 6))
+    assert 0 < four - two == pytest.approx(six - four)
