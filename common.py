@@ -122,7 +122,7 @@ class Dataset:
             with open_picture(image, load=False) as picture:
                 return np.full(self._fit(*self._size(picture)), IGNORE, np.uint8)
         read = partial(self._read_label, image)
-        return read(mask) if full_size else self._resized(mask, read, Image.Resampling.NEAREST)
+        return read(mask) if full_size else self._resized(mask, read, Image.Resampling.NEAREST, f"{len(self.names)} classes")
 
     def _size(self, picture):
         """(H, W) of a PIL picture, as _read_image() gives it."""
@@ -138,7 +138,7 @@ class Dataset:
 
     def _read_image(self, path):
         with open_picture(path) as picture:
-            return np.asarray(picture.convert("RGB"))
+            return np.asarray(to_rgb(picture))
 
     def _read_label(self, image, path):
         with open_picture(path) as mask, open_picture(image, load=False) as picture:
@@ -149,22 +149,25 @@ class Dataset:
             if mask.size != (width, height):
                 raise UserError(f"{path}: the mask is {mask.size[0]}x{mask.size[1]}, its picture {image} {width}x{height}"
                                 + f" (turned, as its EXIF orientation says)" * (picture.size != (width, height)) + "; make the mask of this picture again")
-            raw = np.asarray(mask).astype(np.int64)  # a palette PNG gives its indices, never its colours
-        label = np.where((raw >= 0) & (raw < 65536), self.values[np.clip(raw, 0, 65535)], -1)
+            raw = np.asarray(mask)  # a palette PNG gives its indices, never its colours
+        if raw.dtype == bool:
+            raw = raw.astype(np.uint8)
+        label = self.values[raw] if raw.dtype == np.uint8 else np.where((raw >= 0) & (raw < 65536), self.values[np.clip(raw, 0, 65535)], -1)
         if (label < 0).any():
             raise UserError(f"{path}: label values {np.unique(raw[label < 0])[:8].tolist()} are outside the {len(self.names)} classes of {self.name} "
                             f"(accepted: {ranges(np.flatnonzero(self.values >= 0))})")
         return label.astype(np.uint8)
 
-    def _resized(self, path, read, how):
-        """read(path) at self.size; a big picture is decoded once and kept on disk at that size, as a PNG."""
+    def _resized(self, path, read, how, kind="picture"):
+        """read(path) at self.size; a big picture is decoded once and kept on disk at that size, as a PNG. A file that has changed is read again."""
         if self.size is None:
             return read(path)
-        kept = Path(self.cache, "x".join(map(str, self.size)) if len(self.size) == 2 else f"longest_{self.size[0]}", hashlib.sha256(str(Path(path).resolve()).encode()).hexdigest()[:24] + ".png")
+        kept = Path(self.cache, "x".join(map(str, self.size)) if len(self.size) == 2 else f"longest_{self.size[0]}")
         with contextlib.suppress(OSError):
-            if kept.stat().st_mtime >= Path(path).stat().st_mtime:
-                with Image.open(kept) as picture:
-                    return np.array(picture)
+            file = os.stat(path)
+            kept /= hashlib.sha256(f"{Path(path).resolve()}/{file.st_mtime_ns}/{file.st_size}/{kind}".encode()).hexdigest()[:24] + ".png"
+            with Image.open(kept) as picture:
+                return np.array(picture)
         array = read(path)
         height, width = self._fit(*array.shape[:2])
         if array.shape[:2] == (height, width):
@@ -188,9 +191,18 @@ def open_picture(path, load=True):
         return picture
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except Image.DecompressionBombError:
+        raise UserError(f"{path}: has more than {2 * Image.MAX_IMAGE_PIXELS // 10 ** 6} million pixels; cut it into parts, or shrink it") from None
+    except (OSError, SyntaxError, ValueError) as error:
         reason = "an empty file" if Path(path).is_file() and not Path(path).stat().st_size else str(error).replace(f" {str(path)!r}", "")
         raise UserError(f"{path}: not a readable picture ({reason}); copy or download it again") from None
+
+
+def to_rgb(picture):
+    """A PIL picture of any mode in RGB: of 16-bit grey the upper eight bits, which PIL would cut off; transparency is dropped."""
+    if picture.mode.startswith("I"):
+        picture = Image.fromarray((np.asarray(picture).astype(np.int32) >> 8).clip(0, 255).astype(np.uint8))
+    return picture.convert("RGB")
 
 
 def ranges(values):
@@ -473,14 +485,12 @@ class Folder(Dataset):
 
     def _read_image(self, path):
         with open_picture(path) as picture:
-            if picture.mode.startswith("I"):  # 16-bit grey
-                picture = Image.fromarray((np.asarray(picture).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
-            return np.asarray(ImageOps.exif_transpose(picture).convert("RGB"))
+            return np.asarray(to_rgb(ImageOps.exif_transpose(picture)))
 
 
-def open_folder(root, size, cache, seed=0, trouble=None):
+def open_folder(root, size, cache, trouble=None):
     """Pictures of one's own. images/ and masks/ are labeled, by file stem; unlabeled/; val_images/ and val_masks/, or a fifth of the labeled ones, held
-    out in the order of a hash of (seed, name); classes.txt, or classes numbered from the masks. For all labeled pictures to be used: --labels 1/1.
+    out by a hash of their names; classes.txt, or classes numbered from the masks. For all labeled pictures to be used: --labels 1/1.
 
     trouble: a list that collects what is wrong; without it the first thing wrong is a UserError."""
     layout = ("images/ and masks/ (index PNGs of the same names, 255 is unknown), unlabeled/ (pictures without masks), and if you like val_images/, val_masks/ and "
@@ -502,12 +512,12 @@ def open_folder(root, size, cache, seed=0, trouble=None):
     if len(labeled) == 1 and not val:
         problems.append(f"{root}/images: one picture with a mask, but one more is needed to evaluate on, here or in {root}/val_images and val_masks")
     if not val:
-        held_out = hash_order(seed, labeled)[:max(1, round(len(labeled) / 5))] if len(labeled) > 1 else []
+        held_out = hash_order(0, labeled)[:max(1, round(len(labeled) / 5))] if len(labeled) > 1 else []
         val = {id: labeled.pop(id) for id in sorted(held_out)}
         say(f"val       {len(val)} of the {len(val) + len(labeled)} labeled pictures, held out by name" + f": {', '.join(Path(id).name for id in val)}" * (len(val) <= 4))
     classes = read_classes(root / "classes.txt", problems) if (root / "classes.txt").exists() else {}
     if not classes:
-        classes = number_classes([mask for _, mask in (labeled | val).values()], problems)
+        classes = number_classes([mask for _, mask in (labeled | val).values()])
         say(f"classes   {len(classes)}, numbered from the masks; for names, write {root}/classes.txt, one in each line, from class id 0 on")
     if trouble is None and problems:
         raise UserError(problems[0] + f" ({len(problems)} things of this kind: --check-data names them all)" * (len(problems) > 1))
@@ -534,15 +544,16 @@ def pictures_in(folder, problems):
 
 
 def read_classes(path, problems):
-    """{name: colour} from a list of one's own: a name in each line, and a colour if one is given (255 0 0 or #ff0000). Problems are added to the list."""
+    """{name: colour} from a list of one's own: a name in each line, and a colour if one is given (255 0 0 or #ff0000); lines that begin with # are comments.
+    Problems are added to the list."""
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         problems.append(f"{path}: cannot be read as a text list ({error}); write one name in each line")
         return {}
     classes = {}
-    for number, line in enumerate(filter(None, lines)):
-        name, *color = re.fullmatch(r"(.+?)(?:[\s,]+(\d{1,3})[\s,]+(\d{1,3})[\s,]+(\d{1,3})|\s+#([0-9a-fA-F]{6}))?", line).groups()
+    for number, line in enumerate(line for line in lines if line and not line.startswith("#")):
+        name, *color = re.fullmatch(r"(.+?)(?:[\s,]+(\d{1,3})[\s,]+(\d{1,3})[\s,]+(\d{1,3})|[\s,]+#([0-9a-fA-F]{6}))?", line).groups()
         color = tuple(bytes.fromhex(color[3])) if color[3] else tuple(int(c) for c in color[:3]) if color[0] else class_color(number)
         if max(color) > 255 or name in classes:
             problems.append(f"{path}: class {number}, {line!r}: " + (f"stands there already, as class {list(classes).index(name)}" if name in classes else "a colour is three numbers up to 255")
@@ -553,14 +564,14 @@ def read_classes(path, problems):
     return classes
 
 
-def number_classes(masks, problems):
+def number_classes(masks):
     """{name: colour} of the classes 0, 1, .. up to the largest id in the masks. An id beyond a gap of more than ten counts as out of range."""
     seen = np.zeros(256, bool)
 
     def ids(path):
         with contextlib.suppress(UserError), open_picture(path) as mask:  # what cannot be read is named by who reads it
-            return np.unique(np.asarray(mask)) if mask.mode in Folder.mask_modes else ()
-        return ()
+            return np.flatnonzero(np.bincount(np.asarray(mask, np.uint8).ravel())) if mask.mode in Folder.mask_modes else []
+        return []
     for number, found in enumerate(in_threads(ids, masks), 1):
         seen[list(found)] = True
         progress("numbering the classes from the masks", number, len(masks))
@@ -569,14 +580,12 @@ def number_classes(masks, problems):
         if k > (known[i - 1] if i else -1) + 11:
             known = known[:i]
             break
-    if seen[IGNORE] and known.tolist() == [0]:
-        problems.append(f"{Path(masks[0]).parent}: the masks hold 0 and 255 alone, and 255 means unknown; save objects as 1, 2, ..")
     return {f"class {k}": class_color(k) for k in range(known.max() + 1 if len(known) else 1)}
 
 
 def in_threads(function, items):
     """function(item) for each item, in their order, several at a time: decoding leaves Python's lock alone."""
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(max(1, min(8, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))) as pool:
         yield from pool.map(function, items)
 
 
@@ -635,7 +644,7 @@ def open_dataset(args, trouble=None):
     if args.dataset == "context":
         return open_context(args.data_root, args.size, cache)
     if args.dataset == "folder":
-        return open_folder(args.data_root, args.size, cache, args.split_seed or 0, trouble)
+        return open_folder(args.data_root, args.size, cache, trouble)
     if args.dataset == "camvid":
         return open_camvid(args.data_root, args.size, cache)
     return open_cityscapes(args.data_root, args.size, cache, args.extra, seed)
@@ -665,7 +674,7 @@ def check_data(args):
     sizes, formats, same = Counter(), {"pictures": Counter(), "masks": Counter()}, {}
     for (part, id), (size, mode, mask_mode, counts, content, wrong) in zip(files, looked):
         for kind, text in wrong.items():
-            (notes if (kind, part) == ("mask", "unlabeled") else problems).append(text)
+            (notes if kind == "turned" or (kind, part) == ("mask", "unlabeled") else problems).append(text)
         if size:
             sizes[f"{size[1]}x{size[0]}"] += 1
             formats["pictures"][mode] += 1
@@ -674,6 +683,8 @@ def check_data(args):
             formats["masks"][mask_mode] += 1
             pixels[part] += counts
             with_class[part] += counts > 0
+    if data.name == "folder" and (problem := one_class_alone(pixels["labeled"] + pixels["val"])):
+        problems.append(f"{args.data_root}/masks: {problem}")
     for twins in same.values():
         if len(twins) > 1 and (len({part for part, _ in twins}) > 1 or data.name == "folder"):
             leak = "val" in {part for part, _ in twins} and len({part for part, _ in twins}) > 1
@@ -701,8 +712,14 @@ def check_data(args):
     print("\nnothing would stop a run")
 
 
+def one_class_alone(pixels):
+    """What is wrong if pixels by class id (256,) are 0 and 255 alone, or None: who saves objects as 255 has nothing to learn from."""
+    if pixels[0] and pixels[IGNORE] and not pixels[1:IGNORE].any():
+        return "the masks hold 0 and 255 alone, and 255 means unknown; save objects as 1, 2, .."
+
+
 def look_at(data, id, needed):
-    """What check_data() wants to know of a picture: size, mode, the mask's mode, its pixels by class id (256,), a hash of the picture, and {"image" or "mask": what is wrong}.
+    """What check_data() wants to know of a picture: size, mode, the mask's mode, its pixels by class id (256,), a hash of the picture, and {"image", "mask" or "turned": what is wrong}.
 
     needed: it must have a mask."""
     if data.name == "streets":  # drawn, no files
@@ -713,7 +730,7 @@ def look_at(data, id, needed):
         with open_picture(path, load=False) as picture:
             mode = picture.mode
         image = data._read_image(path)
-        size, content = image.shape[:2], hashlib.blake2b(image.tobytes() + repr(image.shape).encode()).digest()
+        size, content = image.shape[:2], (image.shape, hashlib.blake2b(np.ascontiguousarray(image)).digest())
     except UserError as error:
         wrong["image"] = str(error)
     if mask is None:
@@ -723,6 +740,9 @@ def look_at(data, id, needed):
     try:
         with open_picture(mask, load=False) as picture:
             mask_mode = picture.mode
+        with open_picture(path, load=False) as picture:
+            if isinstance(data, Folder) and picture.getexif().get(274, 1) != 1:
+                wrong["turned"] = f"{path}: is shown turned, as its EXIF orientation says; see that {mask} was drawn on the turned picture"
         counts = np.bincount(data._read_label(path, mask).flatten(), minlength=256)
     except UserError as error:
         if str(error) != wrong.get("image"):
@@ -776,11 +796,13 @@ def read_some(data, labeled, unlabeled):
     if data.name == "folder":  # pictures of one's own: all of them once, which also keeps small copies of big ones
         def read(id):
             data.image(id)
-            if data.files[id][1]:
-                data.label(id)
-        ids = (labeled + data.val + unlabeled)[rank()::world_size()]
-        for number, _ in enumerate(in_threads(read, ids), 1):
+            return np.bincount(data.label(id).ravel(), minlength=256) if data.files[id][1] else 0
+        ids, pixels = (labeled + data.val + unlabeled)[rank()::world_size()], np.zeros(256, np.int64)
+        for number, counts in enumerate(in_threads(read, ids), 1):
+            pixels += counts
             progress("reading all pictures and masks", number, len(ids))
+        if problem := one_class_alone(pixels):
+            raise UserError(f"{data.files[labeled[0]][1].parent}: {problem}")
     for id in labeled[:8] + data.val[:2]:
         data.image(id), data.label(id)
     for id in unlabeled[:2] + [id for id in data.extra if "troisdorf_000000_000073" in id]:  # this one is known to be corrupt in the archive
@@ -918,7 +940,7 @@ class Stream(torch.utils.data.Dataset):
                 raise UserError(f"{pseudo_label_path(self.pseudo_labels, id)}: is {label.shape[1]}x{label.shape[0]}, its picture {image.shape[1]}x{image.shape[0]}; "
                                 "delete it, then the same command makes it again")
         else:
-            label = self.data.label(id) if self.labeled else truth_for_the_log(self.data, id)
+            label = self.data.label(id) if self.labeled else truth_for_the_log(self.data, id, image.shape[:2])
         image, label, valid, view = weak_view(image, label, rng(self.seed, self.name, "view", position), self.crop, self.scale, self.cut)
         sample = {"image": image, "label" if self.labeled else "truth": label, "valid": valid, "position": position}
         for i, folder in enumerate(self.soft_labels):
@@ -926,12 +948,12 @@ class Stream(torch.utils.data.Dataset):
         return sample
 
 
-def truth_for_the_log(data, id):
-    """The mask of an unlabeled picture, which nothing may learn from: 255 where there is none, or a broken one."""
-    try:
-        return data.label(id)
-    except UserError:
-        return np.full(data.image(id).shape[:2], IGNORE, np.uint8)
+def truth_for_the_log(data, id, size):
+    """The mask of an unlabeled picture of this size, which nothing may learn from: 255 where there is none, or a broken one."""
+    if data.files[id][1]:
+        with contextlib.suppress(UserError):
+            return data.label(id)
+    return np.full(size, IGNORE, np.uint8)
 
 
 @lru_cache(maxsize=16)
@@ -1967,7 +1989,8 @@ class Run:
         self.started = self.interval = time.time()
         self.spoken, self.left, self.phase = 0., None, None  # phase: a word for iterations that take another time than those after them
         self.pending, self.names, self.sums, self.count = None, [], 0, 0
-        self.pseudo, self.absent, self.zeros, self.warned = torch.zeros(len(data.names) + 1, device=device), {}, {}, set()  # for the warnings of look()
+        self.pseudo = torch.zeros(len(data.names) + 1, dtype=torch.int64, device=device)  # for the warnings, as the next line
+        self.absent, self.zeros, self.waited, self.warned = Counter(), Counter(), 0, set()
         self.images = args.batch_size * (1 if args.supervised else 2)  # of an iteration; a method with other batches sets its own
         self.board = tensorboard(self.folder) if is_main() else None
         say(f"run       {self.folder}" + (f", resumed after iteration {self.step} of {self.total}" if self.step else ""))
@@ -2020,7 +2043,7 @@ class Run:
         """Count classes in pseudo-labels (.., H, W), 255 where unknown, on every fourth row and column. No sync."""
         for label in labels:
             label = label[..., ::4, ::4].flatten().clamp(max=len(self.data.names))
-            self.pseudo.scatter_add_(0, label, torch.ones_like(label, dtype=self.pseudo.dtype))
+            self.pseudo.scatter_add_(0, label, torch.ones_like(label))
 
     def look(self, tables):
         """Warn, of each thing once, if an evaluation ({network: confusion matrix}) or the pseudo-labels since the last one look as in a run that goes wrong."""
@@ -2036,14 +2059,15 @@ class Run:
             self.warn_once("one class", f"{100 * known[largest] / sum(known):.1f} % of the pseudo-labels are {names[largest]}, of val only {100 * truth[largest] / truth.sum():.0f} %: they collapse to "
                            "one class; train longer on labels first, or with a lower --lr")
         for k, name in enumerate(names):
-            self.absent[k] = self.absent.get(k, 0) + 1 if sum(known) and not known[k] and truth[k] else 0
-            self.zeros[k] = self.zeros.get(k, 0) + 1 if truth[k] and not any(table[k, k] for table in tables.values()) else 0
-        absent = [names[k] for k, times in self.absent.items() if times >= 2]
-        zeros = [names[k] for k, times in self.zeros.items() if times >= 3 and 2 * self.step >= self.total]
+            self.absent[name] = self.absent[name] + 1 if sum(known) and not known[k] and truth[k] else 0
+            self.zeros[name] = self.zeros[name] + 1 if truth[k] and not any(table[k, k] for table in tables.values()) else 0
+        absent = [name for name in names if self.absent[name] >= 2 and ("absent", name) not in self.warned]
+        zeros = [name for name in names if self.zeros[name] >= 3 and 2 * self.step >= self.total and ("zero", name) not in self.warned]
+        self.warned |= {("absent", name) for name in absent} | {("zero", name) for name in zeros}
         if absent:
-            self.warn_once("absent", f"no pseudo-label has held {', '.join(absent)} since the evaluation before last: unlabeled pictures teach nothing of {'it' if len(absent) == 1 else 'them'}")
+            self.warn_once(f"absent {absent}", f"no pseudo-label has held {', '.join(absent)} since the evaluation before last: unlabeled pictures teach nothing of {'it' if len(absent) == 1 else 'them'}")
         if zeros:
-            self.warn_once("zero", f"IoU 0 in every network, three evaluations in a row: {', '.join(zeros)}; label more pictures that show {'it' if len(zeros) == 1 else 'them'}, or train longer")
+            self.warn_once(f"zero {zeros}", f"IoU 0 in every network, three evaluations in a row: {', '.join(zeros)}; label more pictures that show {'it' if len(zeros) == 1 else 'them'}, or train longer")
 
     def warn_once(self, key, text):
         if key not in self.warned:
@@ -2082,7 +2106,8 @@ class Run:
             self.left = pace * (self.lengths[stage] - iteration)
             waiting = min(1., WAITED[0] / (pace * self.count))  # share of the time in which the next pictures were not there yet
             record |= dict(zip(self.names, means)) | {"images_per_second": round(self.images / pace, 2), "waiting": round(waiting, 3)}
-            if waiting > .5 and pace * self.count > 10:
+            self.waited = self.waited + 1 if waiting > .5 and pace * self.count > 10 else 0
+            if self.waited == 2:  # the first time the loaders have just been started
                 self.warn_once("waiting", f"{100 * waiting:.0f} % of the time goes into waiting for pictures; try more --workers (now {self.args.workers}), a smaller --size, "
                                "or a faster disk")
         WAITED[0] = 0.
@@ -2424,7 +2449,7 @@ def predict_pictures(network, state, args, device):
     server reads CITY_000000_000000*.png and wants one such file, so the others are JPEGs.
     A picture is shown to the network at the size it was trained with (or --size), a large one tile by tile; what comes back has the picture's own size. A bad
     picture does not stop the others: it is named at the end, with exit status 1."""
-    source, out = Path(args.predict), Path(args.out or "predictions")
+    source, out, Image.MAX_IMAGE_PIXELS = Path(args.predict), Path(args.out or "predictions"), None  # pictures of any size
     if not source.exists():
         raise UserError(f"--predict {source}: no such picture or folder")
     paths = sorted(p for p in source.rglob("*") if p.suffix.lower() in (".png", ".jpg", ".jpeg")) if source.is_dir() else [source]
@@ -2454,7 +2479,7 @@ def predict_pictures(network, state, args, device):
         progress(f"predict   {path.name}" if sys.stdout.isatty() else "predict", number, len(jobs))
         try:
             with open_picture(path) as picture:
-                picture = ImageOps.exif_transpose(picture).convert("RGB")  # phones store the direction apart from the pixels
+                picture = to_rgb(ImageOps.exif_transpose(picture))  # phones store the direction apart from the pixels
         except UserError as error:
             if not source.is_dir():
                 raise
@@ -2494,10 +2519,11 @@ def predict_tiled(network, picture, size, args, device, tile=1024, margin=128, b
     (h, w), (H, W) = size, (picture.height, picture.width)
     label, confidence = np.zeros((H, W), np.uint8), np.zeros((H, W), np.uint8)
     whole = args.base_size or h * w <= 2 ** 21  # with --base-size predict() looks through windows itself
-    for y in range(0, h, h if whole else tile):
-        for x in range(0, w, w if whole else tile):
-            inner = y, x, h if whole else min(y + tile, h), w if whole else min(x + tile, w)
-            top, left, bottom, right = (0, 0, h, w) if whole else (max(y - margin, 0), max(x - margin, 0), min(inner[2] + margin, h), min(inner[3] + margin, w))
+    tile_h, tile_w = (n if whole else math.ceil(n / math.ceil(n / tile)) for n in (h, w))  # as large as each other
+    for y in range(0, h, tile_h):
+        for x in range(0, w, tile_w):
+            inner = y, x, min(y + tile_h, h), min(x + tile_w, w)
+            top, left, bottom, right = max(y - margin, 0), max(x - margin, 0), min(inner[2] + margin, h), min(inner[3] + margin, w)
             image = torch.from_numpy(small[top:bottom, left:right].transpose(2, 0, 1).copy())[None].to(device)
             p = predict(network, image, args, (bottom - top, right - left))[0].cpu()  # (K, h', w')
             Y, X, Y_end, X_end = (round(n * scale) for n, scale in zip(inner, (H / h, W / w) * 2))  # where the inner part lies in the picture
@@ -2520,7 +2546,8 @@ def results(folder):
         try:
             arguments = json.loads(path.read_text())["arguments"]
             result = json.loads((path.parent / "result.json").read_text())
-            setting = tuple(f"{name.replace('_', '-')} {arguments[name]}" for name in arguments["changed"])
+            kind = ["table_preset"] * bool(arguments.get("table_preset")) + ["data_root"] * (result["dataset"] == "folder")
+            setting = tuple(f"{name.replace('table_', '').replace('_', '-')} {arguments[name]}" for name in kind + arguments["changed"])
             key = result["method"].removesuffix("-supervised"), result["dataset"], result["labels"], setting, result["method"].endswith("-supervised")
             seeds = runs.setdefault(key, {})
             if result["seed"] in seeds:

@@ -279,7 +279,7 @@ def make_pseudo_labels(teacher, data, unlabeled, labels, alpha, number, run, arg
         pseudo_label = select(label, code, threshold, kept, wanted, common.rng(args.seed, "sampling", number, id))
         common.write_pseudo_label(folder, id, pseudo_label, data.colors)
         counts += torch.from_numpy(np.bincount(pseudo_label.ravel(), minlength=256))
-        matrix += common.confusion_matrix(*(torch.from_numpy(x.astype(np.int64)) for x in (common.truth_for_the_log(data, id), pseudo_label)), K)
+        matrix += common.confusion_matrix(*(torch.from_numpy(x.astype(np.int64)) for x in (common.truth_for_the_log(data, id, label.shape), pseudo_label)), K)
         common.progress(f"round {number}, pseudo-labels", done, len(share))
     counts, matrix = (common.all_reduce(x.to(device)).cpu() for x in (counts[:K], matrix))
     report |= {"share": distribution(counts).tolist(), "d_kl": divergence(distribution(labels), distribution(counts)),
@@ -367,7 +367,7 @@ def draw(report, table, single_threshold, ids, folder, drafts, data, run, args):
     for id in ids:
         label, code = read_draft(drafts, id)
         confidence = (255 * confidences[code][None]).astype(np.uint8).repeat(3, 0)  # (3, H, W)
-        shown = (data.image(id).transpose(2, 0, 1), common.truth_for_the_log(data, id), label, confidence,
+        shown = (data.image(id).transpose(2, 0, 1), common.truth_for_the_log(data, id, label.shape), label, confidence,
                  select(label, code, *single_threshold, None), common.read_pseudo_label(folder, id))
         for cells, array in zip(columns.values(), shown):
             cells.append(torch.from_numpy(array.copy()))

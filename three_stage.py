@@ -294,7 +294,8 @@ def make_pseudo_masks(network, data, ids, unlabeled, stage, run, args, device):
             label = common.predict(network, image, plain, image.shape[2:]).argmax(1)[0].to("cpu", torch.uint8)  # arg max f(x)
             common.write_pseudo_label(folder, id, label.numpy(), data.colors)
         if id in unlabeled:
-            truth, label = common.truth_for_the_log(data, id), common.read_pseudo_label(folder, id)
+            label = common.read_pseudo_label(folder, id)
+            truth = common.truth_for_the_log(data, id, label.shape)
             matrix += common.confusion_matrix(torch.from_numpy(truth).long(), torch.from_numpy(label).long(), len(data.names))
         common.progress(f"stage {stage}, pseudo-masks", done, len(share))
     miou = common.mean_iou(common.all_reduce(matrix.to(device)).cpu())
@@ -427,7 +428,7 @@ def train(args, stages, data, labeled, unlabeled, device):
 
             # 6 log, evaluate, save
             run.watch(stage, iteration, losses)
-            run.watch_pseudo_labels(*targets)
+            run.watch_pseudo_labels(*[y[n_labeled:] for y in targets])
             done, last = iteration + 1, iteration + 1 == iterations
             if done % args.log_every == 0 or last:
                 extra = {"lr": optimizer.param_groups[1]["lr"]}
@@ -469,7 +470,7 @@ def show_stages(teacher, data, ids, stages, run, args, device):
         image = torch.from_numpy(data.image(id).transpose(2, 0, 1).copy())
         masks = [common.read_pseudo_label(folder, id) for folder in folders.values()]
         prediction = common.predict(teacher.eval(), image[None].to(device), args, image.shape[1:]).argmax(1)[0].cpu()
-        for cells, array in zip(columns.values(), (image, torch.from_numpy(common.truth_for_the_log(data, id)), *map(torch.from_numpy, masks), prediction)):
+        for cells, array in zip(columns.values(), (image, torch.from_numpy(common.truth_for_the_log(data, id, image.shape[1:])), *map(torch.from_numpy, masks), prediction)):
             cells.append(array)
     run.panel("stages", columns)
 

@@ -74,7 +74,6 @@ def test_what_is_labeled_unlabeled_and_val(own, capsys):
     said = capsys.readouterr().out
     assert "1 of the 4 labeled pictures, held out by name" in said and "3, numbered from the masks" in said
     assert common.open_folder(own, None, None).val == data.val  # always the same
-    assert len({tuple(common.open_folder(own, None, None, seed).val) for seed in range(20)}) > 1
 
 
 def test_a_fifth_is_held_out_and_val_pictures_of_ones_own_are_used(own):
@@ -90,8 +89,16 @@ def test_a_fifth_is_held_out_and_val_pictures_of_ones_own_are_used(own):
 
 
 def test_classes_and_colours_of_a_list(own):
-    (own / "classes.txt").write_text("\ufeffroad 1 2 3\n\nside walk\ntree #ff8000\ncar, 4, 5, 6\n", encoding="utf-8")
-    assert common.open_folder(own, None, None).classes == {"road": (1, 2, 3), "side walk": (128, 0, 0), "tree": (255, 128, 0), "car": (4, 5, 6)}  # VOC's second colour
+    (own / "classes.txt").write_text("\ufeffroad 1 2 3\n\nside walk\n# a comment\ntree #ff8000\ncar, 4, 5, 6\nbus,#010203\n", encoding="utf-8")
+    assert common.open_folder(own, None, None).classes == {"road": (1, 2, 3), "side walk": (128, 0, 0), "tree": (255, 128, 0), "car": (4, 5, 6), "bus": (1, 2, 3)}  # VOC's second colour
+
+
+def test_masks_of_one_bit(own, main):
+    for i in range(4):
+        Image.fromarray(noise(i, 60 + i, 90, 1)).convert("1").save(own / f"masks/photo {i}.png")
+    data = common.open_folder(own, None, None)
+    assert len(data.names) == 2 and set(np.unique(data.label("images/photo 0"))) == {0, 1}
+    main("--check-data")
 
 
 def test_an_id_beyond_a_gap_is_out_of_range(own, capsys):
@@ -114,6 +121,7 @@ def test_any_mode_of_picture_is_read_as_rgb(own, mode):
     read = common.open_folder(own, None, None).image("images/photo 0")
     assert read.shape == (60, 90, 3) and read.dtype == np.uint8
     assert np.array_equal(read, np.repeat(grey[..., None], 3, 2) if mode == "I;16" else np.asarray(Image.open(path).convert("RGB")))
+    assert np.array_equal(np.asarray(common.to_rgb(Image.open(path))), read)  # as --predict reads it
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -134,6 +142,38 @@ def test_exif_rotation(own, orientation, tmp_path):
             data.label("images/photo 0")
         save(own / "masks/photo 0.png", mask(0, 90, 60))
     assert data.label("images/photo 0").shape == size
+
+
+def test_a_turned_photo_with_a_mask_is_worth_a_look(own, main, capsys):
+    """Upside down the mask has the right size, so nobody else would notice."""
+    exif = Image.Exif()
+    exif[274] = 3
+    for part, i in (("images", 0), ("unlabeled", 4)):
+        Image.fromarray(noise(i, 60 + i, 90)).save(own / f"{part}/photo {i}.png", exif=exif)
+    main("--check-data")
+    notes = [line for line in capsys.readouterr().out.splitlines() if "EXIF" in line]
+    assert len(notes) == 1 and "images/photo 0.png" in notes[0] and "masks/photo 0.png" in notes[0]
+
+
+def test_what_is_kept_on_disk_is_that_of_the_file_and_the_classes(own, tmp_path):
+    """A file put in its place counts, also an older one; and with fewer classes a mask is looked at anew."""
+    import os
+    for seed in (0, 1):
+        save(own / "images/photo 0.png", noise(seed, 400, 200))
+        save(own / "masks/photo 0.png", mask(seed, 400, 200, classes=5))
+        os.utime(own / "images/photo 0.png", (1000 - seed, 1000 - seed))
+        data = common.open_folder(own, (100,), tmp_path / "cache")
+        expected = Image.fromarray(noise(seed, 400, 200)).resize((50, 100), Image.Resampling.BILINEAR)
+        assert np.array_equal(data.image("images/photo 0"), np.asarray(expected)) and set(range(5)) <= set(np.unique(data.label("images/photo 0")))
+    (own / "classes.txt").write_text("a\nb\nc\n")
+    with pytest.raises(common.UserError, match=r"\[3, 4\] are outside the 3 classes"):
+        common.open_folder(own, (100,), tmp_path / "cache").label("images/photo 0")
+
+
+def test_a_picture_without_a_mask_is_not_opened_again_for_one(own, monkeypatch):
+    data = common.open_folder(own, (100,), own / "cache")
+    monkeypatch.setattr(common, "open_picture", lambda *_, **__: pytest.fail("opened"))
+    assert (common.truth_for_the_log(data, "unlabeled/photo 4", (30, 40)) == 255).all()
 
 
 def test_the_longer_side_is_shrunk_and_never_grown(own, tmp_path):
@@ -215,13 +255,16 @@ def test_each_kind_of_bad_file_stops_a_run_before_it_begins(own, main):
     (lambda own: (own / "classes.txt").write_text("road 300 0 0\nb\nc\n"), ("classes.txt", "'road 300 0 0'", "up to 255")),
     (lambda own: (own / "classes.txt").write_bytes(b"\xff\xfe\x00r"), ("classes.txt", "text")),
     (lambda own: (own / "classes.txt").write_text("road\n"), ("masks/photo", "[1, 2]", "1 classes")),
-    (lambda own: [save(own / f"masks/photo {i}.png", mask(i, 60 + i, classes=1)) for i in range(4)], ("0 and 255", "1, 2")),
+    (lambda own: [save(own / f"masks/photo {i}.png", mask(i, 60 + i, classes=1)) for i in range(4)], ("own/masks", "0 and 255", "1, 2")),
+    (lambda own: [save(own / f"masks/photo {i}.png", mask(i, 60 + i, classes=1)) for i in range(4)] + [(own / "classes.txt").write_text("background\nobject\n")], ("0 and 255", "1, 2")),
     (lambda own: (own / "masks/photo 0.png").rename(own / "masks/photo 0.jpg"), ("photo 0.jpg", "PNG"))])
 def test_a_folder_that_is_not_as_it_must_be(own, main, change, words):
     change(own)
     with pytest.raises(common.UserError) as error:
         main("--iterations", "1")
     assert all(word in str(error.value) for word in words) and "\n" not in str(error.value), str(error.value)
+    with pytest.raises(common.UserError):  # and --check-data sees it too
+        main("--check-data")
 
 
 def test_without_unlabeled_pictures_the_ways_out_are_named(own, main):
@@ -383,12 +426,21 @@ def test_a_large_picture_is_seen_in_tiles_with_margins(monkeypatch):
     array = np.random.RandomState(0).randint(0, 256, (1500, 2300, 3), dtype=np.uint8)
     label, confidence = common.predict_tiled(Pointwise(), Image.fromarray(array), (1500, 2300), ARGS, CPU)
     seen = Pointwise.seen[:]
-    assert len(seen) == 2 * 3 and max(h for h, _ in seen) == 1024 + 128 and max(w for _, w in seen) == 1024 + 2 * 128
+    assert len(seen) == 2 * 3 and set(seen) == {(750 + 128, w) for w in (767 + 128, 767 + 2 * 128, 766 + 128)}  # 2 x 3 tiles, alike
     logits = Pointwise()(common.to_float(torch.from_numpy(array.transpose(2, 0, 1))[None]))[0]
     p = logits.softmax(0)
     top = p.sort(0).values
     sure = top[-1] - top[-2] > 1e-4
     assert np.array_equal(label[sure], p.argmax(0)[sure].numpy()) and np.abs(confidence.astype(float) - 255 * p.max(0).values.numpy()).max() < .6
+
+
+def test_tiles_of_a_picture_that_is_scaled():
+    array = np.asarray(Image.fromarray(noise(2, 20, 30)).resize((2700, 1701), Image.Resampling.BICUBIC))
+    label, confidence = common.predict_tiled(Pointwise(), Image.fromarray(array), (1500, 2001), ARGS, CPU)
+    small = common.to_float(torch.from_numpy(np.asarray(Image.fromarray(array).resize((2001, 1500), Image.Resampling.BILINEAR)).transpose(2, 0, 1).copy())[None])
+    p = F.interpolate(Pointwise()(small).softmax(1), (1701, 2700), mode="bilinear", align_corners=False)[0]
+    sure = p.sort(0).values[-1] - p.sort(0).values[-2] > 1e-3
+    assert np.array_equal(label[sure], p.argmax(0)[sure].numpy()) and np.abs(confidence.astype(float) - 255 * p.max(0).values.numpy()).max() < .7
 
 
 def test_every_pixel_has_its_margin(monkeypatch):
@@ -417,8 +469,15 @@ def test_the_size_at_which_a_picture_is_shown(size, base_size, picture, expected
 def test_a_picture_too_large_to_be_true_is_named(tmp_path, monkeypatch):
     Image.new("L", (200, 200)).save(tmp_path / "bomb.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
-    with pytest.raises(common.UserError, match="bomb.png: not a readable picture"):
+    with pytest.raises(common.UserError, match="bomb.png: has more than .* million pixels; cut it into parts, or shrink it"):
         common.open_picture(tmp_path / "bomb.png")
+
+
+def test_a_picture_of_any_size_is_predicted(own, main, tmp_path, monkeypatch):
+    main(*SHORT[rml], "--batch-size", "2", "--size", "80", "--crop", "48", "48", "--out", "run")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    main("--predict", own / "unlabeled/photo 4.png", "--checkpoint", "run", "--out", "out")
+    assert Path("out/photo 4_confidence.png").exists()
 
 
 # ---- warnings of a run -----------------------------------------------------------------------------------------------
@@ -458,6 +517,23 @@ def test_a_class_that_no_pseudo_label_holds(tmp_path, capsys):
         run.look({"student": confusion()})
         found = warnings_of(capsys)
         assert len(found) == expected and all("pole, sign" in text for text in found)
+
+
+def test_another_class_that_is_lost_later_is_told_too(tmp_path, capsys):
+    run = a_run(tmp_path)
+    for lost, expected in ((9, 0), (9, 1), (5, 0), (5, 1)):
+        run.watch_pseudo_labels(EVERY.where((EVERY != 9) & (EVERY != lost), 255))
+        run.look({"student": confusion()})
+        assert len(warnings_of(capsys)) == expected
+
+
+def test_pseudo_labels_are_counted_beyond_what_float_can_count(tmp_path, capsys):
+    run = a_run(tmp_path)
+    run.pseudo[0], run.pseudo[3] = 2 ** 25, 2 ** 17
+    run.watch_pseudo_labels(torch.zeros(1, 64, 64, dtype=torch.int64))
+    assert run.pseudo.tolist()[0] == 2 ** 25 + 256
+    run.look({"student": confusion()})
+    assert any("collapse" in text for text in warnings_of(capsys))
 
 
 def test_pseudo_labels_of_one_class(tmp_path, capsys):
@@ -568,6 +644,14 @@ def test_the_table_over_runs(tmp_path, capsys):
     assert found["rml, supervised", ""]["mIoU"] == "26.00" and found["rml, supervised", ""]["std"] == "1.41" and found["rml, supervised", ""]["gain"] == ""
     assert found["dars", ""]["std"] == found["dars", ""]["gain"] == "" and found["dars", ""]["labels"] == "16"
     assert "unfinished" in said.out and "begun" in said.out and "broken" in said.err
+
+
+def test_presets_and_folders_are_rows_of_their_own(tmp_path, capsys):
+    for i, (preset, root, miou, method) in enumerate((("cpu", "cats", 30., "rml"), ("gpu", "roads", 70., "rml"), ("cpu", "cats", 20., "rml-supervised"))):
+        finished(tmp_path / str(i), method, 0, miou, dataset="folder", table_preset=preset, data_root=root)
+    common.results(tmp_path)
+    found = {(row["method"], row["setting"]): row for row in rows(capsys.readouterr().out)}
+    assert found["rml", "preset cpu, data-root cats"]["gain"] == "+10.00" and found["rml", "preset gpu, data-root roads"]["gain"] == ""
 
 
 def test_of_two_runs_with_one_seed_the_newest_counts(tmp_path, capsys):
