@@ -100,7 +100,7 @@ class Dataset:
     official: the train ids that a published list names as the labeled ones (vocaug).  extra: ids of pictures beside train, without masks.
     """
 
-    mask_modes = "1", "L", "P", "I", "I;16"
+    mask_modes, way_out = ("1", "L", "P", "I", "I;16"), ""
 
     def __init__(self, name, classes, train, val, files, values, size=None, cache=None):
         self.name, self.classes, self.train, self.val, self.files, self.size, self.cache = name, classes, train, val, files, size, cache
@@ -144,7 +144,7 @@ class Dataset:
         with open_picture(path) as mask, open_picture(image, load=False) as picture:
             if mask.mode not in self.mask_modes:
                 raise UserError(f"{path}: {KINDS.get(mask.mode, f'a {mask.mode} picture')}, but a mask must be one channel of class ids (an {'8-bit ' * ('I' not in self.mask_modes)}"
-                                "index or palette PNG); convert it, or export it again as class ids")
+                                "index or palette PNG); export it again as class ids (an editor's indexed mode numbers colours as it likes)")
             height, width = self._size(picture)
             if mask.size != (width, height):
                 raise UserError(f"{path}: the mask is {mask.size[0]}x{mask.size[1]}, its picture {image} {width}x{height}"
@@ -155,7 +155,7 @@ class Dataset:
         label = self.values[raw] if raw.dtype == np.uint8 else np.where((raw >= 0) & (raw < 65536), self.values[np.clip(raw, 0, 65535)], -1)
         if (label < 0).any():
             raise UserError(f"{path}: label values {np.unique(raw[label < 0])[:8].tolist()} are outside the {len(self.names)} classes of {self.name} "
-                            f"(accepted: {ranges(np.flatnonzero(self.values >= 0))})")
+                            f"(accepted: {ranges(np.flatnonzero(self.values >= 0))})" + self.way_out)
         return label.astype(np.uint8)
 
     def _resized(self, path, read, how, kind="picture"):
@@ -195,7 +195,7 @@ def open_picture(path, load=True):
         raise UserError(f"{path}: has more than {2 * Image.MAX_IMAGE_PIXELS // 10 ** 6} million pixels; cut it into parts, or shrink it") from None
     except (OSError, SyntaxError, ValueError) as error:
         reason = "an empty file" if Path(path).is_file() and not Path(path).stat().st_size else str(error).replace(f" {str(path)!r}", "")
-        raise UserError(f"{path}: not a readable picture ({reason}); copy or download it again") from None
+        raise UserError(f"{path}: not a readable picture ({reason}); PNG and JPEG are read: convert it, or copy it again") from None
 
 
 def to_rgb(picture):
@@ -478,7 +478,7 @@ def pngs(folder):
 class Folder(Dataset):
     """Pictures of one's own: any format and size, turned as their EXIF orientation says."""
 
-    mask_modes = "1", "L", "P"
+    mask_modes, way_out = ("1", "L", "P"), "; name more classes in classes.txt, or save what is unknown as 255"
 
     def _size(self, picture):
         return picture.size if picture.getexif().get(274, 1) in (5, 6, 7, 8) else picture.size[::-1]
@@ -499,9 +499,12 @@ def open_folder(root, size, cache, trouble=None):
     found = {part: pictures_in(root / part, problems) for part in ("images", "masks", "unlabeled", "val_images", "val_masks")}
     for pictures, masks in (("images", "masks"), ("val_images", "val_masks")):
         for stem in sorted(found[pictures].keys() ^ found[masks].keys()):
-            path = found[pictures].get(stem) or found[masks][stem]
-            problems.append(f"{path}: " + (f"has no mask {root / masks / stem}.png; make one, or move the picture to {root}/unlabeled/" if stem in found[pictures]
-                                           else f"a mask without a picture {root / pictures / stem}.jpg or .png; remove it, or copy its picture"))
+            if stem in found[pictures]:
+                alike = [path for other, path in found[masks].items() if other.lower().startswith(stem.lower())]
+                problems.append(f"{found[pictures][stem]}: has no mask {root / masks / stem}.png; " + (f"rename {alike[0]}, if that is it" if alike else
+                                                                                                     f"make one, or move the picture to {root}/unlabeled/"))
+            elif not any(stem.lower().startswith(other.lower()) for other in found[pictures]):
+                problems.append(f"{found[masks][stem]}: a mask without a picture {root / pictures / stem}.jpg or .png; copy (or convert) its picture, or remove it")
         found[pictures] = {stem: (path, found[masks][stem]) for stem, path in found[pictures].items() if stem in found[masks]}
     for folder in ("masks", "val_masks"):
         problems += [f"{path}: a JPEG changes class ids where it compresses; save masks as PNG" for path in found[folder].values() if path.suffix.lower() != ".png"]
@@ -514,10 +517,11 @@ def open_folder(root, size, cache, trouble=None):
     if not val:
         held_out = hash_order(0, labeled)[:max(1, round(len(labeled) / 5))] if len(labeled) > 1 else []
         val = {id: labeled.pop(id) for id in sorted(held_out)}
-        say(f"val       {len(val)} of the {len(val) + len(labeled)} labeled pictures, held out by name" + f": {', '.join(Path(id).name for id in val)}" * (len(val) <= 4))
+        if val:
+            say(f"val       {len(val)} of the {len(val) + len(labeled)} labeled pictures, held out by name" + f": {', '.join(Path(id).name for id in val)}" * (len(val) <= 4))
     classes = read_classes(root / "classes.txt", problems) if (root / "classes.txt").exists() else {}
     if not classes:
-        classes = number_classes([mask for _, mask in (labeled | val).values()])
+        classes = number_classes([mask for _, mask in (labeled | val).values()], problems)
         say(f"classes   {len(classes)}, numbered from the masks; for names, write {root}/classes.txt, one in each line, from class id 0 on")
     if trouble is None and problems:
         raise UserError(problems[0] + f" ({len(problems)} things of this kind: --check-data names them all)" * (len(problems) > 1))
@@ -532,15 +536,22 @@ def pictures_in(folder, problems):
     """{file stem: path} of the pictures in a folder, which need not exist. Two files of one stem are a problem, other files are told."""
     found, other = {}, []
     for path in sorted(folder.iterdir()) if folder.is_dir() else []:
-        if path.suffix.lower() not in (".png", ".jpg", ".jpeg"):
+        if path.is_dir():
+            problems.append(f"{path}: a folder, whose pictures are not read; move them to {folder}")
+        elif path.suffix.lower() not in (".png", ".jpg", ".jpeg"):
             other += [path.name] * (not path.name.startswith("."))
         elif path.stem in found:
             problems.append(f"{path}: has the name of {found[path.stem].name}, so their masks cannot be told apart; rename or remove one")
         else:
             found[path.stem] = path
-    if other:
-        warn(f"{folder}: {len(other)} files are not read, since they are no .png, .jpg or .jpeg: {', '.join(other[:5])}{', ..' if len(other) > 5 else ''}")
+    warn_of_others(folder, other)
     return found
+
+
+def warn_of_others(folder, names):
+    """Say which files of a folder are not read."""
+    if names:
+        warn(f"{folder}: not read, since no .png, .jpg or .jpeg (convert pictures of other kinds, as HEIC, to JPEG): {', '.join(names[:5])}{f' and {len(names) - 5} others' * (len(names) > 5)}")
 
 
 def read_classes(path, problems):
@@ -549,23 +560,26 @@ def read_classes(path, problems):
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
-        problems.append(f"{path}: cannot be read as a text list ({error}); write one name in each line")
+        problems.append(f"{path}: cannot be read as a text list ({error}); write one name in each line, and save it as UTF-8")
         return {}
     classes = {}
     for number, line in enumerate(line for line in lines if line and not line.startswith("#")):
         name, *color = re.fullmatch(r"(.+?)(?:[\s,]+(\d{1,3})[\s,]+(\d{1,3})[\s,]+(\d{1,3})|[\s,]+#([0-9a-fA-F]{6}))?", line).groups()
-        color = tuple(bytes.fromhex(color[3])) if color[3] else tuple(int(c) for c in color[:3]) if color[0] else class_color(number)
+        color = tuple(bytes.fromhex(color[3])) if color[3] else tuple(int(c) for c in color[:3]) if color[0] else distinct_color(number)
         if max(color) > 255 or name in classes:
             problems.append(f"{path}: class {number}, {line!r}: " + (f"stands there already, as class {list(classes).index(name)}" if name in classes else "a colour is three numbers up to 255")
                             + "; mend this line")
         classes.setdefault(name, tuple(min(c, 255) for c in color))
+    if len(classes) > 1 and all(re.match(r"\d+[\s:,.)]", name) for name in classes):
+        problems.append(f"{path}: its lines begin with numbers; write names alone, the first is class 0, the next class 1, ..")
     if not 0 < len(classes) <= IGNORE:
         problems.append(f"{path}: names {len(classes)} classes; expected 1 to {IGNORE}, one name in each line" + "; or remove this file, and they are numbered from the masks" * (not classes))
     return classes
 
 
-def number_classes(masks):
-    """{name: colour} of the classes 0, 1, .. up to the largest id in the masks. An id beyond a gap of more than ten counts as out of range."""
+def number_classes(masks, problems):
+    """{name: colour} of the classes 0, 1, .. up to the largest id in the masks. An id beyond a gap of more than ten counts as out of range; more gaps than ids
+    are a problem, added to the list."""
     seen = np.zeros(256, bool)
 
     def ids(path):
@@ -580,7 +594,16 @@ def number_classes(masks):
         if k > (known[i - 1] if i else -1) + 11:
             known = known[:i]
             break
-    return {f"class {k}": class_color(k) for k in range(known.max() + 1 if len(known) else 1)}
+    if len(known) and known.max() + 1 > 2 * len(known):
+        problems.append(f"{masks[0].parent}: the ids {', '.join(map(str, known[:6]))}, .. have more gaps than ids, as grey values and colours do; save classes as 0, 1, 2, ..")
+    return {f"class {k}": distinct_color(k) for k in range(known.max() + 1 if len(known) else 1)}
+
+
+def distinct_color(k):
+    """The colour of class k of one's own pictures: twenty that are told apart at a glance, then VOC's."""
+    colors = ((60, 100, 200), (245, 130, 48), (60, 180, 75), (230, 25, 75), (255, 225, 25), (145, 30, 180), (70, 240, 240), (240, 50, 230), (210, 245, 60), (250, 190, 190),
+              (0, 128, 128), (230, 190, 255), (170, 110, 40), (255, 250, 200), (128, 0, 0), (170, 255, 195), (128, 128, 0), (255, 215, 180), (0, 0, 128), (128, 128, 128))
+    return colors[k] if k < len(colors) else class_color(k)
 
 
 def in_threads(function, items):
@@ -658,11 +681,12 @@ def check_data(args):
         return
     problems, notes = [], []
     data = open_dataset(args, problems)
-    try:
-        labeled, unlabeled = split(args, data, read=False)
-    except UserError as error:
-        problems.append(str(error))
-        labeled, unlabeled = data.train, data.extra
+    labeled, unlabeled = data.train, data.extra
+    if data.train:
+        try:
+            labeled, unlabeled = split(args, data, read=False)
+        except UserError as error:
+            problems.append(str(error))
     parts = {"labeled": labeled, "val": data.val, "unlabeled": unlabeled}
     files = [(part, id) for part, ids in parts.items() for id in ids]
     looked = []
@@ -671,8 +695,8 @@ def check_data(args):
         progress("check     reading", len(looked), len(files))
     K = len(data.names)
     pixels, with_class = ({part: np.zeros(256, np.int64) for part in parts} for _ in range(2))
-    sizes, formats, same = Counter(), {"pictures": Counter(), "masks": Counter()}, {}
-    for (part, id), (size, mode, mask_mode, counts, content, wrong) in zip(files, looked):
+    sizes, formats, same, palettes = Counter(), {"pictures": Counter(), "masks": Counter()}, {}, set()
+    for (part, id), (size, mode, mask_mode, palette, counts, content, wrong) in zip(files, looked):
         for kind, text in wrong.items():
             (notes if kind == "turned" or (kind, part) == ("mask", "unlabeled") else problems).append(text)
         if size:
@@ -681,8 +705,11 @@ def check_data(args):
             same.setdefault(content, []).append((part, id))
         if counts is not None:
             formats["masks"][mask_mode] += 1
+            palettes |= {palette} - {None}
             pixels[part] += counts
             with_class[part] += counts > 0
+    if len(palettes) > 1:
+        notes.append(f"the masks have {len(palettes)} different palettes: an editor's indexed mode numbers colours as it likes; see that each id is the same class everywhere")
     if data.name == "folder" and (problem := one_class_alone(pixels["labeled"] + pixels["val"])):
         problems.append(f"{args.data_root}/masks: {problem}")
     for twins in same.values():
@@ -719,13 +746,13 @@ def one_class_alone(pixels):
 
 
 def look_at(data, id, needed):
-    """What check_data() wants to know of a picture: size, mode, the mask's mode, its pixels by class id (256,), a hash of the picture, and {"image", "mask" or "turned": what is wrong}.
+    """What check_data() wants to know of a picture: size, mode, the mask's mode, its palette if it has one, its pixels by class id (256,), a hash of the picture, and {"image", "mask" or "turned": what is wrong}.
 
     needed: it must have a mask."""
     if data.name == "streets":  # drawn, no files
         image, label = data.image(id), data.label(id)
-        return image.shape[:2], "RGB", "L", np.bincount(label.flatten(), minlength=256), hashlib.blake2b(image.tobytes()).digest(), {}
-    (path, mask), size, mode, mask_mode, counts, content, wrong = data.files[id], None, None, None, None, None, {}
+        return image.shape[:2], "RGB", "L", None, np.bincount(label.flatten(), minlength=256), hashlib.blake2b(image.tobytes()).digest(), {}
+    (path, mask), size, mode, mask_mode, palette, counts, content, wrong = data.files[id], None, None, None, None, None, None, {}
     try:
         with open_picture(path, load=False) as picture:
             mode = picture.mode
@@ -736,10 +763,10 @@ def look_at(data, id, needed):
     if mask is None:
         if needed:
             wrong["mask"] = f"{path}: is to be used with its label, but its mask is missing; copy the dataset again"
-        return size, mode, mask_mode, counts, content, wrong
+        return size, mode, mask_mode, palette, counts, content, wrong
     try:
         with open_picture(mask, load=False) as picture:
-            mask_mode = picture.mode
+            mask_mode, palette = picture.mode, bytes(picture.getpalette()) if picture.mode == "P" else None
         with open_picture(path, load=False) as picture:
             if isinstance(data, Folder) and picture.getexif().get(274, 1) != 1:
                 wrong["turned"] = f"{path}: is shown turned, as its EXIF orientation says; see that {mask} was drawn on the turned picture"
@@ -747,7 +774,7 @@ def look_at(data, id, needed):
     except UserError as error:
         if str(error) != wrong.get("image"):
             wrong["mask"] = str(error)
-    return size, mode, mask_mode, counts, content, wrong
+    return size, mode, mask_mode, palette, counts, content, wrong
 
 
 # ---- splits ----------------------------------------------------------------------------------------------------------
@@ -779,8 +806,8 @@ def split(args, data, read=True):
     unlabeled = unlabeled + [id for id in data.extra if id not in named]
     args.labels = len(labeled)
     if not unlabeled and not args.supervised:
-        raise UserError(f"all {len(labeled)} training pictures are labeled, so no unlabeled ones are left; use fewer --labels, or --supervised"
-                        + ", or --extra" * (data.name in ("cityscapes", "voc")) + f", or put pictures into {args.data_root}/unlabeled/" * (data.name == "folder"))
+        raise UserError(f"all {len(labeled)} training pictures are labeled, so no unlabeled ones are left; " + f"put pictures into {args.data_root}/unlabeled/, or " * (data.name == "folder")
+                        + "use fewer --labels, or --supervised" + ", or --extra" * (data.name in ("cityscapes", "voc")))
     if args.size is not None and len(args.size) == 2 and (args.crop[0] > args.size[0] or args.crop[1] > args.size[1]):
         raise UserError(f"--crop {args.crop[0]} {args.crop[1]} is larger than the pictures, which are {args.size[0]} {args.size[1]} (H W)")
     if read:
@@ -798,9 +825,12 @@ def read_some(data, labeled, unlabeled):
             data.image(id)
             return np.bincount(data.label(id).ravel(), minlength=256) if data.files[id][1] else 0
         ids, pixels = (labeled + data.val + unlabeled)[rank()::world_size()], np.zeros(256, np.int64)
-        for number, counts in enumerate(in_threads(read, ids), 1):
-            pixels += counts
-            progress("reading all pictures and masks", number, len(ids))
+        try:
+            for number, counts in enumerate(in_threads(read, ids), 1):
+                pixels += counts
+                progress("reading all pictures and masks", number, len(ids))
+        except UserError as error:
+            raise UserError(f"{error} (--check-data names all that is wrong)") from None
         if problem := one_class_alone(pixels):
             raise UserError(f"{data.files[labeled[0]][1].parent}: {problem}")
     for id in labeled[:8] + data.val[:2]:
@@ -1961,7 +1991,7 @@ class Run:
         checksum = hashlib.sha256("\n".join(labeled + ["--"] + unlabeled).encode()).hexdigest()
         free = {"out", "overwrite", "workers", "cache", "data_root", "download", "log_every", "eval_every", "save_every", "changed",
                 "given"}  # may differ when a run is resumed
-        fixed = {key: value for key, value in vars(args).items() if key not in free} | {"method": method, "split_sha256": checksum, "processes": world_size()}
+        fixed = {key: value for key, value in vars(args).items() if key not in free} | {"method": method, "split_sha256": checksum, "processes": world_size(), "classes": data.names}
         fixed = json.loads(json.dumps(fixed))
         self.identity = hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()
         if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and (self.folder / "result.json").exists():
@@ -2204,7 +2234,10 @@ class Run:
             self.panel(name, columns)
 
     def panel(self, name, columns):
-        """pictures/NAME.png: columns {title: list of (3, H, W) uint8 images or (H, W) labels}, one row per picture, with a legend. Nothing without pictures."""
+        """pictures/NAME.png: columns {title: list of (3, H, W) uint8 images or (H, W) labels}, one row per picture, with a legend. Nothing without pictures.
+
+        A column "truth .." of which nothing is known is left out: pictures of one's own have none."""
+        columns = {title: cells for title, cells in columns.items() if not title.startswith("truth") or any((cell != IGNORE).any() for cell in cells)}
         if is_main() and all(map(len, columns.values())):
             self.picture(name, draw_panel(columns, self.data))
 
@@ -2453,6 +2486,8 @@ def predict_pictures(network, state, args, device):
     if not source.exists():
         raise UserError(f"--predict {source}: no such picture or folder")
     paths = sorted(p for p in source.rglob("*") if p.suffix.lower() in (".png", ".jpg", ".jpeg")) if source.is_dir() else [source]
+    if source.is_dir():
+        warn_of_others(source, sorted(path.name for path in source.rglob("*") if path.is_file() and path not in paths and not path.name.startswith(".")))
     if not paths:
         raise UserError(f"--predict {source}: no .png, .jpg or .jpeg in this folder")
     if out.resolve() in {path.parent.resolve() for path in paths}:

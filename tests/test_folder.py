@@ -90,7 +90,7 @@ def test_a_fifth_is_held_out_and_val_pictures_of_ones_own_are_used(own):
 
 def test_classes_and_colours_of_a_list(own):
     (own / "classes.txt").write_text("\ufeffroad 1 2 3\n\nside walk\n# a comment\ntree #ff8000\ncar, 4, 5, 6\nbus,#010203\n", encoding="utf-8")
-    assert common.open_folder(own, None, None).classes == {"road": (1, 2, 3), "side walk": (128, 0, 0), "tree": (255, 128, 0), "car": (4, 5, 6), "bus": (1, 2, 3)}  # VOC's second colour
+    assert common.open_folder(own, None, None).classes == {"road": (1, 2, 3), "side walk": (245, 130, 48), "tree": (255, 128, 0), "car": (4, 5, 6), "bus": (1, 2, 3)}
 
 
 def test_masks_of_one_bit(own, main):
@@ -257,7 +257,11 @@ def test_each_kind_of_bad_file_stops_a_run_before_it_begins(own, main):
     (lambda own: (own / "classes.txt").write_text("road\n"), ("masks/photo", "[1, 2]", "1 classes")),
     (lambda own: [save(own / f"masks/photo {i}.png", mask(i, 60 + i, classes=1)) for i in range(4)], ("own/masks", "0 and 255", "1, 2")),
     (lambda own: [save(own / f"masks/photo {i}.png", mask(i, 60 + i, classes=1)) for i in range(4)] + [(own / "classes.txt").write_text("background\nobject\n")], ("0 and 255", "1, 2")),
-    (lambda own: (own / "masks/photo 0.png").rename(own / "masks/photo 0.jpg"), ("photo 0.jpg", "PNG"))])
+    (lambda own: (own / "masks/photo 0.png").rename(own / "masks/photo 0.jpg"), ("photo 0.jpg", "PNG")),
+    (lambda own: [path.rename(path.with_name(f"{path.stem}_mask.png")) for path in (own / "masks").iterdir()], ("images/photo 0.png", "rename", "masks/photo 0_mask.png")),
+    (lambda own: (own / "classes.txt").write_text("0 sky\n1: road\n2 car\n"), ("classes.txt", "numbers")),
+    (lambda own: [save(own / f"masks/photo {i}.png", 10 * mask(i, 60 + i, classes=9) * (mask(i, 60 + i, classes=9) < 255)) for i in range(4)], ("masks", "0, 10, 20, 30", "gaps")),
+    (lambda own: (own / "unlabeled/trip").mkdir(), ("unlabeled/trip", "move them"))])
 def test_a_folder_that_is_not_as_it_must_be(own, main, change, words):
     change(own)
     with pytest.raises(common.UserError) as error:
@@ -269,7 +273,7 @@ def test_a_folder_that_is_not_as_it_must_be(own, main, change, words):
 
 def test_without_unlabeled_pictures_the_ways_out_are_named(own, main):
     shutil.rmtree(own / "unlabeled")
-    with pytest.raises(common.UserError, match="fewer --labels, or --supervised, or put pictures into .*own/unlabeled/"):
+    with pytest.raises(common.UserError, match="put pictures into .*own/unlabeled/, or use fewer --labels, or --supervised$"):
         main()
 
 
@@ -278,7 +282,40 @@ def test_files_that_are_no_pictures_are_told(own, capsys):
     (own / "images/.DS_Store").write_text("x")
     common.open_folder(own, None, None)
     said = capsys.readouterr().err
-    assert "IMG_1.HEIC" in said and "DS_Store" not in said
+    assert "IMG_1.HEIC" in said and "HEIC, to JPEG" in said and "DS_Store" not in said
+
+
+def test_palettes_that_differ_are_worth_a_look(own, main, capsys):
+    for i in range(2):
+        index = Image.fromarray(mask(i, 60 + i))
+        index.putpalette([i, 2, 3] * 256)
+        index.save(own / f"masks/photo {i}.png")
+    main("--check-data")
+    assert "2 different palettes" in capsys.readouterr().out
+
+
+def test_pictures_that_a_prediction_does_not_read_are_told(own, main, capsys):
+    main(*SHORT[rml], "--batch-size", "2", "--size", "80", "--crop", "48", "48", "--out", "run")
+    (own / "unlabeled/IMG_1.HEIC").write_text("x")
+    main("--predict", own / "unlabeled", "--checkpoint", "run", "--out", "out")
+    said = capsys.readouterr()
+    assert "IMG_1.HEIC" in said.err and "8 of 8 pictures" in said.out
+
+
+def test_other_classes_are_another_run(own, main, kill):
+    kill(common.Run, "save", lambda run, *_, **__: run.step == 2, *SHORT[rml], "--batch-size", "2", "--size", "80", "--crop", "48", "48")
+    (own / "classes.txt").write_text("a\nb\nc\n")
+    with pytest.raises(common.UserError, match="unfinished run with classes"):
+        main(*SHORT[rml], "--batch-size", "2", "--size", "80", "--crop", "48", "48", "--out", "run")
+
+
+def test_a_panel_has_no_column_of_nothing(tmp_path, monkeypatch):
+    drawn, run = [], a_run(tmp_path)
+    monkeypatch.setattr(common, "draw_panel", lambda columns, data: drawn.append(list(columns)) or Image.new("L", (1, 1)))
+    image, nothing, label = torch.zeros(1, 3, 4, 4, dtype=torch.uint8), torch.full((1, 4, 4), 255), torch.zeros(1, 4, 4, dtype=torch.int64)
+    run.panel("a", {"picture": image, "truth (not used)": nothing, "prediction": nothing})
+    run.panel("b", {"picture": image, "truth (not used)": label})
+    assert drawn == [["picture", "prediction"], ["picture", "truth (not used)"]]
 
 
 # ---- --check-data ----------------------------------------------------------------------------------------------------
