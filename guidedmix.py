@@ -87,7 +87,7 @@ PAPER["camvid-cpu"] = PAPER["streets"] | dict(labels="1/8", size=(180, 240), cro
 PAPER["camvid-gpu"] = PAPER["cityscapes"] | dict(size=(360, 480), crop=(257, 353), iterations=20_000, eval_every=2000)
 # Pictures of one's own: at most so large, square crops at changing scale; all of images/ is labeled.
 PAPER["folder-cpu"] = PAPER["camvid-cpu"] | dict(labels="1/1", size=(256,), crop=(129, 129), scale=(.75, 1.5))
-PAPER["folder-gpu"] = PAPER["camvid-gpu"] | dict(labels="1/1", size=(640,), crop=(321, 321), scale=(.5, 1.5))
+PAPER["folder-gpu"] = PAPER["camvid-gpu"] | dict(labels="1/1", size=(640,), crop=(321, 321), scale=(.5, 1.5), iterations=10_000)
 
 # The paper's mIoU, and the setting that it belongs to.
 VOC50, VOC101 = dict(dataset="vocaug", backbone="resnet50"), dict(dataset="vocaug", backbone="resnet101")

@@ -82,7 +82,7 @@ PAPER["camvid-cpu"] = PAPER["streets"] | dict(labels="1/8", size=(180, 240), cro
 PAPER["camvid-gpu"] = PAPER["cityscapes"] | dict(labels="1/8", size=(360, 480), crop=(256, 352), iterations=20_000, eval_every=2000)
 # Pictures of one's own: at most so large, square crops at changing scale; all of images/ is labeled.
 PAPER["folder-cpu"] = PAPER["camvid-cpu"] | dict(labels="1/1", size=(256,), crop=(128, 128), scale=(.75, 1.5), iterations=3000, warmup=1500, cutmix=False)
-PAPER["folder-gpu"] = PAPER["camvid-gpu"] | dict(labels="1/1", size=(640,), crop=(320, 320), scale=(.5, 1.5))
+PAPER["folder-gpu"] = PAPER["camvid-gpu"] | dict(labels="1/1", size=(640,), crop=(320, 320), scale=(.5, 1.5), iterations=10_000)
 OFFICIAL = dict(gamma=.6, features_of_teachers=True, labeled_consistency=True, weak_photometric=True)  # the authors' code
 PAPER |= {f"{name}-official": PAPER[name] | OFFICIAL for name in ("vocaug", "voc", "streets")}
 

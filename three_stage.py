@@ -86,7 +86,7 @@ PAPER["camvid-gpu"] = PAPER["cityscapes"] | dict(labels="1/8", size=(360, 480), 
 # Pictures of one's own: at most so large, square crops at changing scale; all of images/ is labeled.
 PAPER["folder-cpu"] = PAPER["camvid-cpu"] | dict(labels="1/1", size=(256,), crop=(128, 128), scale=(.75, 1.5), cutout=16, stage1_iterations=1000,
                                                  iterations=1000)
-PAPER["folder-gpu"] = PAPER["camvid-gpu"] | dict(labels="1/1", size=(640,), crop=(320, 320), scale=(.5, 1.5))
+PAPER["folder-gpu"] = PAPER["camvid-gpu"] | dict(labels="1/1", size=(640,), crop=(320, 320), scale=(.5, 1.5), iterations=10_000)
 
 # The paper's mIoU by (dataset, weights, labels): Tables II, III, IV.
 PAPER_MIOU = {("cityscapes", "imagenet", 100): 54.85, ("cityscapes", "imagenet", 372): 62.82, ("cityscapes", "imagenet", 744): 65.80,
