@@ -97,7 +97,7 @@ def test_result_is_complete(whole):
     assert result["miou"]["student"] == pytest.approx(np.mean([x for x in result["per_class"].values() if x is not None]))
     val, = [r["val"] for r in records(whole) if "val" in r]
     assert val == result["miou"]
-    assert {p.name for p in (whole / "pictures").iterdir()} == {"val_000004.png", "batch_000004.png"}
+    assert {p.name for p in (whole / "pictures").iterdir()} == {"val_000004.png", "batch_000004.png", "losses.png"}
     for picture in (whole / "pictures").iterdir():
         assert min(Image.open(picture).size) > 100
 

@@ -127,7 +127,7 @@ def test_result_is_complete(whole):
     assert result["miou"]["teacher"] == pytest.approx(np.mean([x for x in result["per_class"].values() if x is not None]))
     val = [r["val"] for r in records(whole) if "val" in r]  # at the end of each stage
     assert [v["teacher"] for v in val] == [result["miou"][name] for name in ("stage_1", "stage_2", "teacher")] and val[2]["student"] == result["miou"]["student"]
-    assert {p.name for p in (whole / "pictures").iterdir()} == {f"{name}_stage_{k}_000004.png" for name in ("val", "batch") for k in (1, 2, 3)} | {"stages.png"}
+    assert {p.name for p in (whole / "pictures").iterdir()} == {f"{name}_stage_{k}_000004.png" for name in ("val", "batch") for k in (1, 2, 3)} | {"stages.png", "losses.png"}
     for picture in (whole / "pictures").iterdir():
         assert min(Image.open(picture).size) > 100
     assert last(whole)["networks"].keys() == last(whole)["models"].keys() == {"student", "teacher", "stage_2"}  # the branch is thrown away
