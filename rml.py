@@ -39,18 +39,19 @@ Choices that the paper leaves open, and why
         class has at least 10 cells.                                                                         --prototype-min-cells
     Eq. 11: eta' is the mean over the unlabeled batch and its CutMix partners (weak views, by the teacher's own argmax, without
         padding). An absent class is not updated; one never seen before takes eta' at once, until then its probability is 0.
-    Rectification happens at DeepLabv2's output stride, 8 (tiny 4); finer features, as SETR's, are averaged over such cells, cells(). The product is
-        divided by its sum, upsampled to the crop, then argmax. No threshold; with one, the mean is over the confident pixels, where Eq. 2 as printed is over all.                 --threshold
+    Rectification happens at DeepLabv2's output stride, 8 (tiny 4); finer features, as SETR's, are averaged over such cells, cells(). The
+        product is divided by its sum, upsampled to the crop, then argmax. No threshold; with one, the mean is over the confident pixels,
+        where Eq. 2 as printed is over all.                                                                  --threshold
     CutMix: one box, half of the area, always; the partner comes from a second, independent batch; the hard labels are mixed, after
         rectification.                                                                                       --no-cutmix
     "Batch size 4" is 4 labeled and 4 unlabeled pictures. Both students get the same weak views; only noise tells them apart.
-    SETR (Table 5): variant, backbone and optimizer are not named: PUP on ViT-B/16, the same optimizer and rates, no auxiliary heads. Each student's
-        features are rectified by its own prototypes. Its position embeddings are stretched over what it sees, crop or whole picture; SETR's authors
-        evaluate by windows of the crop, --base-size 1024. How many stages Table 5 has is not said: here one. It is "without noise injection", but
-        its 61.25 for two DeepLabv2 is Table 4's with full noises (without: 60.09), and its DeepLabv2 baseline, 54.52, is 56.03 in Table 4, 56.08
-        in Table 1.                                                                                          --network setr-naive --setr-lr
-    Order of a step: optimizer, prototypes, EMA. Batch norm is frozen as loaded (SETR's decoder is trained); --batch-norm train has statistics per process,
-        averaged after each step.
+    SETR (Table 5): variant, backbone and optimizer are not named: PUP on ViT-B/16, the same optimizer and rates, no auxiliary heads. Each
+        student's features are rectified by its own prototypes. Position embeddings are stretched over what the network sees, crop or whole
+        picture; SETR's authors evaluate by windows of the crop, --base-size 1024. How many stages Table 5 has is not said: here one. It is
+        "without noise injection", but its 61.25 for two DeepLabv2 is Table 4's with full noises (without: 60.09), and its DeepLabv2
+        baseline, 54.52, is 56.03 in Table 4, 56.08 in Table 1.                                              --network setr-naive --setr-lr
+    Order of a step: optimizer, prototypes, EMA. Batch norm is frozen as loaded (SETR's decoder is trained); --batch-norm train has
+        statistics per process, averaged after each step.
     VOC's labels: the text takes them from the standard 1,464 pictures, of which 1/8 of 10,582 are nearly all: --dataset voc; the splits it names
         are of all 10,582: --dataset vocaug, or --split. The paper's shares are of the 10,582: on voc give numbers (106, 212, 529, 1323).
     The baseline (--supervised) is stage 0 for as many steps as a student takes in all: no noise, and stage 0's learning rate.
