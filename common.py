@@ -498,13 +498,14 @@ def open_folder(root, size, cache, trouble=None):
     root, problems = find_root(root, "folder", layout, ["images", "masks"]), []
     found = {part: pictures_in(root / part, problems) for part in ("images", "masks", "unlabeled", "val_images", "val_masks")}
     for pictures, masks in (("images", "masks"), ("val_images", "val_masks")):
-        for stem in sorted(found[pictures].keys() ^ found[masks].keys()):
-            if stem in found[pictures]:
-                alike = [path for other, path in found[masks].items() if other.lower().startswith(stem.lower())]
-                problems.append(f"{found[pictures][stem]}: has no mask {root / masks / stem}.png; " + (f"rename {alike[0]}, if that is it" if alike else
-                                                                                                     f"make one, or move the picture to {root}/unlabeled/"))
-            elif not any(stem.lower().startswith(other.lower()) for other in found[pictures]):
-                problems.append(f"{found[masks][stem]}: a mask without a picture {root / pictures / stem}.jpg or .png; copy (or convert) its picture, or remove it")
+        without_mask, without_picture = sorted(found[pictures].keys() - found[masks].keys()), sorted(found[masks].keys() - found[pictures].keys())
+        for stem in without_mask:
+            alike = [other for other in without_picture if other.lower().startswith(stem.lower())][:1]
+            without_picture = [other for other in without_picture if other not in alike]
+            problems.append(f"{found[pictures][stem]}: has no mask {root / masks / stem}.png; " + (f"rename {found[masks][alike[0]]}, if that is it" if alike else
+                                                                                                 f"make one, or move the picture to {root}/unlabeled/"))
+        for stem in without_picture:
+            problems.append(f"{found[masks][stem]}: a mask without a picture {root / pictures / stem}.jpg or .png; copy (or convert) its picture, or remove it")
         found[pictures] = {stem: (path, found[masks][stem]) for stem, path in found[pictures].items() if stem in found[masks]}
     for folder in ("masks", "val_masks"):
         problems += [f"{path}: a JPEG changes class ids where it compresses; save masks as PNG" for path in found[folder].values() if path.suffix.lower() != ".png"]
@@ -522,9 +523,10 @@ def open_folder(root, size, cache, trouble=None):
     classes = read_classes(root / "classes.txt", problems) if (root / "classes.txt").exists() else {}
     if not classes:
         classes = number_classes([mask for _, mask in (labeled | val).values()], problems)
-        say(f"classes   {len(classes)}, numbered from the masks; for names, write {root}/classes.txt, one in each line, from class id 0 on")
+        if not (root / "classes.txt").exists():
+            say(f"classes   {len(classes)}, numbered from the masks; for names, write {root}/classes.txt, one in each line, from class id 0 on")
     if trouble is None and problems:
-        raise UserError(problems[0] + f" ({len(problems)} things of this kind: --check-data names them all)" * (len(problems) > 1))
+        raise UserError(problems[0] + f" (and {len(problems) - 1} more; --check-data names all that is wrong)" * (len(problems) > 1))
     (trouble if trouble is not None else []).extend(problems)
     files = labeled | val | {f"unlabeled/{stem}": (path, None) for stem, path in found["unlabeled"].items()}
     data = Folder("folder", classes, list(labeled), list(val), files, {k: k for k in range(len(classes))} | {IGNORE: IGNORE}, size, cache)

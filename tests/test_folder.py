@@ -271,6 +271,17 @@ def test_a_folder_that_is_not_as_it_must_be(own, main, change, words):
         main("--check-data")
 
 
+def test_the_mask_of_another_picture_is_not_proposed(own, main, capsys):
+    (own / "masks/photo 1.png").unlink()
+    for part in ("images", "masks"):
+        (own / f"{part}/photo 2.png").rename(own / f"{part}/photo 10.png")
+    save(own / "masks/stray.png", mask(0))
+    with pytest.raises(common.UserError, match="2 things"):
+        main("--check-data")
+    said = capsys.readouterr().out
+    assert "photo 1.jpg: has no mask" in said and "make one" in said and "stray.png: a mask without a picture" in said and "rename" not in said
+
+
 def test_without_unlabeled_pictures_the_ways_out_are_named(own, main):
     shutil.rmtree(own / "unlabeled")
     with pytest.raises(common.UserError, match="put pictures into .*own/unlabeled/, or use fewer --labels, or --supervised$"):
