@@ -204,6 +204,7 @@ def test_sampling_is_uniform_over_all_kept_pixels():
 class StubData:
     """Pictures whose colour says their number; the truth is class 0."""
     names, colors = list("abcde"), np.arange(15, dtype=np.uint8).reshape(5, 3) * 16
+    files = defaultdict(lambda: ("picture", "mask"))
 
     def image(self, id):
         return np.full((6, 7, 3), int(id.split("_")[1]), np.uint8)

@@ -147,7 +147,7 @@ def test_every_unlabeled_picture_has_a_pseudo_label(whole):
     assert not (whole / "predictions").exists()
     pictures = {p.name for p in (whole / "pictures").iterdir()}
     assert pictures == {f"{name}_round_{k}.png" for name in ("distribution", "confidence", "pseudo") for k in (1, 2)} | {
-        f"{name}_round_{k}_{n:06d}.png" for name in ("val", "batch") for k, n in ((0, 40), (1, 4), (2, 4))}
+        f"{name}_round_{k}_{n:06d}.png" for name in ("val", "batch") for k, n in ((0, 40), (1, 4), (2, 4))} | {"losses.png"}
 
 
 def test_the_teacher_of_a_round_is_the_student_at_the_end_of_the_round_before(main, whole, tmp_path, capsys):
