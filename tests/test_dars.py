@@ -5,6 +5,7 @@ import math
 import sys
 from fractions import Fraction
 from functools import partial
+from collections import defaultdict
 from types import SimpleNamespace
 
 import numpy as np
