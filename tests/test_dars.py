@@ -3,9 +3,9 @@
 import json
 import math
 import sys
+from collections import defaultdict
 from fractions import Fraction
 from functools import partial
-from collections import defaultdict
 from types import SimpleNamespace
 
 import numpy as np
