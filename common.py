@@ -2478,7 +2478,7 @@ def use_checkpoint(args, device, make=make_network):
 
 def predict_pictures(network, state, args, device):
     """Write NAME.png (class ids, as a palette picture), NAME_color.png, NAME_overlay.png and NAME_confidence.png (the largest probability, 0 black, 1 white) for
-    the picture or every picture in and below the folder args.predict.
+    the picture or every picture in and below the folder args.predict; and overview.jpg, the first five of them with a legend.
 
     After training on Cityscapes its pictures get CITY_000000_000000_labelIds.png, with label ids as the evaluation server takes them. The
     server reads CITY_000000_000000*.png and wants one such file, so the others are JPEGs.
@@ -2503,7 +2503,8 @@ def predict_pictures(network, state, args, device):
             jobs.append((path, [out / f"{name.replace('_leftImg8bit', '_labelIds')}.png"] + [out / f"{name}_{kind}.jpg" for kind in ("color", "overlay", "confidence")], True))
         else:
             jobs.append((path, [out / f"{name}.png"] + [out / f"{name}_{kind}.png" for kind in ("color", "overlay", "confidence")], False))
-    (result, times), = Counter(result for _, results, _ in jobs for result in results).most_common(1)
+    overview, shown = out / "overview.jpg", []
+    (result, times), = Counter([overview] + [result for _, results, _ in jobs for result in results]).most_common(1)
     if times > 1:
         raise UserError(f"{result}: would be written for two of the pictures in --predict {source}; rename one of them, or predict them apart")
     colors, id_colors = np.array(list(state["classes"].values()), np.uint8), np.zeros((256, 3), np.uint8)
@@ -2526,11 +2527,18 @@ def predict_pictures(network, state, args, device):
         index, color = Image.fromarray(np.array(CITYSCAPES_IDS, np.uint8)[label] if label_ids else label), Image.fromarray(colorize(label, colors))
         index.putpalette((id_colors if label_ids else colors).flatten().tolist())
         try:
-            for result, kind in zip(results, (index, color, Image.blend(picture, color, .5), Image.fromarray(confidence))):
+            kinds = index, color, Image.blend(picture, color, .5), Image.fromarray(confidence)
+            for result, kind in zip(results, kinds):
                 kind.save(result)
+            if len(shown) < 5:
+                small = [kind.convert("RGB").resize((480, max(1, round(480 * picture.height / picture.width)))) for kind in (picture, *kinds[1:])]
+                shown.append([torch.from_numpy(np.array(kind).transpose(2, 0, 1)) for kind in small])
         except OSError as error:
             raise UserError(f"{out}: cannot be written ({error.strerror or error})") from None
-    print(f"{len(paths) - len(bad)} of {len(paths)} pictures, in {out}")
+    if shown:
+        titles = "picture", "prediction", "overlay", "confidence (white: 1)"
+        draw_panel(dict(zip(titles, zip(*shown))), argparse.Namespace(names=list(state["classes"]), colors=colors)).save(overview)
+    print(f"{len(paths) - len(bad)} of {len(paths)} pictures, in {out}; look at {overview}")
     if not all(label_ids for *_, label_ids in jobs):
         print(f"NAME.png (class ids), NAME_color.png, NAME_overlay.png, NAME_confidence.png; classes: {', '.join(f'{k} {name}' for k, name in enumerate(state['classes']))}")
     if any(label_ids for *_, label_ids in jobs):

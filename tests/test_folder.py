@@ -421,7 +421,9 @@ def test_from_photos_to_overlays(own, main, script, tmp_path, capsys):
     assert all(math.isfinite(value) for value in losses(Path("run")).values()) and Path("run/pictures/losses.png").exists()
     shutil.move(own, tmp_path / "gone")
     main("--predict", tmp_path / "gone/unlabeled", "--checkpoint", "run", "--out", "overlays", script=script)
-    assert len(list(Path("overlays").iterdir())) == 4 * 8
+    assert len(list(Path("overlays").iterdir())) == 4 * 8 + 1
+    overview = Image.open("overlays/overview.jpg")
+    assert overview.width == 4 * 484 and overview.height > 5 * 300  # five pictures in four columns
     index, color, overlay, confidence = (Image.open(f"overlays/photo 9{kind}.png") for kind in ("", "_color", "_overlay", "_confidence"))
     assert index.mode == "P" and color.mode == overlay.mode == "RGB" and confidence.mode == "L" and {x.size for x in (index, color, overlay, confidence)} == {(90, 69)}
     label = np.asarray(index)

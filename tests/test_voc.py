@@ -432,7 +432,7 @@ def test_pictures_of_the_held_out_test_get_label_ids_under_the_servers_names(tra
     assert (tmp_path / "city/bonn_000001_000019_labelIds.png").read_bytes() == (out / "bonn_000001_000019_labelIds.png").read_bytes()
     assert "0 road" not in capsys.readouterr().out
     trained(test / "bonn/bonn_000001_000019_leftImg8bit.png", "--out", "one")
-    assert [path.name for path in sorted((tmp_path / "one").iterdir())] == ["bonn_000001_000019_labelIds.png", *(f"bonn_000001_000019_leftImg8bit_{kind}.jpg" for kind in ("color", "confidence", "overlay"))]
+    assert [path.name for path in sorted((tmp_path / "one").iterdir())] == ["bonn_000001_000019_labelIds.png", *(f"bonn_000001_000019_leftImg8bit_{kind}.jpg" for kind in ("color", "confidence", "overlay")), "overview.jpg"]
 
 
 def test_label_ids_are_the_train_ids_of_the_same_prediction(trained, tmp_path):
@@ -448,7 +448,7 @@ def test_another_datasets_checkpoint_keeps_its_class_ids(tmp_path, monkeypatch):
     run_rml(monkeypatch, "--supervised", *SHORT, "--out", "run")
     save(tmp_path / "a/berlin_000000_000019_leftImg8bit.png", noise(50, 100))
     run_rml(monkeypatch, "--checkpoint", "run", "--predict", "a", "--out", "out")
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {f"berlin_000000_000019_leftImg8bit{kind}.png" for kind in ("", "_color", "_overlay", "_confidence")}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {f"berlin_000000_000019_leftImg8bit{kind}.png" for kind in ("", "_color", "_overlay", "_confidence")} | {"overview.jpg"}
 
 
 def test_predictions_never_meet_pictures_or_each_other(trained, tmp_path):
@@ -461,7 +461,7 @@ def test_predictions_never_meet_pictures_or_each_other(trained, tmp_path):
     with pytest.raises(common.UserError, match="--out in/b:"):
         trained("in/b/y.png", "--out", "in/b")
     trained("in", "--out", "out")
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {f"{name}{end}.png" for name in ("a_x.png", "b_x.png", "b_x.jpg", "y") for end in ("", "_color", "_overlay", "_confidence")}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {f"{name}{end}.png" for name in ("a_x.png", "b_x.png", "b_x.jpg", "y") for end in ("", "_color", "_overlay", "_confidence")} | {"overview.jpg"}
     assert before == {path: path.read_bytes() for path in (tmp_path / "in").rglob("*.*")}
     save(tmp_path / "in/b/y_overlay.png", noise(20, 40))
     with pytest.raises(common.UserError, match="out2/y_overlay.png"):
