@@ -105,7 +105,7 @@ PAPER["camvid-cpu"] = PAPER["streets"] | dict(labels="1/8", size=(180, 240), cro
 PAPER["camvid-gpu"] = PAPER["cityscapes"] | dict(labels="1/8", size=(360, 480), crop=(256, 352), iterations=20_000, stage0_iterations=10_000,
                                                  eval_every=2000)
 # Pictures of one's own: at most so large, square crops at changing scale; all of images/ is labeled.
-PAPER["folder-cpu"] = PAPER["camvid-cpu"] | dict(labels="1/1", size=(256,), crop=(128, 128), scale=(.75, 1.5), stage0_iterations=1000, iterations=1000)
+PAPER["folder-cpu"] = PAPER["camvid-cpu"] | dict(labels="1/1", size=(256,), crop=(128, 128), scale=(.75, 1.5))
 PAPER["folder-gpu"] = PAPER["camvid-gpu"] | dict(labels="1/1", size=(640,), crop=(320, 320), scale=(.5, 1.5), stage0_iterations=5000, iterations=10_000)
 
 # VOC's augmented list; and, as the text reads, labels from the 1,464 of the standard list alone, the rest of the 10,582 unlabeled.

@@ -84,8 +84,7 @@ PAPER["vocaug/1/8"] = PAPER["vocaug/1323"] = PAPER["vocaug"] | dict(labels="1/8"
 PAPER["camvid-cpu"] = PAPER["streets"] | dict(labels="1/8", size=(180, 240), crop=(96, 128), cutout=12, iterations=2000, stage1_iterations=2000, eval_every=500)
 PAPER["camvid-gpu"] = PAPER["cityscapes"] | dict(labels="1/8", size=(360, 480), crop=(256, 352), iterations=20_000, eval_every=2000)
 # Pictures of one's own: at most so large, square crops at changing scale; all of images/ is labeled.
-PAPER["folder-cpu"] = PAPER["camvid-cpu"] | dict(labels="1/1", size=(256,), crop=(128, 128), scale=(.75, 1.5), cutout=16, stage1_iterations=1000,
-                                                 iterations=1000)
+PAPER["folder-cpu"] = PAPER["camvid-cpu"] | dict(labels="1/1", size=(256,), crop=(128, 128), scale=(.75, 1.5), cutout=16)
 PAPER["folder-gpu"] = PAPER["camvid-gpu"] | dict(labels="1/1", size=(640,), crop=(320, 320), scale=(.5, 1.5), iterations=10_000)
 
 # The paper's mIoU by (dataset, weights, labels): Tables II, III, IV.
