@@ -2,9 +2,9 @@
 
 Three parts, in this order:
 
-    DATASETS   streets (drawn, no download), camvid, cityscapes, voc, vocaug, context; splits; weak views; seeded streams; evaluation by mIoU
+    DATASETS   streets (drawn, no download), camvid, cityscapes, voc, vocaug, context, folder (one's own); --check-data; splits; weak views; seeded streams; evaluation by mIoU
     NETWORKS   DeepLabv2, DeepLabv3+ and PSPNet on ResNets, SETR on Vision Transformers, all on a tiny backbone too; weights in the layouts that people have
-    SETUP      arguments, processes, precision, run folder, log, checkpoints, pictures, errors
+    SETUP      arguments, processes, precision, run folder, log, warnings, checkpoints, pictures, errors, --predict, the table over runs
 
 Conventions everywhere:
     image   uint8 RGB, (3, H, W) as a tensor; a network takes float RGB in [0, 1] and normalises it itself
@@ -85,8 +85,7 @@ VOC = {"background": (0, 0, 0), "aeroplane": (128, 0, 0), "bicycle": (0, 128, 0)
 CONTEXT = ("background aeroplane bag bed bedclothes bench bicycle bird boat book bottle building bus cabinet car cat ceiling chair cloth computer cow cup curtain dog "
            "door fence floor flower food grass ground horse keyboard light motorbike mountain mouse person plate platform pottedplant road rock sheep shelves sidewalk "
            "sign sky snow sofa table track train tree truck tvmonitor wall water window wood").split()
-CONTEXT = {name: class_color(k)  # VOC's colours, continued
-           for k, name in enumerate(CONTEXT)}
+CONTEXT = {name: class_color(k) for k, name in enumerate(CONTEXT)}  # VOC's colours, continued
 AS_PUBLISHED = {("cityscapes", 2975, "1/30"): 100, ("vocaug", 10582, "1/16"): 662}  # where the papers' counts are not the rounded share
 FRENCH_SEEDS = (12345, 23456, 34567, 45678, 56789)  # the five Cityscapes splits of French et al. (BMVC 2020)
 
@@ -148,7 +147,7 @@ class Dataset:
             height, width = self._size(picture)
             if mask.size != (width, height):
                 raise UserError(f"{path}: the mask is {mask.size[0]}x{mask.size[1]}, its picture {image} {width}x{height}"
-                                + f" (turned, as its EXIF orientation says)" * (picture.size != (width, height)) + "; make the mask of this picture again")
+                                + " (turned, as its EXIF orientation says)" * (picture.size != (width, height)) + "; make the mask of this picture again")
             raw = np.asarray(mask)  # a palette PNG gives its indices, never its colours
         if raw.dtype == bool:
             raw = raw.astype(np.uint8)
@@ -2484,7 +2483,8 @@ def predict_pictures(network, state, args, device):
     server reads CITY_000000_000000*.png and wants one such file, so the others are JPEGs.
     A picture is shown to the network at the size it was trained with (or --size), a large one tile by tile; what comes back has the picture's own size. A bad
     picture does not stop the others: it is named at the end, with exit status 1."""
-    source, out, Image.MAX_IMAGE_PIXELS = Path(args.predict), Path(args.out or "predictions"), None  # pictures of any size
+    source, out = Path(args.predict), Path(args.out or "predictions")
+    Image.MAX_IMAGE_PIXELS = None  # any size
     if not source.exists():
         raise UserError(f"--predict {source}: no such picture or folder")
     paths = sorted(p for p in source.rglob("*") if p.suffix.lower() in (".png", ".jpg", ".jpeg")) if source.is_dir() else [source]
@@ -2537,7 +2537,10 @@ def predict_pictures(network, state, args, device):
             raise UserError(f"{out}: cannot be written ({error.strerror or error})") from None
     if shown:
         titles = "picture", "prediction", "overlay", "confidence (white: 1)"
-        draw_panel(dict(zip(titles, zip(*shown))), argparse.Namespace(names=list(state["classes"]), colors=colors)).save(overview)
+        try:
+            draw_panel(dict(zip(titles, zip(*shown))), argparse.Namespace(names=list(state["classes"]), colors=colors)).save(overview)
+        except OSError as error:
+            raise UserError(f"{overview}: cannot be written ({error.strerror or error})") from None
     print(f"{len(paths) - len(bad)} of {len(paths)} pictures, in {out}; look at {overview}")
     if not all(label_ids for *_, label_ids in jobs):
         print(f"NAME.png (class ids), NAME_color.png, NAME_overlay.png, NAME_confidence.png; classes: {', '.join(f'{k} {name}' for k, name in enumerate(state['classes']))}")

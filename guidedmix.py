@@ -444,9 +444,10 @@ def train(args, data, labeled, unlabeled, device):
         done, last = iteration + 1, iteration + 1 == args.iterations
         if with_usup:  # the truth of unlabeled pictures is used here and in pictures, and nowhere else
             truth = at_size(batch[1]["truth"], size)
-            run.watch_pseudo_labels(m_dec.detach().max(1).indices)
-            for table, m in zip(tables_of_masks, (m_dec, m_u)):
-                table += common.confusion_matrix(truth, m.detach().max(1).indices, K)
+            pseudo_label, direct = (m.detach().max(1).indices for m in (m_dec, m_u))
+            run.watch_pseudo_labels(pseudo_label)
+            for table, y in zip(tables_of_masks, (pseudo_label, direct)):
+                table += common.confusion_matrix(truth, y, K)
         if done % args.log_every == 0 or done in (warmup, args.iterations) or done % args.eval_every == 0:
             extra = {"lr": optimizer.param_groups[0]["lr"]} | ({"omega": omega, "lambda": lam} if with_usup else {})
             if with_usup:

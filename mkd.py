@@ -428,7 +428,7 @@ def train(args, data, labeled, unlabeled, device):
         # 6 log, evaluate, save
         run.watch(1, iteration, losses)
         done, last = iteration + 1, iteration + 1 == args.iterations
-        run.watch_pseudo_labels(*pseudo_labels)
+        run.watch_pseudo_labels(*[y[n:] for y in pseudo_labels])
         if pseudo_labels:  # the truth of unlabeled pictures is used here and nowhere else
             truth_at_stride = sample(truth, loss_size)
             for table, y in zip(pseudo_tables, pseudo_labels):

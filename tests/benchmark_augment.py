@@ -27,11 +27,11 @@ PIL_PHOTOMETRIC = {
     "AutoContrast": lambda image, v: ImageOps.autocontrast(image),
     "Equalize": lambda image, v: ImageOps.equalize(image),
     "Solarize": lambda image, v: ImageOps.solarize(image, 256 - 25.6 * v),
-    "Posterize": lambda image, v: ImageOps.posterize(image, 4 - int(.4 * v)),
-    "Color": lambda image, v: ImageEnhance.Color(image).enhance(.18 * v + .1),
-    "Contrast": lambda image, v: ImageEnhance.Contrast(image).enhance(.18 * v + .1),
-    "Brightness": lambda image, v: ImageEnhance.Brightness(image).enhance(.18 * v + .1),
-    "Sharpness": lambda image, v: ImageEnhance.Sharpness(image).enhance(.18 * v + .1),
+    "Posterize": lambda image, v: ImageOps.posterize(image, 4 - int(0.4 * v)),
+    "Color": lambda image, v: ImageEnhance.Color(image).enhance(0.18 * v + 0.1),
+    "Contrast": lambda image, v: ImageEnhance.Contrast(image).enhance(0.18 * v + 0.1),
+    "Brightness": lambda image, v: ImageEnhance.Brightness(image).enhance(0.18 * v + 0.1),
+    "Sharpness": lambda image, v: ImageEnhance.Sharpness(image).enhance(0.18 * v + 0.1),
 }
 GREY = (three_stage.GREY,) * 3
 
@@ -42,23 +42,50 @@ def pil_view(image, labels, r, side, by_index):
     picture = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
     if by_index:
         rows, columns = np.mgrid[:height, :width].astype(np.int32)
-        maps = [(Image.fromarray(rows), 0), (Image.fromarray(columns), 0), (Image.fromarray(np.ones((height, width), np.uint8)), 0)]
+        maps = [
+            (Image.fromarray(rows), 0),
+            (Image.fromarray(columns), 0),
+            (Image.fromarray(np.ones((height, width), np.uint8)), 0),
+        ]
     else:
         maps = [(Image.fromarray(label.numpy()), common.IGNORE) for label in labels]
     for _ in range(3):
-        i, apply, level, sign = r.randint(14), r.uniform() < .5, r.randint(1, 10), (-1, 1)[r.randint(2)]
+        i, apply, level, sign = (
+            r.randint(14),
+            r.uniform() < 0.5,
+            r.randint(1, 10),
+            (-1, 1)[r.randint(2)],
+        )
         if not apply:
             continue
         if i < 9:
             picture = list(PIL_PHOTOMETRIC.values())[i](picture, level)
         else:
             matrix = list(three_stage.GEOMETRIC.values())[i - 9](sign * level, height, width)
-            picture = picture.transform(picture.size, Image.Transform.AFFINE, matrix, Image.Resampling.NEAREST, fillcolor=GREY)
-            maps = [(m.transform(picture.size, Image.Transform.AFFINE, matrix, Image.Resampling.NEAREST, fillcolor=fill), fill) for m, fill in maps]
+            picture = picture.transform(
+                picture.size,
+                Image.Transform.AFFINE,
+                matrix,
+                Image.Resampling.NEAREST,
+                fillcolor=GREY,
+            )
+            maps = [
+                (
+                    m.transform(
+                        picture.size,
+                        Image.Transform.AFFINE,
+                        matrix,
+                        Image.Resampling.NEAREST,
+                        fillcolor=fill,
+                    ),
+                    fill,
+                )
+                for m, fill in maps
+            ]
     image = np.array(picture)
     for _ in range(3):
         top, left = r.randint(height) - side // 2, r.randint(width) - side // 2
-        image[max(top, 0):max(top + side, 0), max(left, 0):max(left + side, 0)] = GREY
+        image[max(top, 0) : max(top + side, 0), max(left, 0) : max(left + side, 0)] = GREY
     if by_index:
         rows, columns, valid = (np.asarray(m) for m, _ in maps)
         moved = []
@@ -78,8 +105,13 @@ def main():
     parser.add_argument("--samples", type=int, default=200)
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    noise = torch.nn.functional.interpolate(torch.rand(1, 3, 16, 32), (args.height, args.width), mode="bilinear")[0]
-    image, labels = (255 * noise).to(torch.uint8), torch.randint(0, 19, (2, args.height, args.width), dtype=torch.uint8)
+    noise = torch.nn.functional.interpolate(
+        torch.rand(1, 3, 16, 32), (args.height, args.width), mode="bilinear"
+    )[0]
+    image, labels = (
+        (255 * noise).to(torch.uint8),
+        torch.randint(0, 19, (2, args.height, args.width), dtype=torch.uint8),
+    )
     on_device = image[None].to(device), labels[None].to(device)
     times = {"torch": [], "PIL, label maps": [], "PIL, index maps": []}
     for i in range(args.samples):
@@ -93,8 +125,12 @@ def main():
                 pil_view(image, labels, r, 32, name == "PIL, index maps")
             times[name].append(time.perf_counter() - start)
     means = {name: 1000 * statistics.mean(values[10:]) for name, values in times.items()}
-    print(f"{args.height}x{args.width} on {common.device_name(device)}, milliseconds a sample: " + ", ".join(f"{name} {ms:.2f}" for name, ms in means.items())
-          + "; PIL over torch: " + ", ".join(f"{ms / means['torch']:.2f}" for ms in list(means.values())[1:]))
+    print(
+        f"{args.height}x{args.width} on {common.device_name(device)}, milliseconds a sample: "
+        + ", ".join(f"{name} {ms:.2f}" for name, ms in means.items())
+        + "; PIL over torch: "
+        + ", ".join(f"{ms / means['torch']:.2f}" for ms in list(means.values())[1:])
+    )
 
 
 if __name__ == "__main__":

@@ -29,15 +29,24 @@ FULL = "--full" in sys.argv
 def inputs(side, device):
     """Features, logits, labels with some 255, and the classifier's weight."""
     torch.manual_seed(0)
-    features = torch.rand(PICTURES, CHANNELS, side, side, device=device) + .1 * torch.rand(CHANNELS, 1, 1, device=device)
-    weight = .05 * torch.randn(CLASSES, CHANNELS, device=device)
+    features = torch.rand(PICTURES, CHANNELS, side, side, device=device) + 0.1 * torch.rand(
+        CHANNELS, 1, 1, device=device
+    )
+    weight = 0.05 * torch.randn(CLASSES, CHANNELS, device=device)
     logits = F.conv2d(features, weight[:, :, None, None])
     label = torch.randint(CLASSES + 1, (PICTURES, side, side), device=device)
     return features, logits, label.masked_fill(label == CLASSES, common.IGNORE), weight
 
 
 def table_form(features, logits, label, weight):
-    return mkd.augment_features(features, logits, label, weight, mkd.ClassStatistics(CLASSES, CHANNELS, FULL).to(features.device), 1.5)
+    return mkd.augment_features(
+        features,
+        logits,
+        label,
+        weight,
+        mkd.ClassStatistics(CLASSES, CHANNELS, FULL).to(features.device),
+        1.5,
+    )
 
 
 def direct_form(features, logits, label, weight):
@@ -52,13 +61,16 @@ def direct_form(features, logits, label, weight):
     if FULL:
         deviation = (x - mean[y]) * known[:, None]
         outer = deviation[:, :, None] * deviation[:, None]  # (N, C, C)
-        covariance = torch.zeros(CLASSES, CHANNELS, CHANNELS, device=x.device).index_add_(0, y, outer) / n[:, None, None]
+        covariance = (
+            torch.zeros(CLASSES, CHANNELS, CHANNELS, device=x.device).index_add_(0, y, outer)
+            / n[:, None, None]
+        )
         term = (v @ covariance[y] * v).sum(2)
     else:
         deviation = x[:, None] * one_hot[:, :, None] - mean * one_hot[:, :, None]  # (N, K, C)
         covariance = deviation.square().sum(0) / n[:, None]
         term = (v.square() * covariance[y][:, None]).sum(2)
-    return logits + .75 * (term * known[:, None]).unflatten(0, label.shape).permute(0, 3, 1, 2)
+    return logits + 0.75 * (term * known[:, None]).unflatten(0, label.shape).permute(0, 3, 1, 2)
 
 
 def measure(form, side, answers):
@@ -69,13 +81,15 @@ def measure(form, side, answers):
 
     def resident():  # MiB at most, since the last reset
         if device.type == "cuda":
-            return torch.cuda.max_memory_allocated() / 2 ** 20
+            return torch.cuda.max_memory_allocated() / 2**20
         return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1024
 
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     else:
-        Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak begins again at what is resident now
+        Path("/proc/self/clear_refs").write_text(
+            "5"
+        )  # Linux: the peak begins again at what is resident now
     before = resident()
     for i in range(3):
         start = time.perf_counter()
@@ -90,7 +104,9 @@ def measure(form, side, answers):
 
 def in_a_process(form, side):
     answers = multiprocessing.get_context("spawn").Queue()
-    process = multiprocessing.get_context("spawn").Process(target=measure, args=(form, side, answers))
+    process = multiprocessing.get_context("spawn").Process(
+        target=measure, args=(form, side, answers)
+    )
     process.start()
     answer = answers.get()
     process.join()
@@ -100,7 +116,15 @@ def in_a_process(form, side):
 def network_passes():
     """Seconds of the passes of a step of the paper: two students forward and backward on 16 + 16 pictures, two teachers forward on 16."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    network = common.make_network(dict(network="deeplabv3plus", backbone="resnet50", batch_norm="train", style="torchvision", classes=CLASSES)).to(device)
+    network = common.make_network(
+        dict(
+            network="deeplabv3plus",
+            backbone="resnet50",
+            batch_norm="train",
+            style="torchvision",
+            classes=CLASSES,
+        )
+    ).to(device)
     pictures = PICTURES if device.type == "cuda" else 1
     x, times = torch.rand(2 * pictures, 3, 512, 512, device=device), []
     network.pool.eval()  # batch norm of one number a channel has no statistics, where there is one picture
@@ -122,12 +146,16 @@ def main():
     if direct_side != side:
         *_, result = in_a_process(table_form, direct_side)
     difference, passes = abs(result - direct_result).max(), network_passes()
-    term = 3 * seconds  # two students, with labeled and unlabeled pictures each: four updates, and two terms
-    print(f"{CLASSES} classes, {CHANNELS} channels, {'whole covariance' if FULL else 'diagonal'}, {torch.get_num_threads()} threads\n"
-          f"table     {PICTURES * side ** 2} pixels: {1000 * seconds:.1f} ms, {memory:.1f} MiB\n"
-          f"direct    {PICTURES * direct_side ** 2} pixels: {1000 * direct_seconds:.1f} ms, {direct_memory:.1f} MiB\n"
-          f"largest difference of the logits (of up to {abs(direct_result).max():.1f}): {difference:.1e}\n"
-          f"a step's network passes take {passes:.2f} s, its feature augmentation about {term:.3f} s: {100 * term / passes:.2f} %")
+    term = (
+        3 * seconds
+    )  # two students, with labeled and unlabeled pictures each: four updates, and two terms
+    print(
+        f"{CLASSES} classes, {CHANNELS} channels, {'whole covariance' if FULL else 'diagonal'}, {torch.get_num_threads()} threads\n"
+        f"table     {PICTURES * side**2} pixels: {1000 * seconds:.1f} ms, {memory:.1f} MiB\n"
+        f"direct    {PICTURES * direct_side**2} pixels: {1000 * direct_seconds:.1f} ms, {direct_memory:.1f} MiB\n"
+        f"largest difference of the logits (of up to {abs(direct_result).max():.1f}): {difference:.1e}\n"
+        f"a step's network passes take {passes:.2f} s, its feature augmentation about {term:.3f} s: {100 * term / passes:.2f} %"
+    )
 
 
 if __name__ == "__main__":

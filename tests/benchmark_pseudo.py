@@ -28,6 +28,7 @@ HEIGHT, WIDTH, CLASSES = 1024, 2048, 19
 
 class Pictures:
     """Pictures that say nothing, with a mask of one class."""
+
     names = [f"class_{k}" for k in range(CLASSES)]
     colors = np.random.RandomState(0).randint(0, 255, (CLASSES, 3)).astype(np.uint8)
 
@@ -42,7 +43,9 @@ def stub(teacher, image, args):
     """Smooth areas of a class with confidences that rise to 1 inside, as a network gives them; another picture each time."""
     stub.calls += 1
     generator = torch.Generator().manual_seed(stub.calls)
-    logits = torch.nn.functional.interpolate(torch.randn(1, CLASSES, 16, 32, generator=generator) * 8, (HEIGHT, WIDTH), mode="bilinear")[0]
+    logits = torch.nn.functional.interpolate(
+        torch.randn(1, CLASSES, 16, 32, generator=generator) * 8, (HEIGHT, WIDTH), mode="bilinear"
+    )[0]
     highest, label = logits.max(0)
     return label.to(torch.uint8), (1 / (logits - highest).exp().sum(0)).half().view(torch.int16)
 
@@ -51,7 +54,7 @@ stub.calls = 0
 
 
 def one(count):
-    seconds = {"read and count": 0., "select": 0., "read drafts": 0.}
+    seconds = {"read and count": 0.0, "select": 0.0, "read drafts": 0.0}
 
     def timed(name, function):
         def run(*arguments, **options):
@@ -59,22 +62,48 @@ def one(count):
             result = function(*arguments, **options)
             seconds[name] += time.perf_counter() - start
             return result
+
         return run
 
     dars.predict_picture = stub
-    dars.select, dars.read_draft, torch.bincount = timed("select", dars.select), timed("read drafts", dars.read_draft), timed("read and count", torch.bincount)
+    dars.select, dars.read_draft, torch.bincount = (
+        timed("select", dars.select),
+        timed("read drafts", dars.read_draft),
+        timed("read and count", torch.bincount),
+    )
     with tempfile.TemporaryDirectory() as folder:
-        run = SimpleNamespace(folder=Path(folder), picture=lambda *arguments: None, panel=lambda *arguments: None, write_json=lambda *arguments: None, claim=lambda folder: None)
+        run = SimpleNamespace(
+            folder=Path(folder),
+            picture=lambda *arguments: None,
+            panel=lambda *arguments: None,
+            write_json=lambda *arguments: None,
+            claim=lambda folder: None,
+        )
         sizes, forget = [], dars.shutil.rmtree
-        dars.shutil.rmtree = lambda path, **options: (sizes.append(sum(p.stat().st_size for p in Path(path).rglob("*.npz"))), forget(path, **options))
+        dars.shutil.rmtree = lambda path, **options: (
+            sizes.append(sum(p.stat().st_size for p in Path(path).rglob("*.npz"))),
+            forget(path, **options),
+        )
         args = SimpleNamespace(pseudo="dars", confidence="fp16", seed=0)
         start = time.perf_counter()
-        dars.make_pseudo_labels(torch.nn.Identity(), Pictures(), [f"picture_{i}" for i in range(count)], torch.arange(1, CLASSES + 1) ** 3, .5, 1, run, args,
-                                torch.device("cpu"))
+        dars.make_pseudo_labels(
+            torch.nn.Identity(),
+            Pictures(),
+            [f"picture_{i}" for i in range(count)],
+            torch.arange(1, CLASSES + 1) ** 3,
+            0.5,
+            1,
+            run,
+            args,
+            torch.device("cpu"),
+        )
         whole = time.perf_counter() - start
     pixels = count * HEIGHT * WIDTH
-    print(f"\n{count} pictures in {whole:.0f} s: peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MB; drafts {sizes[0] / count / 1e6:.1f} MB "
-          f"a picture; million pixels per second: " + ", ".join(f"{name} {pixels / s / 1e6:.1f}" for name, s in seconds.items()))
+    print(
+        f"\n{count} pictures in {whole:.0f} s: peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MB; drafts {sizes[0] / count / 1e6:.1f} MB "
+        f"a picture; million pixels per second: "
+        + ", ".join(f"{name} {pixels / s / 1e6:.1f}" for name, s in seconds.items())
+    )
 
 
 if __name__ == "__main__":
@@ -83,5 +112,10 @@ if __name__ == "__main__":
     else:
         few = int(sys.argv[1]) if len(sys.argv) > 1 else 200
         for count in (few, 10 * few):
-            output = subprocess.run([sys.executable, __file__, "one", str(count)], capture_output=True, text=True, check=True).stdout
+            output = subprocess.run(
+                [sys.executable, __file__, "one", str(count)],
+                capture_output=True,
+                text=True,
+                check=True,
+            ).stdout
             print(output.strip().splitlines()[-1], flush=True)

@@ -18,13 +18,22 @@ def one_thread():
 
 
 @pytest.fixture
+def main(request, tmp_path, monkeypatch):
+    """main("--out", "run", ..) in tmp_path: the module's start(..)."""
+    monkeypatch.chdir(tmp_path)
+    return request.module.start
+
+
+@pytest.fixture
 def error(main):
     """The text of the UserError that a module's main(..) ends with: one line."""
+
     def run(*argv):
         with pytest.raises(common.UserError) as caught:
             main(*argv)
         assert "\n" not in str(caught.value)
         return str(caught.value)
+
     return run
 
 
@@ -40,6 +49,7 @@ class Killed(BaseException):
 @pytest.fixture
 def kill(main, monkeypatch):
     """kill(target, name, condition, ..): run until target.name(..) is called for which condition(its arguments) is true, as if the process ended there."""
+
     def go(target, name, condition, *argv):
         real = getattr(target, name)
 
@@ -47,9 +57,11 @@ def kill(main, monkeypatch):
             if condition(*args, **kwargs):
                 raise Killed
             return real(*args, **kwargs)
+
         with monkeypatch.context() as patch:
             patch.setattr(target, name, fatal)
             with pytest.raises(Killed):
                 main("--out", "run", *argv)
         assert not Path("run/result.json").exists()
+
     return go

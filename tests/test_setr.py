@@ -16,7 +16,18 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import common  # noqa: E402
 import rml  # noqa: E402
-from helpers import losses, records, result_of, run_on_few_streets, same_checkpoint, strict, terms, two_processes, untimed  # noqa: E402
+from helpers import (
+    last,
+    losses,
+    records,
+    result_of,
+    run_on_few_streets,
+    same_checkpoint,
+    strict,
+    terms,
+    two_processes,
+    untimed,
+)  # noqa: E402
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -33,10 +44,18 @@ def tiny(seeded):
 
 # ---- the transformer -------------------------------------------------------------------------------------------------
 
+
 def test_positions_are_as_loaded_at_the_grid_they_belong_to(tiny):
     assert tiny.positions(14, 14) is tiny.encoder.pos_embedding
-    same = F.interpolate(tiny.encoder.pos_embedding[:, 1:].transpose(1, 2).reshape(1, -1, 14, 14), (14, 14), mode="bicubic", align_corners=False)
-    torch.testing.assert_close(same.flatten(2).transpose(1, 2), tiny.encoder.pos_embedding[:, 1:])  # the short cut changes nothing
+    same = F.interpolate(
+        tiny.encoder.pos_embedding[:, 1:].transpose(1, 2).reshape(1, -1, 14, 14),
+        (14, 14),
+        mode="bicubic",
+        align_corners=False,
+    )
+    torch.testing.assert_close(
+        same.flatten(2).transpose(1, 2), tiny.encoder.pos_embedding[:, 1:]
+    )  # the short cut changes nothing
 
 
 @pytest.mark.parametrize("h, w", [(16, 32), (8, 16), (28, 14), (5, 40), (14, 13)])
@@ -44,29 +63,49 @@ def test_positions_of_other_grids(tiny, h, w):
     """Embeddings that grow by one per patch downwards (channel 0), to the right (channel 1) and are constant (channel 2) stay so, at the centres of the new patches."""
     with torch.no_grad():
         grid = torch.zeros(14, 14, 64)
-        grid[..., 0], grid[..., 1], grid[..., 2] = torch.arange(14.)[:, None], torch.arange(14.), 7
-        tiny.encoder.pos_embedding[0, 0], tiny.encoder.pos_embedding[0, 1:] = 100, grid.reshape(196, 64)
+        grid[..., 0], grid[..., 1], grid[..., 2] = (
+            torch.arange(14.0)[:, None],
+            torch.arange(14.0),
+            7,
+        )
+        tiny.encoder.pos_embedding[0, 0], tiny.encoder.pos_embedding[0, 1:] = (
+            100,
+            grid.reshape(196, 64),
+        )
         found = tiny.positions(h, w)
-    assert found.shape == (1, 1 + h * w, 64) and (found[0, 0] == 100).all()  # the class token's stays out of it
+    assert (
+        found.shape == (1, 1 + h * w, 64) and (found[0, 0] == 100).all()
+    )  # the class token's stays out of it
     found, checked = found[0, 1:].reshape(h, w, 64), 0
     for y in range(h):
         for x in range(w):
-            wanted = [(y + .5) * 14 / h - .5, (x + .5) * 14 / w - .5]  # the same place, counted in old patches
+            wanted = [
+                (y + 0.5) * 14 / h - 0.5,
+                (x + 0.5) * 14 / w - 0.5,
+            ]  # the same place, counted in old patches
             assert found[y, x, 2] == pytest.approx(7, abs=1e-5)
             for k in range(2):
-                if 1 <= wanted[k] <= 12:  # at the rim, points are missing; within, torch's cubic (a = -.75) swings around a line by less than this
-                    assert found[y, x, k] == pytest.approx(wanted[k], abs=.06)
+                if (
+                    1 <= wanted[k] <= 12
+                ):  # at the rim, points are missing; within, torch's cubic (a = -.75) swings around a line by less than this
+                    assert found[y, x, k] == pytest.approx(wanted[k], abs=0.06)
                     checked += 1
     assert checked > h * w
 
 
 def test_it_is_torchvisions_transformer(seeded):
     """The same weights give the same tokens, at the size that torchvision's takes."""
-    theirs = torchvision.models.VisionTransformer(image_size=112, patch_size=8, num_layers=4, num_heads=4, hidden_dim=64, mlp_dim=256).eval()
+    theirs = torchvision.models.VisionTransformer(
+        image_size=112, patch_size=8, num_layers=4, num_heads=4, hidden_dim=64, mlp_dim=256
+    ).eval()
     ours = common.ViT(*common.VITS["tiny"]).eval()
-    ours.load_state_dict({key: value for key, value in theirs.state_dict().items() if not key.startswith("heads.")})
+    ours.load_state_dict(
+        {key: value for key, value in theirs.state_dict().items() if not key.startswith("heads.")}
+    )
     image = torch.rand(2, 3, 112, 112)
-    tokens = theirs.encoder(torch.cat([theirs.class_token.expand(2, -1, -1), theirs._process_input(image)], 1))[:, 1:]
+    tokens = theirs.encoder(
+        torch.cat([theirs.class_token.expand(2, -1, -1), theirs._process_input(image)], 1)
+    )[:, 1:]
     assert torch.equal(ours(image), tokens.transpose(1, 2).reshape(2, 64, 14, 14))
 
 
@@ -77,7 +116,7 @@ def test_patches_keep_their_places(tiny):
         nn.init.zeros_(layer.self_attention.out_proj.bias)
     image = torch.rand(1, 3, 24, 40)
     other = image.clone()
-    other[:, :, 8:16, 32:40] += .5
+    other[:, :, 8:16, 32:40] += 0.5
     changed = (tiny(image) != tiny(other)).any(1)[0]
     assert changed.shape == (3, 5) and changed.nonzero().tolist() == [[1, 4]]
 
@@ -86,7 +125,7 @@ def test_patches_keep_their_places(tiny):
 def test_a_side_that_patches_do_not_divide_is_padded_with_the_mean_colour(name, seeded):
     network = common.make_network(spec(network=name)).eval()
     image = torch.rand(2, 3, 60, 121)
-    padded = torch.tensor([.485, .456, .406]).view(3, 1, 1).repeat(2, 1, 64, 128)
+    padded = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1).repeat(2, 1, 64, 128)
     padded[:, :, :60, :121] = image
     h, w = math.ceil(60 / network.stride), math.ceil(121 / network.stride)
     with torch.no_grad():
@@ -100,28 +139,40 @@ def test_a_side_that_patches_do_not_divide_is_padded_with_the_mean_colour(name, 
 @pytest.mark.parametrize("side", [321, 333, 375, 500, 512])
 def test_an_answer_stays_where_its_patch_is(name, side):
     """A network whose tokens say where they are, upsampled to the picture: right to a pixel, at any side."""
+
     class Where(nn.Module):
         channels, stride = 1, 16
 
         def forward(self, x):
             n = math.ceil(x.shape[3] / 16)
-            return (16 * torch.arange(n) + 7.5).expand(1, 1, 2, n)  # centres of the patches, in pixels
+            return (16 * torch.arange(n) + 7.5).expand(
+                1, 1, 2, n
+            )  # centres of the patches, in pixels
+
     network = common.SETR(Where(), 1, name == "setr-naive", 1, norm=lambda width: nn.Identity())
     for m in network.modules():
         if isinstance(m, nn.Conv2d):  # each passes on what it is given
             nn.init.zeros_(m.weight)
             m.weight.data[0, 0, m.weight.shape[2] // 2, m.weight.shape[3] // 2] = 1
     found = common.upsample(network(torch.zeros(1, 3, 32, side)), (32, side))[0, 0, 16]
-    assert (found - torch.arange(side))[16:-16].abs().max() < 1.01  # at the rim there is less to interpolate from
+    assert (found - torch.arange(side))[
+        16:-16
+    ].abs().max() < 1.01  # at the rim there is less to interpolate from
 
 
-@pytest.mark.parametrize("backbone, encoder, width", [("vit_b_16", 85_798_656, 768), ("vit_l_16", 303_301_632, 1024)])  # torchvision's numbers without the classifier
+@pytest.mark.parametrize(
+    "backbone, encoder, width", [("vit_b_16", 85_798_656, 768), ("vit_l_16", 303_301_632, 1024)]
+)  # torchvision's numbers without the classifier
 @pytest.mark.parametrize("name", ["setr", "setr-naive"])
 def test_parameter_counts(name, backbone, encoder, width):
     with torch.device("meta"):
         network = common.make_network(spec(network=name, backbone=backbone, classes=19))
     last = 256 * 19 + 19
-    decoder = width * 256 + 2 * 256 if name == "setr-naive" else width * 256 * 9 + 3 * 256 * 256 * 9 + 4 * 2 * 256
+    decoder = (
+        width * 256 + 2 * 256
+        if name == "setr-naive"
+        else width * 256 * 9 + 3 * 256 * 256 * 9 + 4 * 2 * 256
+    )
     assert sum(p.numel() for p in network.parameters()) == encoder + decoder + last
     assert sum(p.numel() for p in network.head_parameters()) == decoder + last
     counted = torchvision.models.get_model_weights(backbone).IMAGENET1K_V1.meta["num_params"]
@@ -134,10 +185,18 @@ def test_the_last_upsampling_may_come_after_the_classifier(seeded):
     with torch.no_grad():
         features = network.features(torch.rand(1, 3, 64, 128))
         late = common.upsample(network.classifier(features), (64, 128))
-        early = network.last(F.interpolate(features, scale_factor=2, mode="bilinear", align_corners=False))
+        early = network.last(
+            F.interpolate(features, scale_factor=2, mode="bilinear", align_corners=False)
+        )
     torch.testing.assert_close(late, early)
-    convs = [m for m in common.make_network(spec(backbone="vit_b_16")).decoder if isinstance(m, nn.Conv2d)]
-    assert len(convs) == 4 and all(conv.kernel_size == (3, 3) and conv.out_channels == 256 for conv in convs)
+    convs = [
+        m
+        for m in common.make_network(spec(backbone="vit_b_16")).decoder
+        if isinstance(m, nn.Conv2d)
+    ]
+    assert len(convs) == 4 and all(
+        conv.kernel_size == (3, 3) and conv.out_channels == 256 for conv in convs
+    )
 
 
 def test_features_and_classifier_are_the_network(seeded):
@@ -145,13 +204,28 @@ def test_features_and_classifier_are_the_network(seeded):
     features = network.features(image)
     assert features.shape == (1, network.feature_channels, 32, 64)
     assert torch.equal(network.classifier(features), network(image))
-    assert {id(p) for p in network.parameters()} == {id(p) for p in [*network.backbone.parameters(), *network.head_parameters()]}
+    assert {id(p) for p in network.parameters()} == {
+        id(p) for p in [*network.backbone.parameters(), *network.head_parameters()]
+    }
 
 
 # ---- weights ---------------------------------------------------------------------------------------------------------
 
+
 def arguments(**changes):
-    return SimpleNamespace(**dict(network="setr", backbone="vit_b_16", head="bottleneck", aspp_branches=4, batch_norm="frozen", weights="none", input_style=None, seed=0) | changes)
+    return SimpleNamespace(
+        **dict(
+            network="setr",
+            backbone="vit_b_16",
+            head="bottleneck",
+            aspp_branches=4,
+            batch_norm="frozen",
+            weights="none",
+            input_style=None,
+            seed=0,
+        )
+        | changes
+    )
 
 
 @pytest.fixture
@@ -164,7 +238,12 @@ def vit_layout(old=True, grid=14):
     """As torchvision's files have it: the MLP's layers under their old names."""
     torch.manual_seed(1)
     state = torchvision.models.VisionTransformer(grid * 16, 16, 1, 2, 16, 64).state_dict()
-    return {key.replace("mlp.0.", "mlp.linear_1.").replace("mlp.3.", "mlp.linear_2.") if old else key: value for key, value in state.items()}
+    return {
+        key.replace("mlp.0.", "mlp.linear_1.").replace("mlp.3.", "mlp.linear_2.")
+        if old
+        else key: value
+        for key, value in state.items()
+    }
 
 
 @pytest.mark.parametrize("old", [True, False])
@@ -173,14 +252,24 @@ def test_torchvisions_weights_are_loaded(small_vit, old, grid, tmp_path, capsys)
     """Also those of larger pictures, whose position embeddings belong to 24 x 24 patches."""
     path, state = tmp_path / "vit.pth", vit_layout(old, grid)
     torch.save(state, path)
-    network = common.build_network(arguments(weights=str(path)), SimpleNamespace(names=range(19)), CPU)
+    network = common.build_network(
+        arguments(weights=str(path)), SimpleNamespace(names=range(19)), CPU
+    )
     report = capsys.readouterr().out
-    assert f"{len(state) - 2} loaded, skipped 2 (heads.head.weight, heads.head.bias)" in report and "warning" not in report
+    assert (
+        f"{len(state) - 2} loaded, skipped 2 (heads.head.weight, heads.head.bias)" in report
+        and "warning" not in report
+    )
     own = network.backbone.state_dict()
     for key, value in vit_layout(old=False, grid=grid).items():
         if not key.startswith("heads"):
             assert torch.equal(own[key], value), key
-    assert network.backbone.grid == grid and network(torch.rand(1, 3, 64, 32)).shape == (1, 19, 32, 16)
+    assert network.backbone.grid == grid and network(torch.rand(1, 3, 64, 32)).shape == (
+        1,
+        19,
+        32,
+        16,
+    )
     again = common.make_network(network.spec)  # from a checkpoint's description
     again.load_state_dict(network.state_dict())
 
@@ -191,38 +280,57 @@ def test_imagenet_weights_are_torchvisions(small_vit, tmp_path, monkeypatch):
     def download(url, path, hash_prefix=None, progress=True):
         asked.append((url.split("/")[-1], hash_prefix))
         torch.save(vit_layout(), path)
+
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     monkeypatch.setattr(torch.hub, "download_url_to_file", download)
-    network = common.build_network(arguments(weights="imagenet"), SimpleNamespace(names=range(3)), CPU)
+    network = common.build_network(
+        arguments(weights="imagenet"), SimpleNamespace(names=range(3)), CPU
+    )
     assert asked == [("vit_b_16-c867db91.pth", "c867db91")]
-    assert torch.equal(network.backbone.encoder.pos_embedding, vit_layout()["encoder.pos_embedding"])
+    assert torch.equal(
+        network.backbone.encoder.pos_embedding, vit_layout()["encoder.pos_embedding"]
+    )
 
 
 def test_weights_of_another_backbone_are_refused(small_vit, tmp_path):
     path = tmp_path / "vit.pth"
     torch.save(vit_layout(), path)
     with pytest.raises(common.UserError, match="vit.pth: is not for --backbone vit_l_16"):
-        common.build_network(arguments(weights=str(path), backbone="vit_l_16"), SimpleNamespace(names=range(3)), CPU)
+        common.build_network(
+            arguments(weights=str(path), backbone="vit_l_16"), SimpleNamespace(names=range(3)), CPU
+        )
     with pytest.raises(common.UserError, match="vit.pth: is not for --backbone resnet50"):
-        common.build_network(arguments(weights=str(path), backbone="resnet50", network="deeplabv2"), SimpleNamespace(names=range(3)), CPU)
+        common.build_network(
+            arguments(weights=str(path), backbone="resnet50", network="deeplabv2"),
+            SimpleNamespace(names=range(3)),
+            CPU,
+        )
 
 
 # ---- what rml.py does with it ----------------------------------------------------------------------------------------
 
+
 def test_stochastic_depth_drops_both_branches_of_a_block(seeded):
     network = common.make_network(spec()).train()
-    rml.add_model_noise(network, 0., 1.)
+    rml.add_model_noise(network, 0.0, 1.0)
     block, tokens = network.backbone.encoder.layers[0], torch.rand(3, 5, 64)
     assert torch.equal(block(tokens), tokens)  # every branch is dropped
     block.eval()
     assert not torch.equal(block(tokens), tokens)
-    rml.add_model_noise(network, .5, .8, linear=True)
+    rml.add_model_noise(network, 0.5, 0.8, linear=True)
     layers = network.backbone.encoder.layers
-    assert [layer.dropout.p for layer in layers] == [layer.mlp[-1].p for layer in layers] == pytest.approx([.2, .4, .6, .8])
-    assert network.dropout.p == .5
+    assert (
+        [layer.dropout.p for layer in layers]
+        == [layer.mlp[-1].p for layer in layers]
+        == pytest.approx([0.2, 0.4, 0.6, 0.8])
+    )
+    assert network.dropout.p == 0.5
     block.train()  # a picture is dropped as a whole, and others stay
-    rows = [tuple((block.dropout(torch.ones(8, 5, 64)) > 0).flatten(1).float().mean(1).tolist()) for _ in range(20)]
-    assert all(set(row) <= {0., 1.} for row in rows) and len(set(rows)) > 10
+    rows = [
+        tuple((block.dropout(torch.ones(8, 5, 64)) > 0).flatten(1).float().mean(1).tolist())
+        for _ in range(20)
+    ]
+    assert all(set(row) <= {0.0, 1.0} for row in rows) and len(set(rows)) > 10
 
 
 def test_cells_are_means_over_squares(seeded):
@@ -231,7 +339,10 @@ def test_cells_are_means_over_squares(seeded):
     assert pooled.shape == (2, 3, 2, 3)
     for y in range(2):
         for x in range(3):  # the last ones of those that are there
-            torch.testing.assert_close(pooled[:, :, y, x], features[:, :, 4 * y:4 * y + 4, 4 * x:4 * x + 4].mean((2, 3)))
+            torch.testing.assert_close(
+                pooled[:, :, y, x],
+                features[:, :, 4 * y : 4 * y + 4, 4 * x : 4 * x + 4].mean((2, 3)),
+            )
     assert rml.cells(features, 8, 8) is features and rml.cells(features, 16, 8) is features
 
 
@@ -239,44 +350,107 @@ def parse(*argv):
     return common.parse_args(rml.get_parser(), rml.PAPER, list(argv))
 
 
-@pytest.mark.parametrize("argv, expected", [
-    ("", [("deeplabv2", "tiny", 1)] * 2),
-    ("--network setr --setr-lr .1", [("setr", "tiny", .1)] * 2),
-    ("--network deeplabv2,setr --setr-lr .1", [("deeplabv2", "tiny", 1), ("setr", "tiny", .1)]),
-    ("--network setr-naive --supervised --setr-lr .1", [("setr-naive", "tiny", .1)]),
-    ("--network deeplabv2,setr --dataset cityscapes", [("deeplabv2", "resnet101", 1), ("setr", "vit_b_16", 1)]),
-    ("--network setr,pspnet --backbone vit_l_16,resnet50 --dataset cityscapes", [("setr", "vit_l_16", 1), ("pspnet", "resnet50", 1)]),
-    ("--backbone resnet50,resnet101 --dataset cityscapes", [("deeplabv2", "resnet50", 1), ("deeplabv2", "resnet101", 1)])])
+@pytest.mark.parametrize(
+    "argv, expected",
+    [
+        ("", [("deeplabv2", "tiny", 1)] * 2),
+        ("--network setr --setr-lr .1", [("setr", "tiny", 0.1)] * 2),
+        (
+            "--network deeplabv2,setr --setr-lr .1",
+            [("deeplabv2", "tiny", 1), ("setr", "tiny", 0.1)],
+        ),
+        ("--network setr-naive --supervised --setr-lr .1", [("setr-naive", "tiny", 0.1)]),
+        (
+            "--network deeplabv2,setr --dataset cityscapes",
+            [("deeplabv2", "resnet101", 1), ("setr", "vit_b_16", 1)],
+        ),
+        (
+            "--network setr,pspnet --backbone vit_l_16,resnet50 --dataset cityscapes",
+            [("setr", "vit_l_16", 1), ("pspnet", "resnet50", 1)],
+        ),
+        (
+            "--backbone resnet50,resnet101 --dataset cityscapes",
+            [("deeplabv2", "resnet50", 1), ("deeplabv2", "resnet101", 1)],
+        ),
+    ],
+)
 def test_each_student_has_arguments_of_its_own(argv, expected):
-    assert [(own.network, own.backbone, own.rate) for own in rml.each_student(parse(*argv.split()))] == expected
+    assert [
+        (own.network, own.backbone, own.rate) for own in rml.each_student(parse(*argv.split()))
+    ] == expected
 
 
 def test_each_student_has_weights_of_its_own(tmp_path):
-    assert [own.weights for own in rml.each_student(parse("--weights", "a.pth,b.pth"))] == ["a.pth", "b.pth"]
+    assert [own.weights for own in rml.each_student(parse("--weights", "a.pth,b.pth"))] == [
+        "a.pth",
+        "b.pth",
+    ]
     (tmp_path / "a,b.pth").touch()
-    assert [own.weights for own in rml.each_student(parse("--weights", str(tmp_path / "a,b.pth")))] == [str(tmp_path / "a,b.pth")] * 2
+    assert [
+        own.weights for own in rml.each_student(parse("--weights", str(tmp_path / "a,b.pth")))
+    ] == [str(tmp_path / "a,b.pth")] * 2
 
 
 def test_what_each_student_loads_is_told(small_vit, tmp_path, capsys):
     torch.save(vit_layout(), tmp_path / "one.pth")
     torch.save(vit_layout(grid=10), tmp_path / "two.pth")
     for member, name in enumerate(("one", "two", "two")):
-        common.build_network(arguments(weights=str(tmp_path / f"{name}.pth")), SimpleNamespace(names=range(3)), CPU, member)
+        common.build_network(
+            arguments(weights=str(tmp_path / f"{name}.pth")),
+            SimpleNamespace(names=range(3)),
+            CPU,
+            member,
+        )
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("weights")]
     assert len(said) == 2 and "one.pth" in said[0] and "two.pth" in said[1]
 
 
-@pytest.mark.parametrize("argv, expected", [
-    ("", 63.97), ("--labels 100", 58.25), ("--labels 373", None), ("--seed 3 --workers 2", 63.97), ("--lr 1", None), ("--supervised", 56.08), ("--supervised --labels 2975", 67.14),
-    ("--supervised --network setr", 57.79), ("--supervised --network setr-naive", None), ("--supervised --network setr --stages 1", None), ("--labels 100 --stages 1", None),
-    ("--stages 1", 62.85), ("--stages 3", None), ("--stages 1 --no-rectify", 61.25), ("--stages 1 --no-rectify --dropout 0 --drop-path 0", 60.49), ("--stages 1 --no-rectify --dropout 0", None),
-    ("--stages 1 --no-rectify --no-photometric --no-cutmix", 60.51), ("--stages 1 --no-rectify --no-photometric", None), ("--weights none", None),
-    ("--stages 1 --no-rectify --no-photometric --no-cutmix --dropout 0 --drop-path 0", 60.09), ("--network setr", None),
-    ("--stages 1 --no-rectify --no-photometric --no-cutmix --dropout 0 --drop-path 0 --mutual direct", None),
-    ("--stages 1 --no-rectify --no-photometric --no-cutmix --dropout 0 --drop-path 0 --network setr", 64.15),
-    ("--stages 1 --no-rectify --no-photometric --no-cutmix --dropout 0 --drop-path 0 --network deeplabv2,setr", 63.96),
-    ("--stages 1 --no-rectify --no-photometric --no-cutmix --dropout 0 --drop-path 0 --network setr,deeplabv2", 64.35),
-    ("--dataset voc", 70.34), ("--dataset voc --labels 106 --weights coco", 63.60), ("--dataset vocaug --labels 529 --supervised", 55.92), ("--dataset voc --weights coco --supervised", None)])
+@pytest.mark.parametrize(
+    "argv, expected",
+    [
+        ("", 63.97),
+        ("--labels 100", 58.25),
+        ("--labels 373", None),
+        ("--seed 3 --workers 2", 63.97),
+        ("--lr 1", None),
+        ("--supervised", 56.08),
+        ("--supervised --labels 2975", 67.14),
+        ("--supervised --network setr", 57.79),
+        ("--supervised --network setr-naive", None),
+        ("--supervised --network setr --stages 1", None),
+        ("--labels 100 --stages 1", None),
+        ("--stages 1", 62.85),
+        ("--stages 3", None),
+        ("--stages 1 --no-rectify", 61.25),
+        ("--stages 1 --no-rectify --dropout 0 --drop-path 0", 60.49),
+        ("--stages 1 --no-rectify --dropout 0", None),
+        ("--stages 1 --no-rectify --no-photometric --no-cutmix", 60.51),
+        ("--stages 1 --no-rectify --no-photometric", None),
+        ("--weights none", None),
+        ("--stages 1 --no-rectify --no-photometric --no-cutmix --dropout 0 --drop-path 0", 60.09),
+        ("--network setr", None),
+        (
+            "--stages 1 --no-rectify --no-photometric --no-cutmix --dropout 0 --drop-path 0 --mutual direct",
+            None,
+        ),
+        (
+            "--stages 1 --no-rectify --no-photometric --no-cutmix --dropout 0 --drop-path 0 --network setr",
+            64.15,
+        ),
+        (
+            "--stages 1 --no-rectify --no-photometric --no-cutmix --dropout 0 --drop-path 0 --network deeplabv2,setr",
+            63.96,
+        ),
+        (
+            "--stages 1 --no-rectify --no-photometric --no-cutmix --dropout 0 --drop-path 0 --network setr,deeplabv2",
+            64.35,
+        ),
+        ("--dataset voc", 70.34),
+        ("--dataset voc --labels 106 --weights coco", 63.60),
+        ("--dataset vocaug --labels 529 --supervised", 55.92),
+        ("--dataset voc --weights coco --supervised", None),
+    ],
+)
 def test_the_papers_number_is_that_of_the_setting(argv, expected):
     args = parse("--dataset", "cityscapes", *argv.split())
     args.rectify = args.mutual == "indirect" if args.rectify is None else args.rectify
@@ -286,22 +460,30 @@ def test_the_papers_number_is_that_of_the_setting(argv, expected):
 
 # ---- whole runs ------------------------------------------------------------------------------------------------------
 
-SHORT = ["--network", "deeplabv2,setr", "--labels", "4", "--batch-size", "2", "--stage0-iterations", "2", "--iterations", "3", "--stages", "1", "--log-every", "1",
-         "--save-every", "1", "--eval-every", "100"]
+SHORT = [
+    "--network",
+    "deeplabv2,setr",
+    "--labels",
+    "4",
+    "--batch-size",
+    "2",
+    "--stage0-iterations",
+    "2",
+    "--iterations",
+    "3",
+    "--stages",
+    "1",
+    "--log-every",
+    "1",
+    "--save-every",
+    "1",
+    "--eval-every",
+    "100",
+]
 
 
 def start(*argv):
     run_on_few_streets(rml, *SHORT, *argv)
-
-
-@pytest.fixture
-def main(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    return start
-
-
-def last(folder):
-    return torch.load(folder / "last.pt", weights_only=True)
 
 
 @pytest.fixture(scope="module")
@@ -309,7 +491,13 @@ def whole(tmp_path_factory):
     """Two students that differ, from beginning to end: the folder, and the shapes of p^0 on disk."""
     folder, shapes, real = tmp_path_factory.mktemp("whole") / "run", {}, common.write_soft_label
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(common, "write_soft_label", lambda folder, id, p: shapes.setdefault(folder.name, set()).add(tuple(p.shape)) or real(folder, id, p))
+        patch.setattr(
+            common,
+            "write_soft_label",
+            lambda folder, id, p: (
+                shapes.setdefault(folder.name, set()).add(tuple(p.shape)) or real(folder, id, p)
+            ),
+        )
         start("--out", folder)
     return folder, shapes
 
@@ -317,19 +505,47 @@ def whole(tmp_path_factory):
 def test_two_students_that_differ(whole):
     folder, shapes = whole
     state, result = last(folder), strict((folder / "result.json").read_text())
-    assert {name: own["network"] for name, own in state["networks"].items()} == {"student_1": "deeplabv2", "student_2": "setr", "teacher_1": "deeplabv2", "teacher_2": "setr"}
-    assert result["network"] == "deeplabv2,setr" and result["backbone"] == "tiny" and set(result["miou"]) == set(state["networks"])
-    assert shapes == {"stage_1_model_1": {(10, 16, 32)}, "stage_1_model_2": {(10, 16, 32)}}  # at stride 4, though SETR's features are at 2
+    assert {name: own["network"] for name, own in state["networks"].items()} == {
+        "student_1": "deeplabv2",
+        "student_2": "setr",
+        "teacher_1": "deeplabv2",
+        "teacher_2": "setr",
+    }
+    assert (
+        result["network"] == "deeplabv2,setr"
+        and result["backbone"] == "tiny"
+        and set(result["miou"]) == set(state["networks"])
+    )
+    assert shapes == {
+        "stage_1_model_1": {(10, 16, 32)},
+        "stage_1_model_2": {(10, 16, 32)},
+    }  # at stride 4, though SETR's features are at 2
     (eta_1, seen_1), (eta_2, seen_2) = state["prototypes"]
-    assert eta_1.shape == eta_2.shape == (10, 32) and seen_1.any() and seen_2.any() and not torch.allclose(eta_1, eta_2)  # in each one's own feature space
-    assert terms(folder) == {f"loss_labeled_{j}" for j in (1, 2)} | {f"loss_pseudo_{j}_from_{i}" for j in (1, 2) for i in (1, 2)}
+    assert (
+        eta_1.shape == eta_2.shape == (10, 32)
+        and seen_1.any()
+        and seen_2.any()
+        and not torch.allclose(eta_1, eta_2)
+    )  # in each one's own feature space
+    assert terms(folder) == {f"loss_labeled_{j}" for j in (1, 2)} | {
+        f"loss_pseudo_{j}_from_{i}" for j in (1, 2) for i in (1, 2)
+    }
     assert all(math.isfinite(value) and value > 0 for value in losses(folder).values())
     for name, network in state["networks"].items():
         assert common.make_network(network).load_state_dict(state["models"][name])
-    rates = [[group["lr"] for group in optimizer["param_groups"]] for optimizer in state["optimizers"]]
+    rates = [
+        [group["lr"] for group in optimizer["param_groups"]] for optimizer in state["optimizers"]
+    ]
     row = rml.PAPER["streets"]
-    assert all(("lr_2" in r) == ("lr" in r) for r in records(folder)) and records(folder)[-2]["lr_2"] == rates[1][0]
-    assert row["setr_lr"] != 1 and rates[0] == pytest.approx([row["lr"] * (1 - 2 / 3) ** .9] * 2) and rates[1] == pytest.approx([row["setr_lr"] * rate for rate in rates[0]])
+    assert (
+        all(("lr_2" in r) == ("lr" in r) for r in records(folder))
+        and records(folder)[-2]["lr_2"] == rates[1][0]
+    )
+    assert (
+        row["setr_lr"] != 1
+        and rates[0] == pytest.approx([row["lr"] * (1 - 2 / 3) ** 0.9] * 2)
+        and rates[1] == pytest.approx([row["setr_lr"] * rate for rate in rates[0]])
+    )
 
 
 def test_the_pictures_of_two_that_differ(whole):
@@ -341,24 +557,64 @@ def test_stage_0_of_setr_learns_at_its_own_rate(main, monkeypatch):
     rates, real = [], common.Run.watch
     made = []
     make = common.make_optimizer
-    monkeypatch.setattr(common, "make_optimizer", lambda *args: made.append(make(*args)) or made[-1])
-    monkeypatch.setattr(common.Run, "watch", lambda *args: rates.append([[g["lr"] for g in o.param_groups] for o in made[-2:]]) or real(*args))
-    main("--out", "run", "--setr-lr", ".25", "--stage0-lr", ".004", "--stage0-head-lr", "3", "--stage0-iterations", "1", "--stages", "0")
-    assert rates[0] == [pytest.approx([.004, .012]), pytest.approx([.001, .003])]
+    monkeypatch.setattr(
+        common, "make_optimizer", lambda *args: made.append(make(*args)) or made[-1]
+    )
+    monkeypatch.setattr(
+        common.Run,
+        "watch",
+        lambda *args: (
+            rates.append([[g["lr"] for g in o.param_groups] for o in made[-2:]]) or real(*args)
+        ),
+    )
+    main(
+        "--out",
+        "run",
+        "--setr-lr",
+        ".25",
+        "--stage0-lr",
+        ".004",
+        "--stage0-head-lr",
+        "3",
+        "--stage0-iterations",
+        "1",
+        "--stages",
+        "0",
+    )
+    assert rates[0] == [pytest.approx([0.004, 0.012]), pytest.approx([0.001, 0.003])]
 
 
-@pytest.mark.parametrize("name, number", [("save", 2), ("save", 4), ("watch", 2), ("watch", 5), ("log", 4)])
+@pytest.mark.parametrize(
+    "name, number", [("save", 2), ("save", 4), ("watch", 2), ("watch", 5), ("log", 4)]
+)
 def test_killed_and_resumed_ends_with_the_same_bits(whole, kill, main, name, number):
     """In stage 0, between the stages and in stage 1."""
     calls = []
     kill(common.Run, name, lambda *_, **__: calls.append(1) or len(calls) == number)
     main("--out", "run")
-    assert same_checkpoint(Path("run"), whole[0], ("models", "optimizers", "prototypes", "scaler", "step", "stage", "iteration"))
-    assert untimed(Path("run")) == untimed(whole[0]) and result_of(Path("run")) == result_of(whole[0])
+    assert same_checkpoint(
+        Path("run"),
+        whole[0],
+        ("models", "optimizers", "prototypes", "scaler", "step", "stage", "iteration"),
+    )
+    assert untimed(Path("run")) == untimed(whole[0]) and result_of(Path("run")) == result_of(
+        whole[0]
+    )
 
 
 def test_two_processes_give_one_processs_losses(tmp_path, main):
-    flags = ["--optimizer", "sgd", "--lr", ".005", "--stage0-lr", ".005", "--drop-path", "0", "--dropout", "0"]  # noise is drawn in each process
+    flags = [
+        "--optimizer",
+        "sgd",
+        "--lr",
+        ".005",
+        "--stage0-lr",
+        ".005",
+        "--drop-path",
+        "0",
+        "--dropout",
+        "0",
+    ]  # noise is drawn in each process
     processes = two_processes(rml, tmp_path, *SHORT, *flags, "--out", "two")
     main(*flags, "--out", "one")
     for process in processes:
@@ -372,33 +628,61 @@ def test_two_processes_give_one_processs_losses(tmp_path, main):
 
 def test_evaluate_and_predict(whole, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    Image.fromarray(common.Streets().image("train_0")).resize((150, 61)).save("photo.png")  # no multiple of a patch
+    Image.fromarray(common.Streets().image("train_0")).resize((150, 61)).save(
+        "photo.png"
+    )  # no multiple of a patch
     run_on_few_streets(rml, "--evaluate", "--checkpoint", whole[0])
-    line, = [line for line in capsys.readouterr().out.splitlines() if line.startswith("mIoU")]
-    assert [float(x) for x in line.split()[1:]] == [round(x, 2) for x in strict((whole[0] / "result.json").read_text())["miou"].values()]
-    run_on_few_streets(rml, "--predict", "photo.png", "--checkpoint", whole[0], "--out", "predicted")
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("mIoU")]
+    assert [float(x) for x in line.split()[1:]] == [
+        round(x, 2) for x in strict((whole[0] / "result.json").read_text())["miou"].values()
+    ]
+    run_on_few_streets(
+        rml, "--predict", "photo.png", "--checkpoint", whole[0], "--out", "predicted"
+    )
     assert Image.open("predicted/photo.png").size == (150, 61)
 
 
-@pytest.mark.parametrize("flags", ["--network setr --supervised", "--network setr --crop 40 56", "--network setr-naive,setr", "--network setr,deeplabv3plus --no-rectify",
-                                   "--network pspnet,setr --mutual direct", "--network deeplabv2,setr-naive --scale .5 1.5"])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--network setr --supervised",
+        "--network setr --crop 40 56",
+        "--network setr-naive,setr",
+        "--network setr,deeplabv3plus --no-rectify",
+        "--network pspnet,setr --mutual direct",
+        "--network deeplabv2,setr-naive --scale .5 1.5",
+    ],
+)
 def test_other_pairs_and_crops(main, flags):
     main("--out", "run", *flags.split())
-    assert all(math.isfinite(value) for value in losses(Path("run")).values()) and records(Path("run"))[-1]["step"] == 5
+    assert (
+        all(math.isfinite(value) for value in losses(Path("run")).values())
+        and records(Path("run"))[-1]["step"] == 5
+    )
 
 
-@pytest.mark.parametrize("argv, words", [
-    ("--network setr,deeplabv2,setr", ("--network setr,deeplabv2,setr", "3", "two students")),
-    ("--backbone tiny,", ("--backbone", "'tiny,'", "''", "vit_b_16")),
-    ("--dataset mnist --network bogus", ("--network", "'bogus'")),
-    ("--network deeplabv2,setr --supervised", ("--network deeplabv2,setr", "2", "one student")),
-    ("--network segformer", ("--network", "'segformer'", "setr-naive", "pspnet")),
-    ("--network deeplabv2,", ("--network", "'deeplabv2,'", "''")),
-    ("--network deeplabv2,setr --backbone vit_b_16", ("--backbone vit_b_16", "deeplabv2", "resnet101")),
-    ("--network setr --backbone resnet50", ("--backbone resnet50", "setr", "vit_b_16", "vit_l_16")),
-    ("--network setr --backbone tiny --weights imagenet", ("--weights imagenet", "tiny")),
-    ("--network deeplabv2 --backbone resnet18", ("--backbone", "'resnet18'", "tiny")),
-    ("--setr-lr 0", ("--setr-lr 0", "above 0"))])
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        ("--network setr,deeplabv2,setr", ("--network setr,deeplabv2,setr", "3", "two students")),
+        ("--backbone tiny,", ("--backbone", "'tiny,'", "''", "vit_b_16")),
+        ("--dataset mnist --network bogus", ("--network", "'bogus'")),
+        ("--network deeplabv2,setr --supervised", ("--network deeplabv2,setr", "2", "one student")),
+        ("--network segformer", ("--network", "'segformer'", "setr-naive", "pspnet")),
+        ("--network deeplabv2,", ("--network", "'deeplabv2,'", "''")),
+        (
+            "--network deeplabv2,setr --backbone vit_b_16",
+            ("--backbone vit_b_16", "deeplabv2", "resnet101"),
+        ),
+        (
+            "--network setr --backbone resnet50",
+            ("--backbone resnet50", "setr", "vit_b_16", "vit_l_16"),
+        ),
+        ("--network setr --backbone tiny --weights imagenet", ("--weights imagenet", "tiny")),
+        ("--network deeplabv2 --backbone resnet18", ("--backbone", "'resnet18'", "tiny")),
+        ("--setr-lr 0", ("--setr-lr 0", "above 0")),
+    ],
+)
 def test_what_does_not_fit_is_named(error, argv, words):
     text = error("--out", "run", *argv.split())
     assert all(word in text for word in words), text

@@ -24,14 +24,23 @@ SIGNED = [*range(-9, 0), *LEVELS]
 
 # ---- geometric operations --------------------------------------------------------------------------------------------
 
+
 def affine(a, b, c, d, e, f):
-    return lambda picture, fill: picture.transform(picture.size, Image.Transform.AFFINE, (a, b, c, d, e, f), Image.Resampling.NEAREST, fillcolor=fill)
+    return lambda picture, fill: picture.transform(
+        picture.size,
+        Image.Transform.AFFINE,
+        (a, b, c, d, e, f),
+        Image.Resampling.NEAREST,
+        fillcolor=fill,
+    )
 
 
 PIL_GEOMETRIC = {  # notes/three_stage.md, table of magnitudes
-    "Rotate": lambda v: lambda picture, fill: picture.rotate(-3 * v, Image.Resampling.NEAREST, fillcolor=fill),  # signs come in pairs
-    "ShearX": lambda v: affine(1, .03 * v, 0, 0, 1, 0),
-    "ShearY": lambda v: affine(1, 0, 0, .03 * v, 1, 0),
+    "Rotate": lambda v: (
+        lambda picture, fill: picture.rotate(-3 * v, Image.Resampling.NEAREST, fillcolor=fill)
+    ),  # signs come in pairs
+    "ShearX": lambda v: affine(1, 0.03 * v, 0, 0, 1, 0),
+    "ShearY": lambda v: affine(1, 0, 0, 0.03 * v, 1, 0),
     "TranslateX": lambda v: affine(1, 0, v, 0, 1, 0),
     "TranslateY": lambda v: affine(1, 0, 0, 0, 1, v),
 }
@@ -39,13 +48,16 @@ PIL_GEOMETRIC = {  # notes/three_stage.md, table of magnitudes
 
 def own_coordinates(height, width):
     """A picture (3, H, W) that shows at each pixel its row, its column and 200, and the two label maps (2, H, W) that say the same."""
-    rows, columns = (x.to(torch.uint8) for x in torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij"))
+    rows, columns = (
+        x.to(torch.uint8)
+        for x in torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    )
     return torch.stack([rows, columns, torch.full_like(rows, 200)]), torch.stack([rows, columns])
 
 
 def source(maps, x, y):
     """Where the middle of pixel (x, y) comes from: what the last map shows, it takes from what the map before shows, and so on."""
-    x, y = x + .5, y + .5
+    x, y = x + 0.5, y + 0.5
     for a, b, c, d, e, f in reversed(maps):
         x, y = a * x + b * y + c, d * x + e * y + f
     return x, y
@@ -72,18 +84,36 @@ def test_each_geometric_operation_is_that_of_pil(name, size):
     for v in SIGNED:
         matrix = three_stage.GEOMETRIC[name](v, *size)
         moved, moved_labels = three_stage.warp(image, labels, matrix)
-        assert moved.shape == image.shape and moved_labels.shape == labels.shape and moved.dtype == moved_labels.dtype == torch.uint8
+        assert (
+            moved.shape == image.shape
+            and moved_labels.shape == labels.shape
+            and moved.dtype == moved_labels.dtype == torch.uint8
+        )
         assert agree(moved, moved_labels) and not torch.equal(moved, image)
-        by_pil = [np.array(PIL_GEOMETRIC[name](v)(Image.fromarray(channel.numpy()), fill)) for channel, fill in zip([*image, *labels], [128] * 3 + [255] * 2)]
+        by_pil = [
+            np.array(PIL_GEOMETRIC[name](v)(Image.fromarray(channel.numpy()), fill))
+            for channel, fill in zip([*image, *labels], [128] * 3 + [255] * 2)
+        ]
         different = (torch.cat([moved, moved_labels]) != torch.from_numpy(np.stack(by_pil))).any(0)
-        assert all(on_an_edge(*source([matrix], x, y)) for y, x in different.nonzero().tolist()) and different.float().mean() < .05
+        assert (
+            all(on_an_edge(*source([matrix], x, y)) for y, x in different.nonzero().tolist())
+            and different.float().mean() < 0.05
+        )
         assert not different.any() or "Translate" not in name
 
 
 def test_the_shift_of_a_translation_is_its_level():
     image, labels = own_coordinates(40, 50)
-    assert torch.equal(three_stage.warp(image, labels, three_stage.GEOMETRIC["TranslateX"](9, 40, 50))[0][:, :, :41], image[:, :, 9:])
-    assert torch.equal(three_stage.warp(image, labels, three_stage.GEOMETRIC["TranslateY"](-9, 40, 50))[1][:, 9:], labels[:, :31])
+    assert torch.equal(
+        three_stage.warp(image, labels, three_stage.GEOMETRIC["TranslateX"](9, 40, 50))[0][
+            :, :, :41
+        ],
+        image[:, :, 9:],
+    )
+    assert torch.equal(
+        three_stage.warp(image, labels, three_stage.GEOMETRIC["TranslateY"](-9, 40, 50))[1][:, 9:],
+        labels[:, :31],
+    )
 
 
 @pytest.mark.parametrize("size", SIZES[:2], ids=str)
@@ -104,17 +134,28 @@ def test_composed_operations_are_one_look_up_through_all_maps(size):
             column, row = source(maps, x, y)
             if not on_an_edge(column, row):
                 inside = 0 <= column < width and 0 <= row < height
-                assert moved[:, y, x].tolist() == ([int(row), int(column), 200] if inside else [128] * 3), (names, y, x)
+                assert moved[:, y, x].tolist() == (
+                    [int(row), int(column), 200] if inside else [128] * 3
+                ), (names, y, x)
         known = (moved_labels[0] != 255) & (step_by_step[1][0] != 255)
-        assert (moved_labels.int() - step_by_step[1].int()).abs()[:, known].max() <= 2  # one operation after the other: rounded each time
+        assert (moved_labels.int() - step_by_step[1].int()).abs()[
+            :, known
+        ].max() <= 2  # one operation after the other: rounded each time
 
 
 def test_the_identity_leaves_every_bit():
-    image, labels = torch.randint(256, (3, 33, 47), dtype=torch.uint8), torch.randint(256, (2, 33, 47), dtype=torch.uint8)
+    image, labels = (
+        torch.randint(256, (3, 33, 47), dtype=torch.uint8),
+        torch.randint(256, (2, 33, 47), dtype=torch.uint8),
+    )
     moved, moved_labels = three_stage.warp(image, labels, three_stage.IDENTITY)
     assert torch.equal(moved, image) and torch.equal(moved_labels, labels)
     turn = three_stage.GEOMETRIC["Rotate"](7, 33, 47)
-    assert three_stage.compose(three_stage.IDENTITY, turn) == pytest.approx(turn) == three_stage.compose(turn, three_stage.IDENTITY)
+    assert (
+        three_stage.compose(three_stage.IDENTITY, turn)
+        == pytest.approx(turn)
+        == three_stage.compose(turn, three_stage.IDENTITY)
+    )
 
 
 # ---- photometric operations ------------------------------------------------------------------------------------------
@@ -124,18 +165,23 @@ PIL_PHOTOMETRIC = {  # notes/three_stage.md; how many grey levels ours may be of
     "AutoContrast": (1, lambda picture, v: ImageOps.autocontrast(picture)),
     "Equalize": (0, lambda picture, v: ImageOps.equalize(picture)),
     "Solarize": (0, lambda picture, v: ImageOps.solarize(picture, 256 - 25.6 * v)),
-    "Posterize": (0, lambda picture, v: ImageOps.posterize(picture, 4 - int(.4 * v))),
-    "Color": (1, lambda picture, v: ImageEnhance.Color(picture).enhance(.18 * v + .1)),
-    "Contrast": (1, lambda picture, v: ImageEnhance.Contrast(picture).enhance(.18 * v + .1)),
-    "Brightness": (0, lambda picture, v: ImageEnhance.Brightness(picture).enhance(.18 * v + .1)),
-    "Sharpness": (1, lambda picture, v: ImageEnhance.Sharpness(picture).enhance(.18 * v + .1)),
+    "Posterize": (0, lambda picture, v: ImageOps.posterize(picture, 4 - int(0.4 * v))),
+    "Color": (1, lambda picture, v: ImageEnhance.Color(picture).enhance(0.18 * v + 0.1)),
+    "Contrast": (1, lambda picture, v: ImageEnhance.Contrast(picture).enhance(0.18 * v + 0.1)),
+    "Brightness": (0, lambda picture, v: ImageEnhance.Brightness(picture).enhance(0.18 * v + 0.1)),
+    "Sharpness": (1, lambda picture, v: ImageEnhance.Sharpness(picture).enhance(0.18 * v + 0.1)),
 }
 
 
 def pictures():
     noise = torch.randint(256, (3, 33, 47), dtype=torch.uint8)
     street = torch.from_numpy(common.draw_street("test")[0].transpose(2, 0, 1).copy())
-    return {"noise": noise, "pale": noise // 6 + 90, "street": street, "one colour": torch.full((3, 32, 32), 77, dtype=torch.uint8)}
+    return {
+        "noise": noise,
+        "pale": noise // 6 + 90,
+        "street": street,
+        "one colour": torch.full((3, 32, 32), 77, dtype=torch.uint8),
+    }
 
 
 @pytest.mark.parametrize("name", PIL_PHOTOMETRIC)
@@ -143,7 +189,9 @@ def test_each_photometric_operation_is_that_of_pil(name):
     tolerance, operation = PIL_PHOTOMETRIC[name]
     for image, v in product(pictures().values(), LEVELS):
         ours, before = three_stage.PHOTOMETRIC[name](image, v), image.clone()
-        theirs = torch.from_numpy(np.array(operation(Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()), v))).permute(2, 0, 1)
+        theirs = torch.from_numpy(
+            np.array(operation(Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()), v))
+        ).permute(2, 0, 1)
         assert ours.dtype == torch.uint8 and (ours.int() - theirs.int()).abs().max() <= tolerance
         assert torch.equal(image, before)
 
@@ -155,6 +203,7 @@ def test_the_fourteen_operations():
 
 # ---- strong views ----------------------------------------------------------------------------------------------------
 
+
 @pytest.fixture
 def calls(monkeypatch):
     """The operations do nothing but write down [(name, level), ..] of the view that is being made."""
@@ -165,33 +214,46 @@ def calls(monkeypatch):
 
     def geometric(name):
         return lambda v, *size: made.append((name, v)) or three_stage.IDENTITY
-    for table, recorder in ((three_stage.PHOTOMETRIC, photometric), (three_stage.GEOMETRIC, geometric)):
+
+    for table, recorder in (
+        (three_stage.PHOTOMETRIC, photometric),
+        (three_stage.GEOMETRIC, geometric),
+    ):
         for name in table:
             monkeypatch.setitem(table, name, recorder(name))
     return made
 
 
 def test_three_operations_with_replacement_each_with_probability_one_half(calls):
-    image, labels = torch.zeros(1, 3, 32, 32, dtype=torch.uint8), torch.zeros(1, 1, 32, 32, dtype=torch.uint8)
+    image, labels = (
+        torch.zeros(1, 3, 32, 32, dtype=torch.uint8),
+        torch.zeros(1, 1, 32, 32, dtype=torch.uint8),
+    )
     views = []
     for i in range(2400):
         three_stage.strong_view(image, labels, [common.rng("statistics", i)], 8)
         views.append(list(calls))
         calls.clear()
     for n, share in enumerate((1 / 8, 3 / 8, 3 / 8, 1 / 8)):  # of views with n operations
-        assert sum(len(view) == n for view in views) == pytest.approx(2400 * share, abs=4 * (2400 * share * (1 - share)) ** .5)
+        assert sum(len(view) == n for view in views) == pytest.approx(
+            2400 * share, abs=4 * (2400 * share * (1 - share)) ** 0.5
+        )
     made = sum(views, [])
     total = len(made)
     for name in [*three_stage.PHOTOMETRIC, *three_stage.GEOMETRIC]:
-        assert sum(n == name for n, _ in made) == pytest.approx(total / 14, abs=4 * (total / 14) ** .5)
+        assert sum(n == name for n, _ in made) == pytest.approx(
+            total / 14, abs=4 * (total / 14) ** 0.5
+        )
     assert {abs(v) for _, v in made} == set(LEVELS)
     for level in LEVELS:
-        assert sum(abs(v) == level for _, v in made) == pytest.approx(total / 9, abs=4 * (total / 9) ** .5)
+        assert sum(abs(v) == level for _, v in made) == pytest.approx(
+            total / 9, abs=4 * (total / 9) ** 0.5
+        )
     signs = [v > 0 for name, v in made if name in three_stage.GEOMETRIC]
-    assert sum(signs) == pytest.approx(len(signs) / 2, abs=4 * (len(signs) / 4) ** .5)
+    assert sum(signs) == pytest.approx(len(signs) / 2, abs=4 * (len(signs) / 4) ** 0.5)
     assert all(v > 0 for name, v in made if name in three_stage.PHOTOMETRIC)
     twice = sum(view[0][0] == view[1][0] for view in views if len(view) == 2)
-    assert twice == pytest.approx(900 / 14, abs=4 * (900 / 14) ** .5)
+    assert twice == pytest.approx(900 / 14, abs=4 * (900 / 14) ** 0.5)
 
 
 def generators(*names):
@@ -199,18 +261,27 @@ def generators(*names):
 
 
 def test_a_view_depends_on_its_picture_and_generator_alone():
-    images, labels = torch.randint(256, (6, 3, 33, 47), dtype=torch.uint8), torch.randint(K, (6, 2, 33, 47), dtype=torch.uint8)
+    images, labels = (
+        torch.randint(256, (6, 3, 33, 47), dtype=torch.uint8),
+        torch.randint(K, (6, 2, 33, 47), dtype=torch.uint8),
+    )
     before = images.clone(), labels.clone()
     strong, moved = three_stage.strong_view(images, labels, generators(*range(6)), 8)
-    assert strong.shape == images.shape and moved.shape == labels.shape and strong.dtype == moved.dtype == torch.uint8
+    assert (
+        strong.shape == images.shape
+        and moved.shape == labels.shape
+        and strong.dtype == moved.dtype == torch.uint8
+    )
     assert torch.equal(images, before[0]) and torch.equal(labels, before[1])
     again = three_stage.strong_view(images, labels, generators(*range(6)), 8)
     assert torch.equal(strong, again[0]) and torch.equal(moved, again[1])
     for i in range(6):
-        alone = three_stage.strong_view(images[i:i + 1], labels[i:i + 1], generators(i), 8)
-        assert torch.equal(strong[i:i + 1], alone[0]) and torch.equal(moved[i:i + 1], alone[1])
-        other = three_stage.strong_view(images[i:i + 1], labels[i:i + 1], generators(f"other {i}"), 8)
-        assert not torch.equal(strong[i:i + 1], other[0])
+        alone = three_stage.strong_view(images[i : i + 1], labels[i : i + 1], generators(i), 8)
+        assert torch.equal(strong[i : i + 1], alone[0]) and torch.equal(moved[i : i + 1], alone[1])
+        other = three_stage.strong_view(
+            images[i : i + 1], labels[i : i + 1], generators(f"other {i}"), 8
+        )
+        assert not torch.equal(strong[i : i + 1], other[0])
     none = three_stage.strong_view(images[:0], labels[:0], [], 8)
     assert torch.equal(none[0], images[:0]) and torch.equal(none[1], labels[:0])
 
@@ -221,7 +292,9 @@ def test_picture_and_labels_stay_together_to_the_pixel(monkeypatch):
     image, labels = own_coordinates(33, 47)
     moved, cut = 0, []
     for i in range(100):
-        (strong,), (after,) = three_stage.strong_view(image[None], labels[None], generators(f"together {i}"), 8)
+        (strong,), (after,) = three_stage.strong_view(
+            image[None], labels[None], generators(f"together {i}"), 8
+        )
         outside = after[0] == 255
         hidden = (strong == 128).all(0) & ~outside  # by Cutout: labels are not cut
         assert torch.equal(outside, after[1] == 255) and (strong[:, outside] == 128).all()
@@ -234,7 +307,11 @@ def test_picture_and_labels_stay_together_to_the_pixel(monkeypatch):
 
 def test_what_comes_from_outside_is_grey_whatever_else_was_done():
     """Equalize, Solarize and their like would make another colour of a grey that was there before them."""
-    image, labels, seen = torch.randint(256, (1, 3, 32, 40), dtype=torch.uint8), torch.ones(1, 1, 32, 40, dtype=torch.uint8), 0
+    image, labels, seen = (
+        torch.randint(256, (1, 3, 32, 40), dtype=torch.uint8),
+        torch.ones(1, 1, 32, 40, dtype=torch.uint8),
+        0,
+    )
     for i in range(100):
         strong, moved = three_stage.strong_view(image, labels, generators(f"grey {i}"), 4)
         outside = moved[0, 0] == 255
@@ -244,6 +321,7 @@ def test_what_comes_from_outside_is_grey_whatever_else_was_done():
 
 
 # ---- Cutout ----------------------------------------------------------------------------------------------------------
+
 
 class Centres:
     """A generator that draws the given rows and columns of the centres."""
@@ -255,7 +333,15 @@ class Centres:
         return (self.rows if high == self.height else self.columns).pop(0)
 
 
-@pytest.mark.parametrize("rows, columns", [((10, 20, 30), (10, 25, 40)), ((0, 32, 0), (0, 46, 46)), ((16, 17, 18), (20, 20, 21)), ((3, 32, 31), (44, 1, 23))])
+@pytest.mark.parametrize(
+    "rows, columns",
+    [
+        ((10, 20, 30), (10, 25, 40)),
+        ((0, 32, 0), (0, 46, 46)),
+        ((16, 17, 18), (20, 20, 21)),
+        ((3, 32, 31), (44, 1, 23)),
+    ],
+)
 @pytest.mark.parametrize("side", [8, 7, 1, 100])
 def test_cutout_against_a_naive_loop(side, rows, columns):
     image = torch.randint(129, 256, (3, 33, 47), dtype=torch.uint8)
@@ -263,55 +349,104 @@ def test_cutout_against_a_naive_loop(side, rows, columns):
     cut = three_stage.cutout(image, side, Centres(33, rows, columns))
     assert torch.equal(image, before)
     for y, x in product(range(33), range(47)):
-        hidden = any(0 <= y - (row - side // 2) < side and 0 <= x - (column - side // 2) < side for row, column in zip(rows, columns))
+        hidden = any(
+            0 <= y - (row - side // 2) < side and 0 <= x - (column - side // 2) < side
+            for row, column in zip(rows, columns)
+        )
         assert cut[:, y, x].tolist() == ([128] * 3 if hidden else image[:, y, x].tolist())
 
 
 def test_cutout_has_three_squares_around_uniform_centres():
     height, width, side, n = 16, 20, 6, 3000
-    hidden = sum(three_stage.cutout(torch.zeros(3, height, width, dtype=torch.uint8), side, r)[0].double() for r in generators(*range(n))) / 128
+    hidden = (
+        sum(
+            three_stage.cutout(torch.zeros(3, height, width, dtype=torch.uint8), side, r)[
+                0
+            ].double()
+            for r in generators(*range(n))
+        )
+        / 128
+    )
     for y, x in product(range(height), range(width)):
-        around = sum(abs(y + .5 - row) < 3 and abs(x + .5 - column) < 3 for row in range(height) for column in range(width))  # centres that hide this pixel
+        around = sum(
+            abs(y + 0.5 - row) < 3 and abs(x + 0.5 - column) < 3
+            for row in range(height)
+            for column in range(width)
+        )  # centres that hide this pixel
         share = 1 - (1 - around / (height * width)) ** 3
-        assert hidden[y, x].item() == pytest.approx(n * share, abs=5 * (n * share * (1 - share)) ** .5)
+        assert hidden[y, x].item() == pytest.approx(
+            n * share, abs=5 * (n * share * (1 - share)) ** 0.5
+        )
 
 
 # ---- second branches -------------------------------------------------------------------------------------------------
 
+
 def network_of(backbone, classes, **spec):
-    return common.make_network(dict(network="deeplabv2", backbone=backbone, head="plain", aspp_branches=4, batch_norm="frozen", style="torchvision",
-                                    classes=classes) | spec)
+    return common.make_network(
+        dict(
+            network="deeplabv2",
+            backbone=backbone,
+            head="plain",
+            aspp_branches=4,
+            batch_norm="frozen",
+            style="torchvision",
+            classes=classes,
+        )
+        | spec
+    )
 
 
 def count(module, trained=False):
     return sum(p.numel() for p in module.parameters() if p.requires_grad or not trained)
 
 
-@pytest.mark.parametrize("classes, aspp_2, aspp_3", [  # four 3 x 3 convs of 1024 (conv6) and of 2048 (conv5) channels: weights and biases
-    (19, 4 * (3 * 3 * 1024 * 19 + 19), 4 * (3 * 3 * 2048 * 19 + 19)),
-    (21, 4 * (3 * 3 * 1024 * 21 + 21), 4 * (3 * 3 * 2048 * 21 + 21)),
-])
+@pytest.mark.parametrize(
+    "classes, aspp_2, aspp_3",
+    [  # four 3 x 3 convs of 1024 (conv6) and of 2048 (conv5) channels: weights and biases
+        (19, 4 * (3 * 3 * 1024 * 19 + 19), 4 * (3 * 3 * 2048 * 19 + 19)),
+        (21, 4 * (3 * 3 * 1024 * 21 + 21), 4 * (3 * 3 * 2048 * 21 + 21)),
+    ],
+)
 def test_table_vii_sizes_of_the_branches(classes, aspp_2, aspp_3):
     with torch.device("meta"):  # shapes alone
         network, image = network_of("resnet101", classes), torch.rand(2, 3, 321, 321)
-        hat, tilde = (three_stage.SecondBranch(network, classes, kind) for kind in ("g-hat", "g-tilde"))
+        hat, tilde = (
+            three_stage.SecondBranch(network, classes, kind) for kind in ("g-hat", "g-tilde")
+        )
         for branch, kind in ((hat, "g-hat"), (tilde, "g-tilde")):
-            assert [tuple(x.shape) for x in three_stage.TwoBranches(network, branch, kind)(image)] == [(2, classes, 41, 41)] * 2
+            assert [
+                tuple(x.shape) for x in three_stage.TwoBranches(network, branch, kind)(image)
+            ] == [(2, classes, 41, 41)] * 2
             assert [conv.dilation for conv in branch.aspp] == [(6, 6), (12, 12), (18, 18), (24, 24)]
-    conv6 = 3 * (1024 * 256 + 3 * 3 * 256 * 256 + 256 * 1024)  # three bottlenecks 1 x 1, 256; 3 x 3, 256; 1 x 1, 1024, on the 1024 channels of conv4
+    conv6 = 3 * (
+        1024 * 256 + 3 * 3 * 256 * 256 + 256 * 1024
+    )  # three bottlenecks 1 x 1, 256; 3 x 3, 256; 1 x 1, 1024, on the 1024 channels of conv4
     conv6 += 1024 * 1024  # the first one's projection, as conv5 has it
     norms = 3 * 2 * (256 + 256 + 1024) + 2 * 1024  # frozen
     assert count(hat, trained=True) == conv6 + aspp_2 and count(hat) == conv6 + aspp_2 + norms
     assert count(tilde, trained=True) == count(tilde) == aspp_3
-    assert [conv.dilation for conv in hat.conv6.modules() if isinstance(conv, torch.nn.Conv2d) and conv.kernel_size == (3, 3)] == [(4, 4)] * 3
+    assert [
+        conv.dilation
+        for conv in hat.conv6.modules()
+        if isinstance(conv, torch.nn.Conv2d) and conv.kernel_size == (3, 3)
+    ] == [(4, 4)] * 3
 
 
 @pytest.mark.parametrize("batch_norm", ["frozen", "train"])
 def test_batch_norm_of_a_branch_is_that_of_its_backbone(batch_norm):
     with torch.device("meta"):
         network = network_of("resnet50", K, batch_norm=batch_norm)
-        norms = [m for m in three_stage.SecondBranch(network, K, "g-hat").modules() if isinstance(m, torch.nn.BatchNorm2d)]
-    assert len(norms) == 10 and {type(m) for m in norms} == {type(network.backbone.bn1)} and {m.training for m in norms} == {batch_norm == "train"}
+        norms = [
+            m
+            for m in three_stage.SecondBranch(network, K, "g-hat").modules()
+            if isinstance(m, torch.nn.BatchNorm2d)
+        ]
+    assert (
+        len(norms) == 10
+        and {type(m) for m in norms} == {type(network.backbone.bn1)}
+        and {m.training for m in norms} == {batch_norm == "train"}
+    )
 
 
 def moved_by_g(kind):
@@ -322,32 +457,51 @@ def moved_by_g(kind):
     g.square().sum().backward()
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in branch.parameters())
     assert not {id(p) for p in branch.parameters()} & {id(p) for p in network.parameters()}
-    moved = {name for name, p in network.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
+    moved = {
+        name
+        for name, p in network.named_parameters()
+        if p.grad is not None and p.grad.abs().max() > 0
+    }
     assert all(p.grad is None for name, p in network.named_parameters() if name not in moved)
     return network, moved
 
 
-@pytest.mark.parametrize("kind, shared", [("g-hat", "conv1 bn1 layer1 layer2 layer3"), ("g-tilde", "conv1 bn1 layer1 layer2 layer3 layer4")])
+@pytest.mark.parametrize(
+    "kind, shared",
+    [
+        ("g-hat", "conv1 bn1 layer1 layer2 layer3"),
+        ("g-tilde", "conv1 bn1 layer1 layer2 layer3 layer4"),
+    ],
+)
 def test_g_teaches_f_through_the_shared_blocks_alone(kind, shared):
     """To f's last two blocks, or its last one, goes no gradient."""
     network, moved = moved_by_g(kind)
-    assert moved == {name for name, _ in network.named_parameters() if name.startswith(tuple(f"backbone.{block}." for block in shared.split()))}
+    assert moved == {
+        name
+        for name, _ in network.named_parameters()
+        if name.startswith(tuple(f"backbone.{block}." for block in shared.split()))
+    }
 
 
-@pytest.mark.parametrize("backbone, size", [("tiny", (32, 64)), ("tiny", (33, 47)), ("resnet50", (33, 33))])
+@pytest.mark.parametrize(
+    "backbone, size", [("tiny", (32, 64)), ("tiny", (33, 47)), ("resnet50", (33, 33))]
+)
 def test_f_beside_a_branch_is_the_network_alone_bit_for_bit(backbone, size):
     network, image = network_of(backbone, K).eval(), torch.rand(2, 3, *size)
     alone = network(image)
     for kind in three_stage.BRANCHES:
-        f, g = three_stage.TwoBranches(network, three_stage.SecondBranch(network, K, kind), kind)(image)
+        f, g = three_stage.TwoBranches(network, three_stage.SecondBranch(network, K, kind), kind)(
+            image
+        )
         assert torch.equal(f, alone) and g.shape == f.shape and not torch.equal(f, g)
-    only, = three_stage.TwoBranches(network, None, kind)(image)
+    (only,) = three_stage.TwoBranches(network, None, kind)(image)
     assert torch.equal(only, alone)
 
 
 # ---- the mean teacher ------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("decay", [.9, 0., 1.])
+
+@pytest.mark.parametrize("decay", [0.9, 0.0, 1.0])
 def test_ema_is_a_weighted_mean_and_copies_buffers(decay):
     student = torch.nn.Sequential(torch.nn.Conv2d(2, 3, 1), torch.nn.BatchNorm2d(3))
     teacher = copy.deepcopy(student).requires_grad_(False)
@@ -358,9 +512,17 @@ def test_ema_is_a_weighted_mean_and_copies_buffers(decay):
     three_stage.update_teacher(teacher, student, decay)
     for new, old, p in zip(teacher.parameters(), *before):
         expected = decay * old + (1 - decay) * p
-        assert torch.allclose(new, expected, atol=1e-6) and (torch.equal(new, expected) or 0 < decay < 1)
-    assert all(map(torch.equal, before[1], student.parameters())) and not any(p.requires_grad for p in teacher.parameters())
-    assert all(map(torch.equal, teacher.buffers(), student.buffers())) and teacher[1].num_batches_tracked == 1 and teacher[1].running_mean.abs().sum() > 0
+        assert torch.allclose(new, expected, atol=1e-6) and (
+            torch.equal(new, expected) or 0 < decay < 1
+        )
+    assert all(map(torch.equal, before[1], student.parameters())) and not any(
+        p.requires_grad for p in teacher.parameters()
+    )
+    assert (
+        all(map(torch.equal, teacher.buffers(), student.buffers()))
+        and teacher[1].num_batches_tracked == 1
+        and teacher[1].running_mean.abs().sum() > 0
+    )
 
 
 def test_the_decay_of_each_epoch_is_that_of_the_authors():
@@ -368,24 +530,36 @@ def test_the_decay_of_each_epoch_is_that_of_the_authors():
     decays = three_stage.PAPER["cityscapes"]["ema_decay"]
     for iteration in {epoch * 1000 + i for epoch in range(60) for i in (0, 1, 500, 999)}:
         epoch = iteration // 1000
-        assert three_stage.decay_at(iteration / 60_000, decays) == (.99 if epoch < 20 else .995 if epoch < 40 else .9975 if epoch < 50 else .999)
-    for n in (6, 1200, 2000, 20_000):  # stages of other lengths: the very first iteration at or behind the border
+        assert three_stage.decay_at(iteration / 60_000, decays) == (
+            0.99 if epoch < 20 else 0.995 if epoch < 40 else 0.9975 if epoch < 50 else 0.999
+        )
+    for n in (
+        6,
+        1200,
+        2000,
+        20_000,
+    ):  # stages of other lengths: the very first iteration at or behind the border
         for i in range(n):
-            assert three_stage.decay_at(i / n, "0123") == str((3 * i >= n) + (3 * i >= 2 * n) + (6 * i >= 5 * n))
+            assert three_stage.decay_at(i / n, "0123") == str(
+                (3 * i >= n) + (3 * i >= 2 * n) + (6 * i >= 5 * n)
+            )
 
 
 # ---- losses ----------------------------------------------------------------------------------------------------------
 
+
 def test_eq_2_cross_entropy_is_the_mean_over_valid_pixels():
     logits, label = 3 * torch.randn(2, K, 3, 4), torch.randint(K, (2, 3, 4))
     label[0, 1] = 255
-    total, n = 0., 0
+    total, n = 0.0, 0
     for b, y, x in product(range(2), range(3), range(4)):
         if label[b, y, x] != 255:
             z = logits[b, :, y, x].tolist()
             total += math.log(sum(map(math.exp, z))) - z[label[b, y, x]]
             n += 1
-    assert n == 20 and three_stage.cross_entropy(logits, label).item() == pytest.approx(total / n, abs=1e-5)
+    assert n == 20 and three_stage.cross_entropy(logits, label).item() == pytest.approx(
+        total / n, abs=1e-5
+    )
 
 
 @pytest.mark.parametrize("pictures", [2, 0])
@@ -393,20 +567,31 @@ def test_a_loss_of_nothing_is_0_with_gradient_0(pictures):
     logits = torch.randn(pictures, K, 3, 4, requires_grad=True)
     loss = three_stage.cross_entropy(logits, torch.full((pictures, 3, 4), 255))
     loss.backward()
-    assert loss.shape == () and loss.item() == 0 and logits.grad.shape == logits.shape and not logits.grad.any()
+    assert (
+        loss.shape == ()
+        and loss.item() == 0
+        and logits.grad.shape == logits.shape
+        and not logits.grad.any()
+    )
 
 
 def test_the_mean_of_the_processes_losses_is_the_loss_of_the_whole_batch(monkeypatch):
     logits, label = torch.randn(3, K, 3, 4), torch.randint(K, (3, 3, 4))
-    label[0, :2] = 255  # the processes have different numbers of valid pixels, and the last has no picture
+    label[0, :2] = (
+        255  # the processes have different numbers of valid pixels, and the last has no picture
+    )
     whole, valid = three_stage.cross_entropy(logits, label), (label != 255).sum()
     monkeypatch.setattr(common, "all_reduce", lambda n: valid)
     monkeypatch.setattr(common, "world_size", lambda: 3)
-    parts = [three_stage.cross_entropy(logits[share], label[share]) for share in (slice(1), slice(1, 3), slice(3, 3))]
+    parts = [
+        three_stage.cross_entropy(logits[share], label[share])
+        for share in (slice(1), slice(1, 3), slice(3, 3))
+    ]
     assert (sum(parts) / 3).item() == pytest.approx(whole.item(), abs=1e-6)
 
 
 # ---- one step --------------------------------------------------------------------------------------------------------
+
 
 class Stop(Exception):
     pass
@@ -416,17 +601,66 @@ def arguments(*argv):
     return common.parse_args(three_stage.get_parser(), three_stage.PAPER, list(map(str, argv)))
 
 
-@pytest.mark.parametrize("stage, flags", [(1, ""), (2, ""), (3, ""), (2, "--no-strong"), (3, "--no-consistency"), (2, "--no-pseudo-masks"), (3, "--branch g-hat"),
-                                          (2, "--branch g-tilde"), (2, "--no-pseudo-masks --no-consistency"), (2, "--no-ema")])
+@pytest.mark.parametrize(
+    "stage, flags",
+    [
+        (1, ""),
+        (2, ""),
+        (3, ""),
+        (2, "--no-strong"),
+        (3, "--no-consistency"),
+        (2, "--no-pseudo-masks"),
+        (3, "--branch g-hat"),
+        (2, "--branch g-tilde"),
+        (2, "--no-pseudo-masks --no-consistency"),
+        (2, "--no-ema"),
+    ],
+)
 def test_eqs_1_to_5_the_losses_of_a_step(stage, flags, tmp_path, monkeypatch):
     """The second step of a stage, computed again from what came in. Pseudo-masks are the number of their stage everywhere; A and B turn by 180 degrees,
     and A inverts."""
-    args = arguments("--stages", stage, "--out", tmp_path / "run", "--crop", 32, 64, "--scale", .3, .45, "--batch-size", 3, "--labeled-batch-size", 2,
-                     "--stage1-batch-size", 2, "--lambda1", .3, "--lambda2", .7, "--ema-decay", .5, .6, .7, .8, "--precision", "fp32", *flags.split())
-    data, seen = common.Streets(), {"batches": [], "teachers": [], "passes": [], "drawn": [], "decays": []}
+    args = arguments(
+        "--stages",
+        stage,
+        "--out",
+        tmp_path / "run",
+        "--crop",
+        32,
+        64,
+        "--scale",
+        0.3,
+        0.45,
+        "--batch-size",
+        3,
+        "--labeled-batch-size",
+        2,
+        "--stage1-batch-size",
+        2,
+        "--lambda1",
+        0.3,
+        "--lambda2",
+        0.7,
+        "--ema-decay",
+        0.5,
+        0.6,
+        0.7,
+        0.8,
+        "--precision",
+        "fp32",
+        *flags.split(),
+    )
+    data, seen = (
+        common.Streets(),
+        {"batches": [], "teachers": [], "passes": [], "drawn": [], "decays": []},
+    )
     data.train, data.val = data.train[:6], data.val[:1]
-    real = SimpleNamespace(batches=common.batches, write=common.write_pseudo_label, forward=three_stage.TwoBranches.forward, update=three_stage.update_teacher,
-                           watch=common.Run.watch)
+    real = SimpleNamespace(
+        batches=common.batches,
+        write=common.write_pseudo_label,
+        forward=three_stage.TwoBranches.forward,
+        update=three_stage.update_teacher,
+        watch=common.Run.watch,
+    )
 
     def batches(*a):
         for batch in real.batches(*a):
@@ -445,8 +679,12 @@ def test_eqs_1_to_5_the_losses_of_a_step(stage, flags, tmp_path, monkeypatch):
         seen["teachers"].append(copy.deepcopy(teacher))
 
     def turned(images, labels, randoms, side):
-        assert side == 8 and len(images) == len(labels) == len(randoms) == 3 and labels.dtype == torch.uint8
-        seen["drawn"].append([r.randint(10 ** 9) for r in randoms])
+        assert (
+            side == 8
+            and len(images) == len(labels) == len(randoms) == 3
+            and labels.dtype == torch.uint8
+        )
+        seen["drawn"].append([r.randint(10**9) for r in randoms])
         return 255 - images.flip(-1, -2), labels.flip(-1, -2)
 
     def watch(run, s, iteration, losses):
@@ -454,71 +692,135 @@ def test_eqs_1_to_5_the_losses_of_a_step(stage, flags, tmp_path, monkeypatch):
             seen["losses"] = {name: value.item() for name, value in losses.items()}
             raise Stop
         real.watch(run, s, iteration, losses)
+
     monkeypatch.setattr(common, "batches", batches)
-    monkeypatch.setattr(common, "write_pseudo_label", lambda folder, id, label, colors: real.write(folder, id, np.full_like(label, int(folder.name[-1])), colors))
+    monkeypatch.setattr(
+        common,
+        "write_pseudo_label",
+        lambda folder, id, label, colors: real.write(
+            folder, id, np.full_like(label, int(folder.name[-1])), colors
+        ),
+    )
     monkeypatch.setattr(three_stage.TwoBranches, "forward", forward)
     monkeypatch.setattr(three_stage, "update_teacher", update)
     monkeypatch.setattr(three_stage, "strong_view", turned)
     monkeypatch.setattr(common.Run, "watch", watch)
     monkeypatch.setattr(common.Run, "panel", lambda *_: None)
-    monkeypatch.setattr(torch.amp.GradScaler, "scale", lambda scaler, loss: seen.update(loss=loss.item()) or loss)
+    monkeypatch.setattr(
+        torch.amp.GradScaler, "scale", lambda scaler, loss: seen.update(loss=loss.item()) or loss
+    )
     with pytest.raises(Stop):
-        three_stage.train(args, [(s, 2 if s == stage else 1) for s in range(1, stage + 1)], data, data.train[:3], data.train[3:], CPU)
+        three_stage.train(
+            args,
+            [(s, 2 if s == stage else 1) for s in range(1, stage + 1)],
+            data,
+            data.train[:3],
+            data.train[3:],
+            CPU,
+        )
 
-    assert seen["decays"] == [0 if "--no-ema" in flags else decay for decay in [.5] * stage + [.6]]  # half of the stage is done
+    assert seen["decays"] == [
+        0 if "--no-ema" in flags else decay for decay in [0.5] * stage + [0.6]
+    ]  # half of the stage is done
     module, image, outputs = seen["passes"][-1]
     consistency, masks = stage > 1 and args.consistency, stage > 1 and args.pseudo_masks
     sources = 1 + (stage > 1) + masks
     labeled, everything, pseudo = (seen["batches"][-sources:] + [None, None])[:3]
     logits = [F.interpolate(x, (32, 64), mode="bilinear", align_corners=False) for x in outputs]
-    expected = {"loss_labeled": F.cross_entropy(logits[0][:2], labeled["label"], ignore_index=255).item()}
-    assert len(labeled["image"]) == 2 and (labeled["label"] == 255).any() and len(outputs) == 1 + masks  # small pictures: the crop reaches beyond them
+    expected = {
+        "loss_labeled": F.cross_entropy(logits[0][:2], labeled["label"], ignore_index=255).item()
+    }
+    assert (
+        len(labeled["image"]) == 2 and (labeled["label"] == 255).any() and len(outputs) == 1 + masks
+    )  # small pictures: the crop reaches beyond them
     if stage == 1:
         assert torch.equal(image, labeled["image"] / 255)
     else:
+
         def move(maps):
             return maps.flip(-1, -2) if strong else maps
+
         strong = args.strong and (consistency or masks)
         weak, valid = (torch.cat([labeled[key], everything[key]]) for key in ("image", "valid"))
         assert len(everything["image"]) == 3 and not valid.all()
-        assert torch.equal(image, torch.cat([weak[:2], 255 - weak[2:].flip(-1, -2) if strong else weak[2:]]) / 255)  # Sub-batch 2: A = B = identity
-        assert len(set(sum(seen["drawn"][-2:], []))) == 6 * strong  # all pictures of two steps have generators of their own
-        teacher_label = F.interpolate(seen["teachers"][-2](weak / 255), (32, 64), mode="bilinear", align_corners=False).argmax(1).masked_fill(~valid, 255)
+        assert torch.equal(
+            image, torch.cat([weak[:2], 255 - weak[2:].flip(-1, -2) if strong else weak[2:]]) / 255
+        )  # Sub-batch 2: A = B = identity
+        assert (
+            len(set(sum(seen["drawn"][-2:], []))) == 6 * strong
+        )  # all pictures of two steps have generators of their own
+        teacher_label = (
+            F.interpolate(
+                seen["teachers"][-2](weak / 255), (32, 64), mode="bilinear", align_corners=False
+            )
+            .argmax(1)
+            .masked_fill(~valid, 255)
+        )
         if consistency:
             target = torch.cat([teacher_label[:2], move(teacher_label[2:])])
-            expected["loss_consistency"] = F.cross_entropy(logits[0], target, ignore_index=255).item()  # Eq. 1
+            expected["loss_consistency"] = F.cross_entropy(
+                logits[0], target, ignore_index=255
+            ).item()  # Eq. 1
         if masks:
             for part in (pseudo, everything):  # labeled pictures have pseudo-masks too
                 assert torch.equal(part["label"], torch.where(part["valid"], stage - 1, 255))
-            assert torch.equal(pseudo["image"], labeled["image"]) and torch.equal(pseudo["valid"], labeled["valid"])
+            assert torch.equal(pseudo["image"], labeled["image"]) and torch.equal(
+                pseudo["valid"], labeled["valid"]
+            )
             target = torch.cat([pseudo["label"], move(everything["label"])])
-            expected["loss_pseudo"] = F.cross_entropy(logits[1], target, ignore_index=255).item()  # Eq. 3
-            assert hasattr(module.branch.conv6, "0") == (flags == "--branch g-hat" or stage == 2 and flags != "--branch g-tilde")  # g-hat or g-tilde
-    total = expected["loss_labeled"] + .3 * expected.get("loss_consistency", 0) + .7 * expected.get("loss_pseudo", 0)  # Eqs. 2, 4, 5
-    assert seen["losses"] == pytest.approx(expected, abs=1e-5) and seen["loss"] == pytest.approx(total, abs=1e-5)
+            expected["loss_pseudo"] = F.cross_entropy(
+                logits[1], target, ignore_index=255
+            ).item()  # Eq. 3
+            assert hasattr(module.branch.conv6, "0") == (
+                flags == "--branch g-hat" or stage == 2 and flags != "--branch g-tilde"
+            )  # g-hat or g-tilde
+    total = (
+        expected["loss_labeled"]
+        + 0.3 * expected.get("loss_consistency", 0)
+        + 0.7 * expected.get("loss_pseudo", 0)
+    )  # Eqs. 2, 4, 5
+    assert seen["losses"] == pytest.approx(expected, abs=1e-5) and seen["loss"] == pytest.approx(
+        total, abs=1e-5
+    )
 
 
 # ---- batches over processes ------------------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("processes", [1, 2, 3, 4])
 @pytest.mark.parametrize("size", [1, 2, 3, 5])
 def test_every_position_exactly_once_in_the_order_of_one_process(processes, size, monkeypatch):
     data = common.Streets()
-    stream = common.Stream(data, data.train[:4], "test", SimpleNamespace(seed=0, crop=(32, 32), scale=(1., 1.)))
+    stream = common.Stream(
+        data, data.train[:4], "test", SimpleNamespace(seed=0, crop=(32, 32), scale=(1.0, 1.0))
+    )
 
     def shares(n):
         monkeypatch.setattr(common, "world_size", lambda: n)
         each = []
         for rank in range(n):
             monkeypatch.setattr(common, "rank", lambda: rank)
-            each.append(list(common.batches(stream, SimpleNamespace(batch_size=99, workers=0), CPU, 3, 5, size)))
+            each.append(
+                list(
+                    common.batches(
+                        stream, SimpleNamespace(batch_size=99, workers=0), CPU, 3, 5, size
+                    )
+                )
+            )
         return list(zip(*each))  # for each iteration the parts of the processes
+
     for t, parts, (whole,) in zip((3, 4), shares(processes), shares(1)):
-        assert whole["position"] == [t * size + j for j in range(size)] == sum((part["position"] for part in parts), [])
+        assert (
+            whole["position"]
+            == [t * size + j for j in range(size)]
+            == sum((part["position"] for part in parts), [])
+        )
         lengths = [len(part["position"]) for part in parts]
         assert max(lengths) - min(lengths) <= 1
         for key in ("image", "label", "valid"):
-            assert [len(part[key]) for part in parts] == lengths and {part[key].dtype for part in parts} == {whole[key].dtype}
+            assert [len(part[key]) for part in parts] == lengths and {
+                part[key].dtype for part in parts
+            } == {whole[key].dtype}
             assert torch.equal(torch.cat([part[key] for part in parts]), whole[key])
         assert all(part.keys() == whole.keys() for part in parts)
 
@@ -526,8 +828,13 @@ def test_every_position_exactly_once_in_the_order_of_one_process(processes, size
 def test_an_empty_share_of_a_stream_without_labels(monkeypatch):
     monkeypatch.setattr(common, "world_size", lambda: 2)
     monkeypatch.setattr(common, "rank", lambda: 1)
-    data, args = common.Streets(), SimpleNamespace(seed=0, crop=(32, 32), scale=(1., 1.), batch_size=1, workers=0)
-    batch, = common.batches(common.Stream(data, data.train[:4], "test", args, labeled=False), args, CPU, 0, 1)
+    data, args = (
+        common.Streets(),
+        SimpleNamespace(seed=0, crop=(32, 32), scale=(1.0, 1.0), batch_size=1, workers=0),
+    )
+    (batch,) = common.batches(
+        common.Stream(data, data.train[:4], "test", args, labeled=False), args, CPU, 0, 1
+    )
     assert batch["truth"].shape == (0, 32, 32) and "label" not in batch
 
 
@@ -546,12 +853,50 @@ ROWS = [  # notes/three_stage.md: dataset, labels as one may write them; picture
 def test_the_papers_settings(dataset, labels, n_labeled, n_all, weight):
     for n in labels:
         a = arguments("--dataset", dataset, "--labels", n)
-        assert (a.labeled_batch_size, a.batch_size, a.stage1_batch_size, a.lambda1, a.lambda2) == (n_labeled, n_all, n_labeled + n_all, weight, weight)
-        assert (a.lr, a.backbone_lr_mult, a.weight_decay, a.optimizer, a.batch_norm, a.iterations, a.stage1_iterations) == (3e-5, 1, 0, "adamw", "frozen", 60_000, None)
-        assert (a.size, a.crop, a.scale) == (((512, 1024), (256, 512), (1, 1)) if dataset == "cityscapes" else (None, (321, 321), (.5, 1.5)))
-        assert (a.network, a.head, a.backbone, a.weights, a.aspp_branches) == ("deeplabv2", "plain", "resnet101", "imagenet", 4)
-        assert (a.stages, a.ema_decay, a.cutout, a.pseudo_masks_of, a.branch) == (3, (.99, .995, .9975, .999), 32, "teacher", None)
-        assert a.consistency and a.pseudo_masks and a.strong and a.ema and not a.flip and not a.base_size and a.changed == []
+        assert (a.labeled_batch_size, a.batch_size, a.stage1_batch_size, a.lambda1, a.lambda2) == (
+            n_labeled,
+            n_all,
+            n_labeled + n_all,
+            weight,
+            weight,
+        )
+        assert (
+            a.lr,
+            a.backbone_lr_mult,
+            a.weight_decay,
+            a.optimizer,
+            a.batch_norm,
+            a.iterations,
+            a.stage1_iterations,
+        ) == (3e-5, 1, 0, "adamw", "frozen", 60_000, None)
+        assert (a.size, a.crop, a.scale) == (
+            ((512, 1024), (256, 512), (1, 1))
+            if dataset == "cityscapes"
+            else (None, (321, 321), (0.5, 1.5))
+        )
+        assert (a.network, a.head, a.backbone, a.weights, a.aspp_branches) == (
+            "deeplabv2",
+            "plain",
+            "resnet101",
+            "imagenet",
+            4,
+        )
+        assert (a.stages, a.ema_decay, a.cutout, a.pseudo_masks_of, a.branch) == (
+            3,
+            (0.99, 0.995, 0.9975, 0.999),
+            32,
+            "teacher",
+            None,
+        )
+        assert (
+            a.consistency
+            and a.pseudo_masks
+            and a.strong
+            and a.ema
+            and not a.flip
+            and not a.base_size
+            and a.changed == []
+        )
 
 
 TABLES = {  # Tables II, III, IV, the rows "Ours"
@@ -564,13 +909,33 @@ TABLES = {  # Tables II, III, IV, the rows "Ours"
 def test_tables_ii_to_iv():
     expected = {}
     for (dataset, weights), row in TABLES.items():
-        data = SimpleNamespace(name=dataset, train=range(2975 if dataset == "cityscapes" else 10_582))
-        expected |= {(dataset, weights, common.count_labels(labels, data)): number for labels, number in row.items()}
-    expected["cityscapes", "imagenet", 1448] = expected["cityscapes", "imagenet", 1488]  # Sect. IV-A says 1448
+        data = SimpleNamespace(
+            name=dataset, train=range(2975 if dataset == "cityscapes" else 10_582)
+        )
+        expected |= {
+            (dataset, weights, common.count_labels(labels, data)): number
+            for labels, number in row.items()
+        }
+    expected["cityscapes", "imagenet", 1448] = expected[
+        "cityscapes", "imagenet", 1488
+    ]  # Sect. IV-A says 1448
     assert three_stage.PAPER_MIOU == expected and len(expected) == 13
 
 
-@pytest.mark.parametrize("flags", ["--lambda1 1", "--no-ema", "--stages 4", "--branch g-hat", "--no-strong", "--ema-decay .9 .9 .9 .9", "--backbone-lr-mult .3",
-                                   "--cutout 16"])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--lambda1 1",
+        "--no-ema",
+        "--stages 4",
+        "--branch g-hat",
+        "--no-strong",
+        "--ema-decay .9 .9 .9 .9",
+        "--backbone-lr-mult .3",
+        "--cutout 16",
+    ],
+)
 def test_another_setting_than_the_papers_is_told_apart(flags):
-    assert arguments("--dataset", "cityscapes", "--labels", "100", *flags.split()).changed == [flags.split()[0].strip("-").removeprefix("no-").replace("-", "_")]
+    assert arguments("--dataset", "cityscapes", "--labels", "100", *flags.split()).changed == [
+        flags.split()[0].strip("-").removeprefix("no-").replace("-", "_")
+    ]
