@@ -1067,6 +1067,13 @@ def batches(stream, args, device, start, stop, batch_size=None, overlap=False):
         yield batch | {"position": positions_of_batch}
 
 
+def to_tensor(array):
+    """A picture (H, W, 3) uint8 as a tensor (3, H, W) uint8; a label (H, W) of any integer type as (H, W) int64."""
+    if array.ndim == 2:
+        return torch.from_numpy(array.astype(np.int64))
+    return torch.from_numpy(array.transpose(2, 0, 1).copy())
+
+
 def to_float(image):
     """uint8 0..255 to float32 0..1, what a network takes."""
     return image.float() / 255
@@ -1095,33 +1102,40 @@ def mean_iou(confusion):
 
 
 @torch.no_grad()
-def predict(network, image, args, size, logits=False):
-    """Class probabilities (B, K, *size) float32 of whole pictures (B, 3, H, W) uint8; averaged over --scales and --flip.
+def predict(network, image, args, size, logits=False, scales=None, flip=None, base_size=None, precision=None):
+    """Class probabilities of whole pictures: (B, 3, H, W) uint8 -> (B, K, *size) float32.
 
-    With --base-size the pictures are resized until their longer side has that length, and shown window by window (slide).
-    logits: average logits, not probabilities, and return those."""
-    def look(x, size):  # the network's answer to x and, with --flip, to its mirror image
-        with autocast(args, image.device):
-            output = network(torch.cat([x, x.flip(-1)]) if args.flip else x)
+    They are the mean over --scales and, with --flip, over the picture and its mirror image. With --base-size each
+    picture is resized until its longer side has that length, and the network sees it window by window (slide).
+    logits: average logits and return them, instead of probabilities.
+    scales, flip, base_size, precision: take the place of the argument's value."""
+    scales = args.scales if scales is None else scales
+    flip = args.flip if flip is None else flip
+    base_size = args.base_size if base_size is None else base_size
+
+    def predict_once(x, size):
+        """The network's prediction at one scale: (B, 3, h, w) float -> (B, K, *size)."""
+        with autocast(args, image.device, precision):
+            output = network(torch.cat([x, x.flip(-1)]) if flip else x)
         output = upsample(output, size, network.align_corners)
         output = output if logits else output.softmax(1)
-        if args.flip:
+        if flip:
             output, mirrored = output.chunk(2)
             output = (output + mirrored.flip(-1)) / 2
         return output
 
     total = 0
-    for scale in args.scales:
+    for scale in scales:
         x = to_float(image)
-        if args.base_size:
-            scale = scale * args.base_size / max(image.shape[2:])
+        if base_size:
+            scale = scale * base_size / max(image.shape[2:])
         if scale != 1:
-            x = F.interpolate(x, [round(n * scale) for n in image.shape[2:]], mode="bilinear", align_corners=False)
-        if args.base_size:
-            total = total + F.interpolate(slide(look, x, args.crop), size, mode="bilinear", align_corners=False)
+            x = F.interpolate(x, [round(side * scale) for side in image.shape[2:]], mode="bilinear", align_corners=False)
+        if base_size:
+            total = total + F.interpolate(slide(predict_once, x, args.crop), size, mode="bilinear", align_corners=False)
         else:
-            total = total + look(x, size)
-    return total / len(args.scales)
+            total = total + predict_once(x, size)
+    return total / len(scales)
 
 
 def upsample(logits, size, align_corners=False):
@@ -1894,9 +1908,9 @@ def one_after_another():
         barrier()
 
 
-def autocast(args, device):
-    """bf16 or fp16 for the network passes; losses, softmax, distances and EMA stay outside, in float32."""
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}[args.precision]
+def autocast(args, device, precision=None):
+    """bf16 or fp16 for the network passes; losses, softmax, distances and EMA stay outside, in float32. precision: instead of --precision."""
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}[precision or args.precision]
     return torch.autocast(device.type, dtype) if dtype else contextlib.nullcontext()
 
 
