@@ -53,6 +53,12 @@ class UserError(Exception):
     """A mistake that the user can mend. run_main() prints it as one line and exits with status 2."""
 
 
+def need(ok, text):
+    """Raise a UserError with this text unless ok."""
+    if not ok:
+        raise UserError(text)
+
+
 def rng(*keys):
     """A seeded generator for these keys (numbers or words). By numpy's policy neither Philox nor RandomState ever changes its numbers.
 
@@ -1068,7 +1074,7 @@ def batches(stream, args, device, start, stop, batch_size=None, overlap=False):
 
 
 def to_tensor(array):
-    """A picture (H, W, 3) uint8 as a tensor (3, H, W) uint8; a label (H, W) of any integer type as (H, W) int64."""
+    """A picture (H, W, 3) uint8 -> tensor (3, H, W) uint8; a label (H, W) -> tensor (H, W) int64."""
     if array.ndim == 2:
         return torch.from_numpy(array.astype(np.int64))
     return torch.from_numpy(array.transpose(2, 0, 1).copy())
@@ -1702,154 +1708,276 @@ def load_weights(network, weights, source):
     return f"weights   {source}: {len(fits)} loaded, skipped {few(skipped)}, missing {few(missing)}"
 
 
-# ======================================================================================================================
+# ==================================================================================================
 # SETUP
-# ======================================================================================================================
+# ==================================================================================================
+
+DATASETS = ["streets", "camvid", "cityscapes", "voc", "vocaug", "context", "folder", "mnist"]
+
+# Arguments that change neither the setting nor the result of a run.
+HARMLESS = {"out", "overwrite", "workers", "cache", "data_root", "download"}
+HARMLESS |= {"log_every", "eval_every", "save_every"}
+
 
 def add_arguments(parser, networks=NETWORKS, several=False):
-    """The arguments that all methods share. Those left out come from the method's PAPER table for the dataset. networks: what --network offers.
+    """Add the arguments that all methods share. The method's table PAPER fills those left out.
 
-    several: --network, --backbone and --weights may name two things divided by a comma, one for each student."""
-    def known(names, text):
-        if unknown := [name for name in text.split(",") if name not in names]:
-            raise argparse.ArgumentTypeError(f"{text!r}: there is no {unknown[0]!r}; choose among {', '.join(names)}")
+    networks: the choices of --network. several: --network, --backbone and --weights may name two
+    things divided by a comma, one for each student.
+    """
+    add_data_arguments(parser)
+    add_network_arguments(parser, networks, several)
+    add_training_arguments(parser)
+    add_run_arguments(parser)
+
+
+def add_data_arguments(parser):
+    add = parser.add_argument_group("data").add_argument
+    add("--dataset", default="streets", choices=DATASETS,
+        help="default: streets, drawn scenes that need no download; folder: your own pictures")
+    add("--data-root", metavar="DIR", help="the dataset's folder")
+    add("--download", action="store_true", help="download PASCAL VOC with torchvision")
+    add("--extra", metavar="N",
+        help="this many more unlabeled pictures, or all: cityscapes: of train_extra; voc: of the "
+        "10,582")
+    add("--preset", metavar="P",
+        help="another row of the method's table PAPER; on camvid and folder: cpu or gpu, a small "
+        "or a big network (default: gpu if there is one)")
+    add("--labels", metavar="N", help="labeled pictures: a number, or a share such as 1/8")
+    add("--split", nargs="+", metavar="FILE",
+        help="a list of the labeled pictures, or two lists: labeled, unlabeled")
+    add("--split-seed", type=int, metavar="N",
+        help="selects which pictures are labeled (default: --seed; on Cityscapes the five splits "
+        "of French et al.)")
+    add("--size", type=int, nargs="+", metavar="N",
+        help="resize pictures to this height and width; one number: shrink the longer side to it")
+    add("--crop", type=int, nargs=2, metavar=("H", "W"),
+        help="size of a training crop, and of a window (--base-size)")
+    add("--scale", type=float, nargs=2, metavar=("LOW", "HIGH"),
+        help="range of the random scale of the weak view")
+    add("--cache", metavar="DIR", default="runs/cache",
+        help="folder for resized copies of big pictures (default: %(default)s)")
+    add("--workers", type=int, metavar="N", help="loader processes for each stream")
+
+
+def one_or_two_of(names):
+    """An argparse type: one of the names, or two divided by a comma."""
+    def check(text):
+        for name in text.split(","):
+            if name not in names:
+                message = f"{text!r}: there is no {name!r}; choose among {', '.join(names)}"
+                raise argparse.ArgumentTypeError(message)
         return text
-    a = parser.add_argument_group("data").add_argument
-    a("--dataset", default="streets", choices=["streets", "camvid", "cityscapes", "voc", "vocaug", "context", "folder", "mnist"],
-      help="default: streets, drawn scenes that need no download; folder: pictures of your own; mnist: an experiment of rml.py")
-    a("--data-root", metavar="DIR", help="the dataset's folder")
-    a("--download", action="store_true", help="fetch PASCAL VOC, or MNIST, with torchvision")
-    a("--extra", metavar="N", help="so many additional unlabeled pictures, or all: of Cityscapes' train_extra; on voc of the 10,582")
-    a("--preset", metavar="P", help="another row of the method's table PAPER: on camvid cpu or gpu, for a small or a big network (default: gpu where there is one); others by script, see README")
-    a("--labels", metavar="N", help="labeled pictures, as a number or a share such as 1/8")
-    a("--split", nargs="+", metavar="FILE", help="list of labeled pictures, or two lists: labeled, unlabeled")
-    a("--split-seed", type=int, metavar="N", help="which pictures are labeled (default: --seed; on Cityscapes French et al.'s five)")
-    a("--size", type=int, nargs="+", metavar="N", help="pictures are resized to this height and width; one number: the longer side is shrunk to it")
-    a("--crop", type=int, nargs=2, metavar=("H", "W"), help="what the network sees of a picture, and the size of a window (--base-size)")
-    a("--scale", type=float, nargs=2, metavar=("LOW", "HIGH"), help="random scale of the weak view")
-    a("--cache", metavar="DIR", default="runs/cache", help="where big pictures are kept at --size (default: %(default)s)")
-    a("--workers", type=int, metavar="N", help="loader processes for each stream")
-    a = parser.add_argument_group("network").add_argument
+    return check
+
+
+def add_network_arguments(parser, networks, several):
+    add = parser.add_argument_group("network").add_argument
     if several:
-        a("--network", metavar="NAME[,NAME]", type=partial(known, networks), help=f"which head sits on the backbone: {', '.join(networks)}; with a comma, one for each student")
-        a("--backbone", metavar="NAME[,NAME]", type=partial(known, sorted({*RESNETS, *VITS})), help=f"{', '.join(RESNETS)} (small, to train from scratch on a CPU); of SETR {', '.join(VITS)}")
+        backbones = sorted({*RESNETS, *VITS})
+        add("--network", metavar="NAME[,NAME]", type=one_or_two_of(networks),
+            help=f"head on the backbone: {', '.join(networks)}; two names: one for each student")
+        add("--backbone", metavar="NAME[,NAME]", type=one_or_two_of(backbones),
+            help=f"{', '.join(RESNETS)} (small, trained from scratch on a CPU); for SETR "
+            f"{', '.join(VITS)}")
     else:
-        a("--network", choices=networks, help="which head sits on the backbone")
-        a("--backbone", choices=RESNETS, help="tiny: a small ResNet-18, to train from scratch on a CPU")
-    a("--head", choices=["bottleneck", "plain"], help="ASPP with a 256-d feature before the last 1x1 conv (ProDA), or straight to classes (DeepLabv2)")
-    a("--aspp-branches", type=int, choices=[1, 2, 3, 4], default=4, help="the lineage's code summed only 2 by mistake (default: 4)")
-    a("--weights", metavar="W", help="imagenet, coco, none, or a file" + "; with a comma, one for each student" * several)
-    a("--input-style", choices=list(STYLES), help="how pictures go in, where the weights file's layout does not tell (default: by layout)")
-    a("--batch-norm", choices=["frozen", "train", "sync"], help="frozen as loaded; trained; or trained with statistics over all GPUs (tiny has group norm; heads without weights, as SETR's and PSPNet's, are always trained)")
-    a = parser.add_argument_group("training").add_argument
-    a("--supervised", action="store_true", help="the baseline: labeled pictures only, the same number of steps")
-    a("--iterations", type=int, metavar="N", help="per stage or round")
-    a("--batch-size", type=int, metavar="N", help="pictures of one kind (labeled, or unlabeled) an iteration; the sum over all processes")
-    a("--optimizer", choices=["sgd", "adamw"], help="sgd with momentum .9, or adamw")
-    a("--lr", type=float, metavar="X", help="learning rate at the start")
-    a("--weight-decay", type=float, metavar="X", help="of the optimizer")
-    a("--seed", type=int, default=0, metavar="N", help="of weights, order, views and noise, and of which pictures are labeled (default: %(default)s)")
-    a("--precision", choices=["fp32", "bf16", "fp16"], help="default: bf16 on a GPU, fp32 on a CPU")
-    a = parser.add_argument_group("run").add_argument
-    a("--out", metavar="DIR", help="run folder (default: runs/METHOD-DATASET-LABELS-sSEED), or where predictions go (default: predictions)")
-    a("--overwrite", action="store_true", help="begin a finished or different run in this folder anew")
-    a("--log-every", type=int, metavar="N", help="iterations between records in log.jsonl")
-    a("--eval-every", type=int, metavar="N", help="iterations between evaluations on val, and pictures; the last is always evaluated")
-    a("--save-every", type=int, metavar="N", help="iterations between checkpoints (last.pt)")
-    a("--scales", type=float, nargs="+", default=[1.0], metavar="X", help="evaluate at these scales and average the probabilities")
-    a("--flip", action=argparse.BooleanOptionalAction, help="evaluate the mirrored picture too")
-    a("--base-size", type=int, metavar="N", help="evaluate by windows of the crop's size on pictures whose longer side is N (0: whole pictures)")
-    a("--full-size-labels", action="store_true", help="evaluate against labels as they are on disk, not at --size")
-    a("--check-data", action="store_true", help="only read the whole dataset and tell what is in it, and what would stop a run")
-    a("--evaluate", action="store_true", help="only evaluate --checkpoint")
-    a("--predict", metavar="PATH", help="only predict a picture or a folder of pictures with --checkpoint")
-    a("--checkpoint", metavar="FILE", help="a last.pt, for --evaluate and --predict")
+        add("--network", choices=networks, help="head on the backbone")
+        add("--backbone", choices=RESNETS,
+            help="tiny: a small ResNet-18 that is trained from scratch on a CPU")
+    add("--head", choices=["bottleneck", "plain"],
+        help="DeepLabv2's head: a 256-channel feature before the last 1x1 conv (ProDA), or ASPP "
+        "straight to classes")
+    add("--aspp-branches", type=int, choices=[1, 2, 3, 4], default=4,
+        help="older public code summed only 2 of the 4 by mistake (default: 4)")
+    add("--weights", metavar="W", help="imagenet, coco, none, or a file; rml.py: also one for each "
+        "student, divided by a comma")
+    add("--input-style", choices=list(STYLES),
+        help="normalisation of the pictures (default: that of the weights file)")
+    add("--batch-norm", choices=["frozen", "train", "sync"],
+        help="frozen as loaded; trained; or trained with statistics over all GPUs (tiny has group "
+        "norm; heads without weights, as SETR's and PSPNet's, are always trained)")
+
+
+def add_training_arguments(parser):
+    add = parser.add_argument_group("training").add_argument
+    add("--supervised", action="store_true",
+        help="the baseline: labeled pictures only, the same number of steps")
+    add("--iterations", type=int, metavar="N", help="for each stage or round")
+    add("--batch-size", type=int, metavar="N",
+        help="labeled (and as many unlabeled) pictures in a step; the sum over all processes")
+    add("--optimizer", choices=["sgd", "adamw"], help="sgd with momentum .9, or adamw")
+    add("--lr", type=float, metavar="X", help="learning rate at the start")
+    add("--weight-decay", type=float, metavar="X", help="weight decay of the optimizer")
+    add("--seed", type=int, default=0, metavar="N",
+        help="seed of weights, order, views and noise, and of the labeled pictures' choice "
+        "(default: %(default)s)")
+    add("--precision", choices=["fp32", "bf16", "fp16"],
+        help="default: bf16 on a GPU, fp32 on a CPU")
+
+
+def add_run_arguments(parser):
+    add = parser.add_argument_group("run").add_argument
+    add("--out", metavar="DIR",
+        help="run folder (default: runs/METHOD-DATASET-LABELS-sSEED), or the folder for "
+        "predictions (default: predictions)")
+    add("--overwrite", action="store_true",
+        help="begin anew in the folder of a finished or different run")
+    add("--log-every", type=int, metavar="N", help="iterations between records in log.jsonl")
+    add("--eval-every", type=int, metavar="N",
+        help="iterations between evaluations on val; the last iteration is always evaluated")
+    add("--save-every", type=int, metavar="N", help="iterations between checkpoints (last.pt)")
+    add("--scales", type=float, nargs="+", default=[1.0], metavar="X",
+        help="evaluate at these scales and average the probabilities")
+    add("--flip", action=argparse.BooleanOptionalAction, help="evaluate the mirrored picture too")
+    add("--base-size", type=int, metavar="N",
+        help="evaluate with windows of the crop's size on pictures whose longer side is N (0: "
+        "whole pictures)")
+    add("--full-size-labels", action="store_true",
+        help="evaluate against masks at their size on disk, not at --size")
+    add("--check-data", action="store_true",
+        help="only read the whole dataset and report what it holds and what would stop a run")
+    add("--evaluate", action="store_true", help="only evaluate --checkpoint")
+    add("--predict", metavar="PATH",
+        help="only predict a picture, or all pictures of a folder, with --checkpoint")
+    add("--checkpoint", metavar="FILE", help="a last.pt, for --evaluate and --predict")
 
 
 def parse_args(parser, paper, argv=None):
-    """Parse, and fill what was left out from paper: its row dataset, dataset-preset, or either with /labels. A UserError names a value out of range."""
+    """Parse the arguments, and fill those left out from a row of the method's table PAPER.
+
+    Adds to the arguments: given, the names on the command line; changed, the names whose values
+    make another setting than the row's; table_preset, the row's preset or None.
+    Raises a UserError for a value out of range.
+    """
     def complain(message):
         raise UserError(f"{message}; --help lists the arguments")
+
     parser.error = complain
     args = parser.parse_args(argv)
-    preset = args.preset or ("gpu" if torch.cuda.is_available() else "cpu")
-    rows = sorted({name.split("/")[0].removeprefix(f"{args.dataset}-") for name in paper if name.startswith(f"{args.dataset}-")})
-    if not rows and args.dataset not in paper:
-        raise UserError(f"--dataset {args.dataset}: this paper has no numbers for {args.dataset}; "
-                        f"choose among {', '.join(sorted({re.split('[-/]', name)[0] for name in paper}))}")
-    if args.preset and args.preset not in rows:
-        others = sorted(name.removesuffix(f"-{args.preset}") for name in paper if name.endswith(f"-{args.preset}"))
-        raise UserError(f"--preset {args.preset}: there is none of this name for {args.dataset}; " + (f"choose {' or '.join(rows)}" if rows else "leave it out")
-                        + (f" (there is one for {', '.join(others)})" if others else ""))
-    key = f"{args.dataset}-{preset}" if f"{args.dataset}-{preset}" in paper else args.dataset
-    labels = args.labels
-    if args.split and labels is None and Path(args.split[0]).is_file():  # as many as the list names; what is wrong with it is told later
-        labels = sum(bool(line.strip()) for line in Path(args.split[0]).read_bytes().splitlines())
-    values = paper.get(f"{key}/{labels}") or paper[key]
-    harmless = {"dataset", "data_root", "labels", "seed", "supervised", "precision", "preset", "workers", "out", "overwrite", "cache", "download",
-                "log_every", "eval_every", "save_every"}
+    given = {name: value for name, value in vars(args).items() if value is not None}
+    row, preset = find_row(args, paper)
+    args.table_preset = preset
+    args.preset = args.preset or ("gpu" if torch.cuda.is_available() else "cpu")
+    args.given = list(given)
 
-    def plain(value):
-        return tuple(value) if isinstance(value, list) else value
-    args.changed = [name for name, value in vars(args).items()  # what makes this another setting than the table's
-                    if name not in harmless and plain(value) not in (plain(parser.get_default(name)), values.get(name))]
-    args.preset, args.table_preset = preset, None if key == args.dataset else preset
-    args.given = [name for name, value in vars(args).items() if value is not None]
-    for name, value in values.items():
-        if getattr(args, name) is None and not (name == "labels" and args.split):
+    aside = HARMLESS | {"dataset", "labels", "seed", "supervised", "precision", "preset"}
+    args.changed = []
+    for name, value in given.items():
+        usual = parser.get_default(name), row.get(name)
+        if isinstance(value, list):
+            usual = [x and list(x) for x in usual]  # rows have tuples
+        if name not in aside and value not in usual:
+            args.changed.append(name)
+
+    for name, value in row.items():
+        listed = name == "labels" and args.split  # the list decides
+        if getattr(args, name) is None and not listed:
             setattr(args, name, value)
-    args.flip, args.base_size = args.flip or False, args.base_size or 0
+    args.flip = args.flip or False
+    args.base_size = args.base_size or 0
     if args.precision is None:
         args.precision = "bf16" if torch.cuda.is_available() else "fp32"
-    check_range(args, 1, math.inf, "batch_size", "log_every", "eval_every", "save_every", "size", "crop")
-    check_range(args, 0, math.inf, "workers", "seed", "iterations", "weight_decay", "base_size")
-    check_range(args, 1e-12, math.inf, "lr", "scale", "scales")
-    if args.size is not None and len(args.size) > 2:
-        raise UserError(f"--size {' '.join(map(str, args.size))}: expected height and width, or the longer side alone")
-    if args.scale[0] > args.scale[1]:
-        raise UserError(f"--scale {args.scale[0]} {args.scale[1]}: expected LOW HIGH")
-    if (args.evaluate or args.predict) and not args.checkpoint:
-        raise UserError("--evaluate and --predict need --checkpoint FILE, the last.pt of a run")
-    if args.checkpoint and not (args.evaluate or args.predict):
-        raise UserError(f"--checkpoint {args.checkpoint}: is for --evaluate or --predict; to train from these weights use --weights {args.checkpoint}")
+    check_shared_arguments(args)
     return args
 
 
+def find_row(args, paper):
+    """The row of PAPER for the arguments (a dict), and its preset or None.
+
+    A row is called DATASET or DATASET-PRESET; a row with /LABELS in addition goes first.
+    """
+    dataset = args.dataset
+    presets = [name.split("/")[0] for name in paper if name.startswith(f"{dataset}-")]
+    presets = sorted({name.removeprefix(f"{dataset}-") for name in presets})
+    datasets = sorted({re.split("[-/]", name)[0] for name in paper})
+    need(presets or dataset in paper, f"--dataset {dataset}: this paper has no numbers for "
+         f"{dataset}; choose among {', '.join(datasets)}")
+    if args.preset and args.preset not in presets:
+        suffix = f"-{args.preset}"
+        others = sorted(name.removesuffix(suffix) for name in paper if name.endswith(suffix))
+        advice = f"choose {' or '.join(presets)}" if presets else "leave it out"
+        found = f" (there is one for {', '.join(others)})" if others else ""
+        raise UserError(f"--preset {args.preset}: {dataset} has no such preset; {advice}{found}")
+    preset = args.preset or ("gpu" if torch.cuda.is_available() else "cpu")
+    if f"{dataset}-{preset}" not in paper:
+        preset = None
+    key = f"{dataset}-{preset}" if preset else dataset
+    labels = args.labels
+    if args.split and labels is None and Path(args.split[0]).is_file():
+        lines = Path(args.split[0]).read_bytes().splitlines()
+        labels = sum(bool(line.strip()) for line in lines)
+    return paper.get(f"{key}/{labels}") or paper[key], preset
+
+
+def check_shared_arguments(args):
+    """Raise a UserError for a value out of range, or arguments that exclude each other."""
+    check_range(args, 1, math.inf, "batch_size", "log_every", "eval_every", "save_every")
+    check_range(args, 1, math.inf, "size", "crop")
+    check_range(args, 0, math.inf, "workers", "seed", "iterations", "weight_decay", "base_size")
+    check_range(args, 1e-12, math.inf, "lr", "scale", "scales")
+    size = " ".join(map(str, args.size or ()))
+    need(args.size is None or len(args.size) <= 2,
+         f"--size {size}: expected height and width, or the longer side alone")
+    low, high = args.scale
+    need(low <= high, f"--scale {low} {high}: expected LOW HIGH")
+    use = args.evaluate or args.predict
+    need(args.checkpoint or not use,
+         "--evaluate and --predict need --checkpoint FILE, the last.pt of a run")
+    need(use or not args.checkpoint, f"--checkpoint {args.checkpoint}: is for --evaluate or "
+         f"--predict; to train from these weights use --weights {args.checkpoint}")
+
+
 def check_range(args, low, high, *names):
-    """A UserError for the first of these arguments that lies outside low..high."""
+    """Raise a UserError for the first of these arguments that lies outside low..high."""
+    if low == 1e-12:
+        bound = "above 0" if high == math.inf else f"above 0 and at most {high}"
+    else:
+        bound = f"{low} or more" if high == math.inf else f"from {low} to {high}"
     for name in names:
-        value = getattr(args, name)
-        for x in value if isinstance(value, (list, tuple)) else [value]:
-            if x is not None and not low <= x <= high:
-                bound = "above 0" if 0 < low < 1e-6 else f"{low} or more" if high == math.inf else f"from {low}"
-                bound += f" and at most {high}" if 0 < low < 1e-6 and high < math.inf else f" to {high}" if high < math.inf else ""
-                raise UserError(f"--{name.replace('_', '-')} {x}: must be {bound}")
+        values = getattr(args, name)
+        for value in values if isinstance(values, (list, tuple)) else [values]:
+            need(value is None or low <= value <= high,
+                 f"--{name.replace('_', '-')} {value}: must be {bound}")
 
 
-# ---- processes -------------------------------------------------------------------------------------------------------
+# ---- processes -----------------------------------------------------------------------------------
 
 def setup(args, uneven=False):
-    """Join the process group if torchrun started this process; return the device. A UserError where a batch does not divide among them, unless uneven is fine."""
+    """Join the process group if torchrun started this process; return the device.
+
+    uneven: a batch may be divided unevenly among processes; otherwise that is a UserError.
+    """
     cuda = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
-    if args.precision == "fp16" and not cuda:
-        raise UserError("--precision fp16 needs a GPU; use fp32 or bf16")
-    if cuda and device.index >= torch.cuda.device_count():
-        raise UserError(f"process {device.index} of this machine has no GPU: there are {torch.cuda.device_count()}; lower --nproc_per_node")
+    need(cuda or args.precision != "fp16", "--precision fp16 needs a GPU; use fp32 or bf16")
+    device = torch.device("cpu")
     if cuda:
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        count = torch.cuda.device_count()
+        need(device.index < count, f"process {device.index} of this machine has no GPU: there are "
+             f"{count}; lower --nproc_per_node")
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True
     if "RANK" in os.environ:
-        # torchrun keeps its store over restarts, with the addresses of processes that are gone: on one machine each start gets names of its own.
-        # (Machines count restarts each for itself; there TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 does it, see README.)
-        store, number, total = next(dist.rendezvous("env://"))
-        if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
-            store = dist.PrefixStore("start " + os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-        dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=number, world_size=total, timeout=timedelta(minutes=10),
-                                device_id=device if cuda else None)
-    if args.batch_size % world_size() and not uneven:
-        raise UserError(f"--batch-size {args.batch_size} is not divisible by the {world_size()} processes")
+        join_processes(device)
+    need(uneven or args.batch_size % world_size() == 0, f"--batch-size {args.batch_size} is not "
+         f"divisible by the {world_size()} processes")
     return device
+
+
+def join_processes(device):
+    """Join the process group that torchrun describes in the environment.
+
+    torchrun keeps its store over restarts, with the addresses of processes that are gone. On one
+    machine each start uses a prefix of its own. Several machines count restarts each for itself:
+    there TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 helps, see README.
+    """
+    store, number, total = next(dist.rendezvous("env://"))
+    if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
+        start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        store = dist.PrefixStore(f"start {start}", store)
+    cuda = device.type == "cuda"
+    dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=number, world_size=total,
+                            timeout=timedelta(minutes=10), device_id=device if cuda else None)
 
 
 def rank():
@@ -1870,37 +1998,41 @@ def barrier():
 
 
 def all_reduce(tensor):
-    """Sum over processes, in place; the tensor itself where there is one process."""
+    """Sum over processes, in place. Returns the tensor."""
     if dist.is_initialized():
         dist.all_reduce(tensor)
     return tensor
 
 
 def parallel(network, device):
-    """DistributedDataParallel where there are several processes, else the network itself."""
+    """The network in DistributedDataParallel, or as it is if there is one process."""
     if world_size() == 1:
         return network
-    with warnings.catch_warnings():  # torch 2.15 renames broadcast_buffers; earlier versions do not know the new name
+    with warnings.catch_warnings():  # torch 2.15 renames broadcast_buffers
         warnings.simplefilter("ignore", FutureWarning)
-        return nn.parallel.DistributedDataParallel(network, device_ids=[device.index] if device.type == "cuda" else None,
-                                                   broadcast_buffers=False, gradient_as_bucket_view=True)
+        return nn.parallel.DistributedDataParallel(
+            network, device_ids=[device.index] if device.type == "cuda" else None,
+            broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
 def average_buffers(networks):
-    """Mean over processes of running statistics (batch norm in training mode), in one message; without effect where there are none."""
+    """Average the running statistics of batch norm in training mode over processes."""
     if world_size() == 1:
         return
-    buffers = [m for network in networks for norm in network.modules() if isinstance(norm, nn.BatchNorm2d) and norm.training
-               for m in (norm.running_mean, norm.running_var)]
+    buffers = []
+    for network in networks:
+        for norm in network.modules():
+            if isinstance(norm, nn.BatchNorm2d) and norm.training:
+                buffers += [norm.running_mean, norm.running_var]
     if buffers:
-        flat = all_reduce(torch.cat(buffers)) / world_size()
-        for buffer, mean in zip(buffers, flat.split([len(b) for b in buffers])):
+        means = all_reduce(torch.cat(buffers)) / world_size()  # one message
+        for buffer, mean in zip(buffers, means.split([len(buffer) for buffer in buffers])):
             buffer.copy_(mean)
 
 
 @contextlib.contextmanager
 def one_after_another():
-    """The main process first, then the others."""
+    """The main process goes first, then the others."""
     if not is_main():
         barrier()
     yield
@@ -1909,17 +2041,26 @@ def one_after_another():
 
 
 def autocast(args, device, precision=None):
-    """bf16 or fp16 for the network passes; losses, softmax, distances and EMA stay outside, in float32. precision: instead of --precision."""
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}[precision or args.precision]
+    """bf16 or fp16 for the network passes; losses, softmax, distances and EMA stay in float32.
+
+    precision: instead of --precision.
+    """
+    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    dtype = dtypes.get(precision or args.precision)
     return torch.autocast(device.type, dtype) if dtype else contextlib.nullcontext()
 
 
 def make_optimizer(args, lr, *groups):
-    """SGD with momentum .9, or AdamW, over groups of parameters; those without gradient are left out."""
+    """SGD with momentum .9, or AdamW, over groups of parameters; frozen ones are left out."""
     groups = [{"params": [p for p in group if p.requires_grad], "lr": lr} for group in groups]
     if args.optimizer == "sgd":
         return torch.optim.SGD(groups, momentum=.9, weight_decay=args.weight_decay, fused=True)
     return torch.optim.AdamW(groups, weight_decay=args.weight_decay, fused=True)
+
+
+def seed_torch(*keys):
+    """Seed torch's generator, for model noise and new weights, from the keys."""
+    torch.manual_seed(int(rng(*keys).randint(2 ** 31)))
 
 
 def say(text):
@@ -1929,7 +2070,7 @@ def say(text):
 
 @lru_cache
 def say_once(text):
-    """say(), of the same text once."""
+    """Print a text the first time it comes."""
     say(text)
 
 
@@ -1939,36 +2080,39 @@ def warn(text):
 
 
 def run_main(main):
-    """Run a script's main(): a UserError becomes one line on stderr and exit status 2."""
+    """Run a script's main(). A UserError becomes one line on stderr and exit status 2."""
     try:
         main()
         if dist.is_initialized():
             dist.destroy_process_group()
         return
-    except UserError as error:
-        message = str(error).rsplit("UserError: ", 1)[-1].strip()  # a loader process wraps it into its traceback
+    except UserError as error:  # a loader process puts its traceback before the message
+        message = str(error).rsplit("UserError: ", 1)[-1].strip()
     except torch.cuda.OutOfMemoryError:
-        message = "the GPU's memory is full; use a smaller --batch-size or --crop, or --precision bf16"
+        message = ("the GPU's memory is full; use a smaller --batch-size or --crop, or "
+                   "--precision bf16")
     except RuntimeError as error:
         if world_size() == 1 or "closed by peer" not in str(error):
             raise
-        message = "another process ended first, and says why"
+        message = "another process ended first and printed the reason"
     except ValueError as error:
         if "more than 1 value per channel" not in str(error):
             raise
-        message = "batch norm in training needs two pictures or more in each process; use a larger --batch-size, or --batch-norm sync on several GPUs"
+        message = ("batch norm in training needs two pictures or more in each process; use a "
+                   "larger --batch-size, or --batch-norm sync on several GPUs")
     except KeyboardInterrupt:
         message = "interrupted; the same command goes on from the last checkpoint"
     if not is_main():
-        time.sleep(1)  # the same mistake is told by the main process, and torchrun ends this one meanwhile
-    print(f"\nerror: {message}" if sys.stderr.isatty() else f"error: {message}", file=sys.stderr, flush=True)
+        time.sleep(1)  # the main process prints the same mistake, then torchrun ends this process
+    begin = "\n" if sys.stderr.isatty() else ""
+    print(f"{begin}error: {message}", file=sys.stderr, flush=True)
     os._exit(2)  # without waiting for the other processes
 
 
-# ---- run folder ------------------------------------------------------------------------------------------------------
+# ---- run folder ----------------------------------------------------------------------------------
 
 def write_atomically(path, write):
-    """write(file) to a temporary file that then takes the place of path: a reader never sees half of it."""
+    """Call write(file) on a temporary file, which then replaces path: no reader sees half of it."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
@@ -1983,15 +2127,743 @@ def write_atomically(path, write):
 
 
 def git_commit():
-    """The commit of these scripts, or None outside a git checkout or without git."""
+    """The commit of these scripts, or None without git or outside of a checkout."""
+    command = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty", "--abbrev=40"]
     try:
-        result = subprocess.run(["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty", "--abbrev=40"], capture_output=True, text=True)
+        result = subprocess.run(command, capture_output=True, text=True)
     except OSError:
         return None
     return result.stdout.strip() or None
 
 
+def restarted():
+    """Whether torchrun has started this process again after a failure."""
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+
+
 class Run:
+    """A run and its folder: args.json, log.jsonl, last.pt, pictures/ and result.json.
+
+    stages: {number: iterations}. headline: the network whose mIoU is the result. word: what the
+    paper calls a stage. A script goes through its stages like this:
+
+        for stage, iterations in stages.items():
+            if not run.enter(stage):
+                continue
+            begin = run.restore(keep)  # 0, or where last.pt left off
+            for iteration in range(begin, iterations):
+                ...
+                run.step(iteration, losses)
+                if run.due():
+                    run.evaluate(networks)
+                run.save(iteration, keep)
+        run.finish(networks)
+
+    Raises a UserError if the folder holds a finished run, or an unfinished one of other arguments.
+    """
+
+    FILES = ["args.json", "log.jsonl", "last.pt", "result.json"]
+    LABELS = ["soft_labels", "pseudo_labels", "predictions"]
+
+    def __init__(self, method, args, data, labeled, unlabeled, device, stages, headline,
+                 word="stage"):
+        self.method = method
+        self.args = args
+        self.data = data
+        self.device = device
+        self.stages = stages
+        self.total = sum(stages.values())
+        self.headline = headline
+        self.word = word
+        self.folder = Path(args.out or f"runs/{method}-{args.dataset}-{args.labels}-s{args.seed}")
+        self.images = args.batch_size * (1 if args.supervised else 2)  # of an iteration
+        self.phase = None  # a word for the progress line during a warm-up
+
+        split_sha256 = hashlib.sha256("\n".join([*labeled, "--", *unlabeled]).encode()).hexdigest()
+        aside = HARMLESS | {"changed", "given"}
+        fixed = {name: value for name, value in vars(args).items() if name not in aside}
+        fixed |= {"method": method, "split_sha256": split_sha256, "processes": world_size()}
+        fixed["classes"] = data.names
+        self.fixed = json.loads(json.dumps(fixed))  # what must be the same when the run goes on
+        self.identity = hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()
+        if restarted() and (self.folder / "result.json").exists():
+            say(f"run       {self.folder} was finished before torchrun started this process again")
+            raise SystemExit(0)
+        if is_main():
+            self._prepare_folder()
+            self.write_json("args.json", {
+                "method": method, "arguments": vars(args), "fixed": fixed, "command": sys.argv,
+                "device": device_name(device), "commit": git_commit(), "versions": versions(),
+                "split_sha256": split_sha256, "labeled": labeled, "unlabeled": unlabeled})
+        barrier()
+
+        path = self.folder / "last.pt"
+        self.state = load_torch(path) if path.exists() else None
+        state = self.state or {"seconds": 0., "peak_memory_mb": 0., "step": 0}
+        self.seconds = state["seconds"]
+        self.peak = state["peak_memory_mb"]
+        self.steps = state["step"]  # iterations of all stages
+        self._check_that_all_processes_see_the_folder()
+        self._trim_log()
+        self.started = time.time()
+
+        self.stage = None
+        self.done = 0  # iterations of this stage
+        self.tables = None  # confusion matrices of the last evaluation
+        self.pending = None  # loss terms on their way to the host
+        self.sums = 0  # of the loss terms since the last record
+        self.count = 0  # iterations since the last record
+        self.interval = time.time()  # when the last record was written
+        self.printed = 0.
+        self.label_tables = {}  # confusion matrices of pseudo-labels since the last record
+        self.known = torch.zeros(2, dtype=torch.int64, device=device)  # known and all pixels
+        self.label_counts = torch.zeros(len(data.names) + 1, dtype=torch.int64, device=device)
+        self.absent = Counter()  # evaluations in a row without a pseudo-label of a class
+        self.zeros = Counter()  # evaluations in a row with IoU 0 of a class
+        self.slow = 0  # records in a row that report waiting
+        self.warned = set()
+        resumed = f", resumed after iteration {self.steps} of {self.total}" if self.steps else ""
+        say(f"run       {self.folder}{resumed}")
+        if len(stages) == 1:
+            self.enter(*stages)
+
+    # ---- the folder, when a run begins or goes on
+
+    def _prepare_folder(self):
+        folder = self.folder
+        try:
+            for name in [*self.FILES, *self.LABELS, "pictures"]:  # left by a process that was killed
+                for path in [*folder.glob(f"{name}.*.tmp"), *folder.glob(f"{name}/**/*.tmp")]:
+                    path.unlink()
+            if self.args.overwrite and not restarted():
+                for name in self.FILES:
+                    (folder / name).unlink(missing_ok=True)
+                shutil.rmtree(folder / "pictures", ignore_errors=True)
+            need(not (folder / "result.json").exists(), f"{folder} holds a finished run; choose "
+                 "another --out, or --overwrite to begin anew")
+            if not (folder / "last.pt").exists():  # labels that lie there are those of another run
+                for name in self.LABELS:
+                    shutil.rmtree(folder / name, ignore_errors=True)
+            elif (folder / "args.json").exists():
+                self._compare_arguments()
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{folder}: cannot be written ({error.strerror}); choose another "
+                            "--out") from None
+
+    def _compare_arguments(self):
+        try:
+            before = json.loads((self.folder / "args.json").read_text())["fixed"]
+        except (ValueError, KeyError):
+            raise UserError(f"{self.folder}/args.json cannot be read; choose another --out, or "
+                            "--overwrite to begin anew") from None
+        for name in sorted(before.keys() | self.fixed.keys()):
+            old, new = before.get(name), self.fixed.get(name)
+            need(old == new, f"{self.folder} holds an unfinished run with {name} = {old}, now it "
+                 f"is {new}; use the same arguments to go on, another --out, or --overwrite to "
+                 "begin anew")
+
+    def _check_that_all_processes_see_the_folder(self):
+        steps = torch.zeros(world_size(), dtype=torch.int64, device=self.device)
+        steps[rank()] = self.steps
+        steps = set(all_reduce(steps).tolist())
+        need(len(steps) == 1 and (self.folder / "args.json").exists(), f"{self.folder}: the "
+             "processes do not see the same files; all machines must share the run folder (--out)")
+
+    def _trim_log(self):
+        """Drop the records after the checkpoint: those iterations come again."""
+        path = self.folder / "log.jsonl"
+        if is_main() and path.exists():
+            kept = []
+            for line in path.read_text().splitlines(keepends=True):
+                if line.endswith("}\n") and json.loads(line)["step"] <= self.steps:
+                    kept.append(line)
+            write_atomically(path, lambda file: file.write("".join(kept).encode()))
+
+    # ---- stages and checkpoints
+
+    def enter(self, stage):
+        """Begin a stage. False where the checkpoint says that this stage is over."""
+        if self.state and stage < self.state["stage"]:
+            return False
+        self.stage = stage
+        self.done = 0
+        self.tables = None
+        return True
+
+    def restore(self, keep):
+        """Load last.pt, if it is of this stage, into keep; the iteration to go on from, or 0.
+
+        keep: {name: a network, another object with state_dict(), or a plain dict}. Where there is
+        no checkpoint yet, the first one is written: a full disk is found before the training.
+        """
+        if not (self.folder / "last.pt").exists():
+            barrier()
+            self._write_checkpoint(0, keep)
+            barrier()
+        if self.state is None or self.state["stage"] != self.stage:
+            return 0
+        state = self.state
+        self.state = None
+        for name, thing in keep.items():
+            value = state["models"][name] if hasattr(thing, "spec") else state[name]
+            if isinstance(thing, dict):
+                thing.update(value)
+            else:
+                thing.load_state_dict(value)
+        self.done = state["iteration"]
+        return self.done
+
+    def save(self, iteration, keep):
+        """Write last.pt after every --save-every iterations, and after the last one."""
+        if (iteration + 1) % self.args.save_every == 0 or self.last:
+            self._write_checkpoint(iteration + 1, keep)
+
+    def _write_checkpoint(self, iteration, keep):
+        began = time.time()
+        self._check_losses()
+        if self.device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated() / 2 ** 20
+        else:
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        self.peak = max(self.peak, peak)
+        if not is_main():
+            return
+        networks = {name: thing for name, thing in keep.items() if hasattr(thing, "spec")}
+        self._check_weights(networks.values())
+        state = {"method": self.method, "headline": self.headline, "dataset": self.data.name,
+                 "stage": self.stage, "iteration": iteration, "step": self.steps,
+                 "seconds": self.elapsed(), "peak_memory_mb": self.peak,
+                 "classes": dict(zip(self.data.names, self.data.colors.tolist())),
+                 "models": {name: network.state_dict() for name, network in networks.items()},
+                 "networks": {name: network.spec for name, network in networks.items()}}
+        state |= {name: getattr(self.args, name) for name in ("size", "crop", "base_size", "flip")}
+        for name, thing in keep.items():
+            if name not in networks:
+                state[name] = thing if isinstance(thing, dict) else thing.state_dict()
+        path = self.folder / "last.pt"
+        try:
+            write_atomically(path, partial(torch.save, state))
+        except (OSError, RuntimeError) as error:  # torch.save turns a full disk into the latter
+            free = shutil.disk_usage(self.folder).free / 2 ** 30
+            raise UserError(f"{path}: cannot be written ({str(error).splitlines()[0]}; {free:.1f} "
+                            "GB free on this disk); the checkpoint before is intact. Free some "
+                            "space, then the same command goes on") from None
+        self.interval += time.time() - began  # the pace is that of iterations
+
+    def _check_weights(self, networks):
+        finite = [value.isfinite().all() for network in networks
+                  for value in network.state_dict().values() if value.is_floating_point()]
+        need(not finite or torch.stack(finite).all(), f"weights are not finite after iteration "
+             f"{self.steps} of {self.total}; {self.folder}/last.pt is as the last checkpoint left "
+             "it. Try a lower --lr, or --precision fp32")
+
+    # ---- iterations
+
+    @property
+    def last(self):
+        """Whether this was the last iteration of its stage."""
+        return self.done == self.stages[self.stage]
+
+    @property
+    def mark(self):
+        """The place of this iteration, for names of pictures: stage_1_000300, or 000300."""
+        number = f"{self.done:06d}"
+        return number if len(self.stages) == 1 else f"{self.word}_{self.stage}_{number}"
+
+    def step(self, iteration, losses, pseudo_labels={}, truth=None, **numbers):
+        """Count an iteration, and write a record to log.jsonl if one is due.
+
+        losses: {name: 0-dim tensor}; a UserError names the first that is not finite. pseudo_labels:
+        {name: (.., H, W) class ids and 255}; their classes are counted for warnings, the share of
+        known pixels is logged as pseudo_coverage, and with the truth (.., H, W), which nothing
+        learns from, their mIoU is logged under the name. numbers: more floats for the record.
+        No sync: loss terms travel to the host while the device works, and are read one iteration
+        later.
+        """
+        self._check_losses()
+        values = torch.stack([value.detach().float() for value in losses.values()])
+        host = values.to("cpu", non_blocking=True)
+        arrived = None
+        if self.device.type == "cuda":
+            arrived = torch.cuda.Event()
+            arrived.record()
+        self.names = list(losses)
+        self.pending = iteration, host, arrived
+        self.sums = self.sums + values
+        self.count += 1
+        self.steps += 1
+        self.done = iteration + 1
+        for name, label in pseudo_labels.items():
+            self._count(name, label, truth)
+        if self.done % self.args.log_every == 0 or self.due():
+            self._log(numbers)
+
+    def _check_losses(self):
+        if self.pending is None:
+            return
+        iteration, values, arrived = self.pending
+        self.pending = None
+        if arrived:
+            arrived.synchronize()
+        for name, value in zip(self.names, values.tolist()):
+            need(math.isfinite(value), f"{self.word} {self.stage}, iteration {iteration}: the loss "
+                 f"term {name} is {value}; {self.folder}/last.pt is as the last checkpoint left "
+                 "it. Try a lower --lr, or --precision fp32")
+
+    def _count(self, name, label, truth):
+        classes = len(self.data.names)
+        if truth is not None:
+            table = confusion_matrix(truth, label, classes)
+            self.label_tables[name] = self.label_tables.get(name, 0) + table
+        if name.startswith("pseudo"):
+            known = (label != IGNORE).sum()
+            self.known += torch.stack([known, torch.full_like(known, label.numel())])
+            sample = label[..., ::4, ::4].flatten().clamp(max=classes)  # every fourth row, column
+            self.label_counts.scatter_add_(0, sample, torch.ones_like(sample))
+
+    def _log(self, numbers):
+        """Write a record: means since the last one, over processes. This is a sync point."""
+        self._check_losses()
+        means = (all_reduce(self.sums) / world_size() / self.count).tolist()
+        record = dict(zip(self.names, means))
+        pace = (time.time() - self.interval) / self.count
+        waiting = min(1., WAITED[0] / (pace * self.count))  # share of the time without a batch
+        record["images_per_second"] = round(self.images / pace, 2)
+        record["waiting"] = round(waiting, 3)
+        known, pixels = all_reduce(self.known).tolist()
+        for name, table in self.label_tables.items():
+            record[name] = mean_iou(all_reduce(table))
+        if pixels:
+            record["pseudo_coverage"] = known / pixels
+        self.slow = self.slow + 1 if waiting > .5 and pace * self.count > 10 else 0
+        if self.slow == 2:  # the first time the loaders have just been started
+            self._warn_once("waiting", f"{100 * waiting:.0f} % of the time is spent waiting for "
+                            f"pictures; try more --workers (now {self.args.workers}), a smaller "
+                            "--size, or a faster disk")
+        left = pace * (self.stages[self.stage] - self.done)
+        self._write_record(record | numbers, None if self.phase else left)
+        WAITED[0] = 0.
+        self.sums = 0
+        self.count = 0
+        self.label_tables = {}
+        self.known.zero_()
+        self.interval = time.time()
+
+    def _write_record(self, record, left=None):
+        """Add a record to log.jsonl and show it. left: seconds to the end of the stage."""
+        place = {"step": self.steps, "stage": self.stage, "iteration": self.done}
+        record = place | {"seconds": round(self.elapsed(), 1)} | record
+        if not is_main():
+            return
+        path = self.folder / "log.jsonl"
+        try:
+            with open(path, "a") as file:
+                file.write(json.dumps(strict(record)) + "\n")
+        except OSError as error:
+            raise UserError(f"{path}: cannot be written ({error.strerror}); the last checkpoint "
+                            "is intact") from None
+        self._show(record, left)
+
+    def _show(self, record, left):
+        """Show a record: one live line on a terminal; in a file, a line now and then."""
+        words = [f"{self.steps}/{self.total}"]
+        several = len(self.stages) > 1
+        if several:
+            words.append(f"{self.word} {self.stage}")
+        if self.phase:
+            words.append(self.phase)
+        if left is not None:
+            words.append(f"{duration(left)} left" + (f" in this {self.word}" if several else ""))
+        terms = loss_terms(record)  # here the mean over students; the log has each of them
+        if terms:
+            words.append("loss")
+        words += [f"{name.removeprefix('loss ')} {value:.3f}" for name, value in terms.items()]
+        for name, value in record.items():
+            if "miou" in name and isinstance(value, float):
+                words.append(f"{name.replace('_', ' ').replace('miou', 'mIoU')} {value:.1f}")
+        evaluated = "val" in record
+        if evaluated:
+            words.append("val mIoU")
+            words += [f"{name} {value:.1f}" for name, value in record["val"].items()]
+        text = "  ".join(words)
+        if sys.stdout.isatty():
+            width = shutil.get_terminal_size().columns - 1
+            text = text if evaluated else text[:width]
+            print(f"\r{text:{width}}", end="\n" if evaluated else "", flush=True)
+        elif evaluated or time.time() - self.printed > 15:
+            print(text, flush=True)
+            self.printed = time.time()
+
+    def due(self):
+        """Whether an evaluation is due: every --eval-every iterations, and after the last one."""
+        return self.done % self.args.eval_every == 0 or self.last
+
+    def evaluate(self, networks, shown=None, note=None):
+        """Evaluate networks {name: module} on val, log their mIoU, and draw some predictions.
+
+        shown: the networks to draw, if others. note(tables): a dict of more numbers for the record.
+        Returns {name: confusion matrix (K, K)}.
+        """
+        self.tables = evaluate(networks, self.data, self.args, self.device)
+        self._watch_health(self.tables)
+        record = {"val": {name: mean_iou(table) for name, table in self.tables.items()}}
+        self._write_record(record | (note(self.tables) if note else {}))
+        self._draw_predictions(shown or networks)
+        self.interval = time.time()
+        return self.tables
+
+    # ---- warnings: each is printed once
+
+    def _watch_health(self, tables):
+        """Warn if the pseudo-labels since the last evaluation, or an evaluation, look unhealthy."""
+        *counts, unknown = all_reduce(self.label_counts.clone()).tolist()
+        self.label_counts.zero_()
+        names = self.data.names
+        truth = next(iter(tables.values())).sum(1).tolist()
+        known = sum(counts)
+        if unknown and not known:
+            self._warn_once("unknown", "no pixel of the pseudo-labels is over the threshold, so "
+                            "nothing is learned from unlabeled pictures; lower the threshold, or "
+                            "train longer on labels first")
+        largest = counts.index(max(counts))
+        share = counts[largest] / max(known, 1)
+        share_of_val = truth[largest] / max(sum(truth), 1)
+        if share > .98 and share_of_val < .9:
+            self._warn_once("one class", f"{100 * share:.1f} % of the pseudo-labels are "
+                            f"{names[largest]}, of val only {100 * share_of_val:.0f} %: they "
+                            "collapse to one class; train longer on labels first, or with a lower "
+                            "--lr")
+        for k, name in enumerate(names):
+            absent = known and truth[k] and not counts[k]
+            self.absent[name] = self.absent[name] + 1 if absent else 0
+            zero = truth[k] and not any(table[k, k] for table in tables.values())
+            self.zeros[name] = self.zeros[name] + 1 if zero else 0
+        half = 2 * self.steps >= self.total
+        absent = [name for name in names if self.absent[name] >= 2]
+        zeros = [name for name in names if self.zeros[name] >= 3 and half]
+        self._warn_of_classes("absent", absent, "no pseudo-label has held {} since the evaluation "
+                              "before last: unlabeled pictures teach nothing of this class")
+        self._warn_of_classes("zero", zeros, "IoU 0 in every network, three evaluations in a row: "
+                              "{}; label more pictures that show this class, or train longer")
+
+    def _warn_of_classes(self, key, names, text):
+        new = [name for name in names if (key, name) not in self.warned]
+        self.warned |= {(key, name) for name in new}
+        if new:
+            self._warn_once((key, *new), text.format(", ".join(new)))
+
+    def _warn_once(self, key, text):
+        if key not in self.warned:
+            self.warned.add(key)
+            if sys.stdout.isatty() and is_main():
+                print()  # the live line stays
+            warn(f"after iteration {self.steps} of {self.total}: {text}")
+
+    # ---- files of the folder
+
+    def elapsed(self):
+        """Seconds of this run, with those before it was resumed."""
+        return self.seconds + time.time() - self.started
+
+    def claim(self, folder):
+        """Mark a folder of pseudo-labels as this run's. A UserError if it is another run's."""
+        if is_main():
+            mark = folder / "made_by.json"
+            try:
+                owner = json.loads(mark.read_text())["run"] if mark.exists() else None
+            except (OSError, ValueError, KeyError, TypeError):
+                owner = "unknown"
+            foreign = owner != self.identity and any(folder.rglob("*.png"))
+            need(not foreign, f"{folder}: holds pseudo-labels of another run; remove this folder, "
+                 "then the same command makes them anew")
+            self.write_json(mark.relative_to(self.folder), {"run": self.identity})
+        barrier()
+
+    def forget_soft_labels(self, keep):
+        """Delete the soft labels of the stages before: all folders but those to keep."""
+        if is_main():
+            for path in (self.folder / "soft_labels").glob("*"):
+                if path not in keep:
+                    shutil.rmtree(path)
+
+    def _draw_predictions(self, networks):
+        """pictures/val_MARK.png: some val pictures, their masks, and what each network predicts."""
+        if not is_main():
+            return
+        ids = self.data.val[::max(1, len(self.data.val) // 5)][:5]
+        images = [to_tensor(self.data.image(id)) for id in ids]
+        columns = {"val picture": images, "truth": [to_tensor(self.data.label(id)) for id in ids]}
+        for name, network in networks.items():
+            training = network.training
+            network.eval()
+            columns[name] = []
+            for image in images:
+                size = image.shape[1:]
+                prob = predict(network, image[None].to(self.device), self.args, size)
+                columns[name].append(prob.argmax(1)[0])
+            network.train(training)
+        self.panel(f"val_{self.mark}", columns)
+
+    def panel(self, name, columns):
+        """pictures/NAME.png with a row for each picture and a legend.
+
+        columns: {title: (3, H, W) uint8 pictures or (H, W) labels}. A column "truth .." without any
+        known pixel is left out, as for your own unlabeled pictures. No rows: no file.
+        """
+        shown = {}
+        for title, cells in columns.items():
+            unknown = title.startswith("truth") and all((cell == IGNORE).all() for cell in cells)
+            if not unknown:
+                shown[title] = cells
+        if is_main() and all(len(cells) for cells in shown.values()):
+            self.picture(name, draw_panel(shown, self.data.names, self.data.colors))
+
+    def picture(self, name, picture):
+        """pictures/NAME.png: a PIL picture."""
+        path = self.folder / "pictures" / f"{name}.png"
+        try:
+            path.parent.mkdir(exist_ok=True)
+            picture.save(path)
+        except OSError as error:
+            raise UserError(f"{path}: cannot be written ({error}); the last checkpoint is "
+                            "intact") from None
+
+    def write_json(self, name, record):
+        """Write a dict to a JSON file of the folder."""
+        path = self.folder / name
+        text = json.dumps(strict(record), indent=1)
+        try:
+            write_atomically(path, lambda file: file.write(text.encode()))
+        except OSError as error:
+            raise UserError(f"{path}: cannot be written ({error}); free some space, then the same "
+                            "command goes on") from None
+
+    def finish(self, networks, paper=None, tables=None, **extra):
+        """Write result.json and print the report.
+
+        tables: {name: confusion matrix}, if others than those of the last evaluation. paper: the
+        paper's mIoU for this setting. extra: more entries for result.json.
+        """
+        tables = tables or self.tables
+        if tables is None:  # resumed after the last checkpoint
+            tables = evaluate(networks, self.data, self.args, self.device)
+        args = self.args
+        result = {"method": self.method, "dataset": args.dataset, "labels": args.labels,
+                  "seed": args.seed, "network": args.network, "backbone": args.backbone,
+                  "miou": {name: mean_iou(table) for name, table in tables.items()},
+                  "headline": self.headline,
+                  "per_class": dict(zip(self.data.names, iou(tables[self.headline]).tolist())),
+                  "paper": paper, "iterations": self.steps, "seconds": round(self.elapsed(), 1),
+                  "peak_memory_mb": round(self.peak), "device": device_name(self.device),
+                  "processes": world_size(), "torch": torch.__version__, "commit": git_commit()}
+        if is_main():
+            self.write_json("result.json", result | extra)
+            self._draw_losses()
+            shutil.rmtree(self.folder / "soft_labels", ignore_errors=True)
+            report(tables, self.headline, self.data, args, paper)
+            folder = self.folder
+            print(f"\n{self.steps} iterations in {duration(result['seconds'])} on "
+                  f"{result['device']}, peak memory {result['peak_memory_mb']} MB\n"
+                  f"numbers {folder}/result.json   log {folder}/log.jsonl   "
+                  f"pictures {folder}/pictures/   weights {folder}/last.pt")
+        barrier()
+
+    def _draw_losses(self):
+        """pictures/losses.png: each loss term of the log, the mean over students."""
+        steps = []
+        curves = []
+        for line in (self.folder / "log.jsonl").read_text().splitlines():
+            record = json.loads(line)
+            terms = loss_terms(record)
+            if terms:
+                steps.append(record["step"])
+                curves.append(terms)
+        if steps:
+            names = dict.fromkeys(name for terms in curves for name in terms)
+            series = {}
+            for name in names:
+                series[name] = np.array([[terms.get(name, math.nan) for terms in curves]])
+            self.picture("losses", draw_curves("loss terms", series, ("iteration", steps)))
+
+
+def strict(value):
+    """The value with None for NaN, also within dicts and lists: JSON has no NaN."""
+    if isinstance(value, dict):
+        return {key: strict(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [strict(item) for item in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def versions():
+    return {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__,
+            "torchvision": torchvision.__version__, "pillow": PIL.__version__}
+
+
+def loss_terms(record):
+    """{term: mean over the students} of a record of the log."""
+    terms = {}
+    for key, value in record.items():
+        if key.startswith("loss"):
+            name = re.sub(r"_\d.*", "", key).replace("_", " ")
+            terms.setdefault(name, []).append(value)
+    return {name: sum(values) / len(values) for name, values in terms.items()}
+
+
+def report(tables, headline, data, args, paper=None):
+    """Print the IoU of each class and the mIoU of each network."""
+    width = max(map(len, data.names)) + 2
+    ious = [iou(table).tolist() for table in tables.values()]
+    print(f"\nIoU in percent on {len(data.val)} val pictures of {data.name}")
+    print(" " * width + "".join(f"{name:>13}" for name in tables))
+    for name, *values in zip(data.names, *ious):
+        print(f"{name:{width}}" + "".join(f"{value:13.1f}" for value in values))
+    print(f"{'mIoU':{width}}" + "".join(f"{mean_iou(x):13.2f}" for x in tables.values()))
+    absent = [name for name, value in zip(data.names, iou(tables[headline])) if value.isnan()]
+    if absent:
+        print("nan: in no label and no prediction, so left out of the mean: " + ", ".join(absent))
+    words = [headline, "last iteration"]
+    if args.scales != [1.]:
+        words.append("scales " + " ".join(f"{scale:g}" for scale in args.scales))
+    if args.flip:
+        words.append("flip")
+    reported = f"; the paper reports {paper}" if paper else ""
+    result = mean_iou(tables[headline])
+    print(f"\nresult    {result:.2f} mIoU ({', '.join(words)}){reported}", flush=True)
+
+
+def progress(text, done, total, printed=[0.]):
+    """Show how far a pass other than training is: a live line, or a line every 15 seconds."""
+    terminal = sys.stdout.isatty()
+    if not is_main() or not (terminal or done == total or time.time() - printed[0] > 15):
+        return
+    printed[0] = time.time()
+    if terminal:
+        print(f"\r{text}: {done}/{total}\x1b[K", end="\n" if done == total else "", flush=True)
+    else:
+        print(f"{text}: {done}/{total}", flush=True)
+
+
+def duration(seconds):
+    """m:ss, or h:mm:ss from an hour on."""
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+def device_name(device):
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    threads = torch.get_num_threads()
+    name = f"CPU, {threads} threads" if threads > 1 else "CPU, 1 thread"
+    return name if world_size() == 1 else f"{name} x {world_size()} processes"
+
+
+# ---- pictures ------------------------------------------------------------------------------------
+
+def colorize(label, colors):
+    """Class ids (H, W) -> (H, W, 3) uint8; 255 is white."""
+    table = np.full((256, 3), 255, np.uint8)
+    table[:len(colors)] = colors
+    return table[np.asarray(label)]
+
+
+def draw_panel(columns, names, colors, font=ImageFont.load_default(15)):
+    """A PIL picture: a column for each title, a row for each picture, the classes' colours below.
+
+    columns: {title: (3, H, W) uint8 pictures or (H, W) labels}, on any device.
+    """
+    rows = [[draw_cell(cell, colors) for cell in cells] for cells in zip(*columns.values())]
+    gap = 4
+    width = max(row[0].width for row in rows) + gap
+    top = 22
+    bottom = top + sum(row[0].height + gap for row in rows)
+    legend = []  # (x, y, name, colour), wrapped
+    x = 0
+    y = bottom + 6
+    for name, color in [*zip(names, colors.tolist()), ("unknown", [255, 255, 255])]:
+        step = 40 + int(font.getlength(name))
+        if x and x + step > len(columns) * width:
+            x = 0
+            y += 22
+        legend.append((x, y, name, tuple(color)))
+        x += step
+    panel = Image.new("RGB", (len(columns) * width, y + 24), "white")
+    pen = ImageDraw.Draw(panel)
+    for i, title in enumerate(columns):
+        pen.text((i * width + 2, 2), title, fill="black", font=font)
+    for row in rows:
+        for i, cell in enumerate(row):
+            panel.paste(cell, (i * width, top))
+        top += row[0].height + gap
+    for x, y, name, color in legend:
+        pen.rectangle((x + 2, y + 2, x + 20, y + 16), fill=color, outline="gray")
+        pen.text((x + 25, y), name, fill="black", font=font)
+    return panel
+
+
+def draw_cell(cell, colors):
+    """A (3, H, W) picture or (H, W) label as a PIL picture, enlarged or shrunk for a panel."""
+    array = np.asarray(cell.cpu())
+    if array.ndim == 2:
+        array = colorize(array.astype(np.uint8), colors)
+    else:
+        array = array.transpose(1, 2, 0)
+    height, width = array.shape[:2]
+    zoom = max(1, round(240 / width)) if width <= 480 else 480 / width
+    size = round(width * zoom), round(height * zoom)
+    return Image.fromarray(array).resize(size, Image.Resampling.NEAREST)
+
+
+CURVE_COLORS = [(90, 90, 90), (220, 120, 40), (40, 110, 190), (60, 150, 80)]
+
+
+def draw_curves(title, series, across, font=ImageFont.load_default(15)):
+    """A PIL picture: a thick line for the mean of each name's curves, and thin lines for several.
+
+    series: {name: array (curves, points)}, at most four names; across: (label, the points' places).
+    """
+    left, top, width, height = 70, 64, 720, 340
+    label, xs = across
+    low = min(0., min(np.nanmin(curves) for curves in series.values()))
+    high = max(np.nanmax(curves) for curves in series.values()) or 1.
+    picture = Image.new("RGB", (left + width + 30, top + height + 50), "white")
+    pen = ImageDraw.Draw(picture)
+
+    def place(x, y):
+        across = (x - xs[0]) / (xs[-1] - xs[0] or 1)
+        return left + across * width, top + height - (y - low) / (high - low) * height
+
+    pen.text((left, 6), title, fill="black", font=font)
+    for y in round_numbers(low, high):
+        pen.line((*place(xs[0], y), *place(xs[-1], y)), fill=(225, 225, 225))
+        pen.text((left - 8, place(xs[0], y)[1]), f"{y:g}", fill="gray", font=font, anchor="rm")
+    below = top + height + 6
+    for x in round_numbers(xs[0], xs[-1]):
+        pen.text((place(x, low)[0], below), f"{x:g}", fill="gray", font=font, anchor="mt")
+    pen.text((left + width / 2, below + 22), label, fill="black", font=font, anchor="mt")
+    x = left
+    for (name, curves), color in zip(series.items(), CURVE_COLORS):
+        pale = tuple((2 * 255 + c) // 3 for c in color)
+        lines = [(curve, pale, 1) for curve in curves] if len(curves) > 1 else []
+        for curve, fill, thickness in [*lines, (np.mean(curves, 0), color, 3)]:
+            points = [place(*point) for point in zip(xs, curve) if not math.isnan(point[1])]
+            pen.line(points, fill=fill, width=thickness, joint="curve")
+        pen.rectangle((x, 38, x + 12, 50), fill=color)
+        pen.text((x + 18, 35), name, fill="black", font=font)
+        x += 44 + int(font.getlength(name))
+    return picture
+
+
+def round_numbers(low, high):
+    """About five round numbers from low to high, for an axis."""
+    step = 10. ** math.floor(math.log10((high - low) / 4 or 1))
+    step *= next(m for m in (1, 2, 5, 10) if (high - low) / (m * step) <= 6)
+    return np.arange(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1) * step
+
+
+class OldRun:  # until all scripts use Run
     """A run's folder: args.json, log.jsonl, last.pt, pictures/, result.json (and soft_labels/ while it trains).
 
     state is the checkpoint to go on from, or None. A UserError if the folder holds a finished run, or one of another
@@ -2254,7 +3126,7 @@ class Run:
         A column "truth .." of which nothing is known is left out: pictures of one's own have none."""
         columns = {title: cells for title, cells in columns.items() if not title.startswith("truth") or any((cell != IGNORE).any() for cell in cells)}
         if is_main() and all(map(len, columns.values())):
-            self.picture(name, draw_panel(columns, self.data))
+            self.picture(name, draw_panel(columns, self.data.names, self.data.colors))
 
     def picture(self, name, picture):
         """pictures/NAME.png: a PIL picture."""
@@ -2299,44 +3171,6 @@ class Run:
             self.picture("losses", draw_curves("loss terms", series, ("iteration", [record["step"] for record in records])))
 
 
-def loss_terms(record):
-    """{term: mean over the students} of a record of the log."""
-    terms = {}
-    for key, value in record.items():
-        if key.startswith("loss"):
-            terms.setdefault(re.sub(r"_\d.*", "", key).replace("_", " "), []).append(value)
-    return {name: sum(values) / len(values) for name, values in terms.items()}
-
-
-def report(tables, headline, data, args, paper=None):
-    """Print IoU per class and mIoU of each network."""
-    views = [f"scales {' '.join(f'{x:g}' for x in args.scales)}"] * (args.scales != [1.]) + ["flip"] * args.flip
-    width = max(map(len, data.names)) + 2
-    print(f"\nIoU in percent on {len(data.val)} val pictures of {data.name}\n" + " " * width + "".join(f"{name:>13}" for name in tables))
-    for k, name in enumerate(data.names):
-        print(f"{name:{width}}" + "".join(f"{float(iou(table)[k]):13.1f}" for table in tables.values()))
-    print(f"{'mIoU':{width}}" + "".join(f"{mean_iou(table):13.2f}" for table in tables.values()))
-    absent = [name for k, name in enumerate(data.names) if torch.isnan(iou(tables[headline])[k])]
-    if absent:
-        print(f"nan: in no label and no prediction, so left out of the mean: {', '.join(absent)}")
-    print(f"\nresult    {mean_iou(tables[headline]):.2f} mIoU ({', '.join([headline, 'last iteration'] + views)})" + (f"; the paper reports {paper}" if paper else ""), flush=True)
-
-
-def progress(text, done, total, last=[0.]):
-    """Live line of a pass that is not training."""
-    if is_main() and (sys.stdout.isatty() or time.time() - last[0] > 15 or done == total):
-        last[0] = time.time()
-        print(f"\r{text}: {done}/{total}\x1b[K" if sys.stdout.isatty() else f"{text}: {done}/{total}", end="\n" if done == total or not sys.stdout.isatty() else "", flush=True)
-
-
-def duration(seconds):
-    return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02d}:{int(seconds) % 60:02d}" if seconds >= 3600 else f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
-
-
-def device_name(device):
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}" + f" x {world_size()} processes" * (world_size() > 1)
-
-
 def tensorboard(folder):
     """A TensorBoard writer if the package happens to be installed, else None."""
     try:
@@ -2344,84 +3178,6 @@ def tensorboard(folder):
     except ImportError:
         return None
     return SummaryWriter(folder)
-
-
-# ---- pictures --------------------------------------------------------------------------------------------------------
-
-def colorize(label, colors):
-    """(H, W) class ids -> (H, W, 3) uint8; 255 is white."""
-    table = np.full((256, 3), 255, np.uint8)
-    table[:len(colors)] = colors
-    return table[np.asarray(label)]
-
-
-def draw_panel(columns, data, font=ImageFont.load_default(15)):
-    """A PIL picture: one column per title, one row per picture, and the classes' colours below."""
-    rows = []
-    for cells in zip(*columns.values()):
-        cells = [np.asarray(c.cpu()) for c in cells]
-        cells = [colorize(c.astype(np.uint8), data.colors) if c.ndim == 2 else c.transpose(1, 2, 0) for c in cells]
-        wide = cells[0].shape[1]
-        zoom = max(1, round(240 / wide)) if wide <= 480 else 480 / wide
-        rows.append([Image.fromarray(c).resize((round(c.shape[1] * zoom), round(c.shape[0] * zoom)), Image.Resampling.NEAREST) for c in cells])
-    width, gap, head = max(row[0].width for row in rows), 4, 22
-    tops = [head + sum(row[0].height + gap for row in rows[:r]) for r in range(len(rows) + 1)]
-    names = [*data.names, "unknown"]
-    places, x, y = [], 0, tops[-1] + 6
-    for name in names:  # the legend, wrapped
-        step = 26 + int(font.getlength(name)) + 14
-        if x and x + step > len(columns) * (width + gap):
-            x, y = 0, y + 22
-        places.append((x, y))
-        x += step
-    panel = Image.new("RGB", (len(columns) * (width + gap), y + 24), "white")
-    pen = ImageDraw.Draw(panel)
-    for c, title in enumerate(columns):
-        pen.text((c * (width + gap) + 2, 2), title, fill="black", font=font)
-    for r, row in enumerate(rows):
-        for c, cell in enumerate(row):
-            panel.paste(cell, (c * (width + gap), tops[r]))
-    for (x, y), name, color in zip(places, names, [*map(tuple, data.colors), (255, 255, 255)]):
-        pen.rectangle((x + 2, y + 2, x + 20, y + 16), fill=tuple(map(int, color)), outline="gray")
-        pen.text((x + 25, y), name, fill="black", font=font)
-    return panel
-
-
-PALETTE = [(90, 90, 90), (220, 120, 40), (40, 110, 190), (60, 150, 80)]
-
-
-def draw_curves(title, series, across, font=ImageFont.load_default(15)):
-    """A PIL picture: for each name a line, the mean of its curves, and each of them thinly where there are several. At most four names.
-
-    series: {name: array (curves, points)}, across: (label, the points' places from left to right)."""
-    left, top, width, height = 70, 64, 720, 340
-    picture = Image.new("RGB", (left + width + 30, top + height + 50), "white")
-    pen, (label, xs) = ImageDraw.Draw(picture), across
-    low, high = min(0., min(map(np.nanmin, series.values()))), max(map(np.nanmax, series.values())) or 1.
-    pen.text((left, 6), title, fill="black", font=font)
-
-    def ticks(low, high):  # about five round numbers
-        step = 10. ** math.floor(math.log10((high - low) / 4 or 1))
-        step *= next(m for m in (1, 2, 5, 10) if (high - low) / (m * step) <= 6)
-        return np.arange(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1) * step
-
-    def place(x, y):
-        return left + (x - xs[0]) / (xs[-1] - xs[0] or 1) * width, top + height - (y - low) / (high - low) * height
-    for y in ticks(low, high):
-        pen.line((*place(xs[0], y), *place(xs[-1], y)), fill=(225, 225, 225))
-        pen.text((left - 8, place(xs[0], y)[1]), f"{y:g}", fill="gray", font=font, anchor="rm")
-    for x in ticks(xs[0], xs[-1]):
-        pen.text((place(x, low)[0], top + height + 6), f"{x:g}", fill="gray", font=font, anchor="mt")
-    pen.text((left + width / 2, top + height + 28), label, fill="black", font=font, anchor="mt")
-    x = left
-    for (name, curves), color in zip(series.items(), PALETTE):
-        pale = tuple((2 * 255 + c) // 3 for c in color)
-        for curve, shade, line in [(curve, pale, 1) for curve in curves if len(curves) > 1] + [(np.mean(curves, 0), color, 3)]:
-            pen.line([place(*point) for point in zip(xs, curve) if not math.isnan(point[1])], fill=shade, width=line, joint="curve")
-        pen.rectangle((x, 38, x + 12, 50), fill=color)
-        pen.text((x + 18, 35), name, fill="black", font=font)
-        x += 44 + int(font.getlength(name))
-    return picture
 
 
 def draw_bars(title, categories, series, font=ImageFont.load_default(15)):
@@ -2438,12 +3194,12 @@ def draw_bars(title, categories, series, font=ImageFont.load_default(15)):
         pen.text((8, y - 8), f"{value:g}", fill="gray", font=font)
     for i, (name, values) in enumerate(series.items()):
         x = left + sum(26 + int(font.getlength(n)) for n in list(series)[:i])
-        pen.rectangle((x, 34, x + 12, 46), fill=PALETTE[i])
+        pen.rectangle((x, 34, x + 12, 46), fill=CURVE_COLORS[i])
         pen.text((x + 16, 31), name, fill="black", font=font)
         for c, value in enumerate(values):
             x = left + 7 + c * group + i * bar
             if value > 0:
-                pen.rectangle((x, top + height - height * (value / high) ** .5, x + bar - 2, top + height), fill=PALETTE[i])
+                pen.rectangle((x, top + height - height * (value / high) ** .5, x + bar - 2, top + height), fill=CURVE_COLORS[i])
     for c, name in enumerate(categories):  # upright
         word = Image.new("L", (int(room) + 2, 20))
         ImageDraw.Draw(word).text((room - font.getlength(name), 0), name, fill=255, font=font)
@@ -2552,7 +3308,7 @@ def predict_pictures(network, state, args, device):
     if shown:
         titles = "picture", "prediction", "overlay", "confidence (white: 1)"
         try:
-            draw_panel(dict(zip(titles, zip(*shown))), argparse.Namespace(names=list(state["classes"]), colors=colors)).save(overview)
+            draw_panel(dict(zip(titles, zip(*shown))), list(state["classes"]), colors).save(overview)
         except OSError as error:
             raise UserError(f"{overview}: cannot be written ({error.strerror or error})") from None
     print(f"{len(paths) - len(bad)} of {len(paths)} pictures, in {out}; look at {overview}")
@@ -2597,52 +3353,97 @@ def predict_tiled(network, picture, size, args, device, tile=1024, margin=128, b
     return label, confidence
 
 
-# ---- python common.py results runs/ ----------------------------------------------------------------------------------
+# ---- python common.py results runs/ --------------------------------------------------------------
 
 def results(folder):
-    """Print a Markdown table over the finished runs in and below a folder: mean and standard deviation over seeds, the paper's number, and the gain over the
-    supervised baseline of the same dataset and labels, over the seeds that both have. Of several baselines it is the one that has most of the run's own setting,
-    and nothing else."""
-    runs, unfinished = {}, []
-    for path in sorted(Path(folder).rglob("args.json"), key=lambda path: path.stat().st_mtime):
-        try:
-            arguments = json.loads(path.read_text())["arguments"]
-            result = json.loads((path.parent / "result.json").read_text())
-            kind = ["table_preset"] * bool(arguments.get("table_preset")) + ["data_root"] * (result["dataset"] == "folder")
-            setting = tuple(f"{name.replace('table_', '').replace('_', '-')} {arguments[name]}" for name in kind + arguments["changed"])
-            key = result["method"].removesuffix("-supervised"), result["dataset"], result["labels"], setting, result["method"].endswith("-supervised")
-            seeds = runs.setdefault(key, {})
-            if result["seed"] in seeds:
-                warn(f"{path.parent}: is another run of {result['method']} with seed {result['seed']}; the newest counts")
-            seeds[result["seed"]] = result["miou"][result["headline"]], result["paper"]
-        except FileNotFoundError:
-            unfinished.append(str(path.parent))
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            warn(f"{path.parent}: its args.json or result.json cannot be read ({type(error).__name__}: {error}); left out")
-    if not runs:
-        raise UserError(f"{folder}: holds no finished run (a folder with args.json and result.json)" + f"; unfinished: {', '.join(unfinished[:5])}" * bool(unfinished))
-    rows = [["method", "dataset", "labels", "setting", "seeds", "mIoU", "std", "paper", "supervised", "gain"]]
-    for (method, dataset, labels, setting, supervised), seeds in sorted(runs.items(), key=lambda item: (*map(str, item[0][:2]), int(item[0][2]), not item[0][4], item[0][3])):
-        values, papers = [miou for miou, _ in seeds.values()], {paper for _, paper in seeds.values()} - {None}
-        bases = [(other[3], seeds_of) for other, seeds_of in runs.items() if other[:3] == (method, dataset, labels) and other[4] and set(other[3]) <= set(setting)]
-        base = max(bases, key=lambda base: len(base[0]))[1] if bases and not supervised else {}
+    """Print a Markdown table over the finished runs in and below a folder.
+
+    A row has the mean and standard deviation over seeds, the paper's number, and the gain over the
+    supervised baseline of the same dataset and labels, over the seeds that both have. Of several
+    baselines it is the one that shares most of the run's changed arguments and has no others.
+    """
+    runs, unfinished = read_results(folder)
+    names = f"; unfinished: {', '.join(unfinished[:5])}" if unfinished else ""
+    need(runs, f"{folder}: holds no finished run (a folder with args.json and result.json){names}")
+
+    def order(key):
+        method, supervised, dataset, labels, setting = key
+        return method, dataset, int(labels), not supervised, setting
+
+    header = ["method", "dataset", "labels", "setting", "seeds", "mIoU", "std", "paper"]
+    rows = [header + ["supervised", "gain"]]
+    for key in sorted(runs, key=order):
+        method, supervised, dataset, labels, setting = key
+        seeds = runs[key]
+        values = [miou for miou, _ in seeds.values()]
+        papers = {str(paper) for _, paper in seeds.values() if paper is not None}
+        std = f"{np.std(values, ddof=1):.2f}" if len(values) > 1 else ""
+        base = {} if supervised else baseline(runs, method, dataset, labels, setting)
         both = sorted(seeds.keys() & base.keys())
-        gain = [seeds[seed][0] - base[seed][0] for seed in both]
-        rows.append([method + ", supervised" * supervised, dataset, str(labels), ", ".join(setting), " ".join(map(str, sorted(seeds))), f"{np.mean(values):.2f}",
-                     f"{np.std(values, ddof=1):.2f}" if len(values) > 1 else "", ", ".join(map(str, papers)), f"{np.mean([base[seed][0] for seed in both]):.2f}" if both else "",
-                     f"{np.mean(gain):+.2f}" + f" (seeds {' '.join(map(str, both))})" * (len(both) < len(seeds)) if both else ""])
+        base_miou = gain = ""
+        if both:
+            base_miou = f"{np.mean([base[seed][0] for seed in both]):.2f}"
+            gain = f"{np.mean([seeds[seed][0] - base[seed][0] for seed in both]):+.2f}"
+            if len(both) < len(seeds):
+                gain += f" (seeds {' '.join(map(str, both))})"
+        rows.append([f"{method}, supervised" if supervised else method, dataset, str(labels),
+                     ", ".join(setting), " ".join(map(str, sorted(seeds))),
+                     f"{np.mean(values):.2f}", std, ", ".join(papers), base_miou, gain])
     widths = [max(map(len, column)) for column in zip(*rows)]
-    for row in rows[:1] + [["-" * width for width in widths]] + rows[1:]:
+    rows.insert(1, ["-" * width for width in widths])
+    for row in rows:
         print("| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |")
     if unfinished:
         print(f"\nunfinished: {', '.join(unfinished)}")
 
 
+def baseline(runs, method, dataset, labels, setting):
+    """The seeds of the supervised runs that fit a setting best, or none."""
+    fitting = []
+    for key in runs:
+        if key[:4] == (method, True, dataset, labels) and set(key[4]) <= set(setting):
+            fitting.append(key)
+    return runs[max(fitting, key=lambda key: len(key[4]))] if fitting else {}
+
+
+def read_results(folder):
+    """{(method, supervised, dataset, labels, setting): {seed: (mIoU, the paper's)}}, unfinished."""
+    runs = {}
+    unfinished = []
+    for path in sorted(Path(folder).rglob("args.json"), key=lambda path: path.stat().st_mtime):
+        run = path.parent
+        try:
+            arguments = json.loads(path.read_text())["arguments"]
+            result = json.loads((run / "result.json").read_text())
+            names = list(arguments["changed"])
+            if result["dataset"] == "folder":
+                names.insert(0, "data_root")
+            if arguments.get("table_preset"):
+                names.insert(0, "table_preset")
+            setting = []
+            for name in names:
+                word = name.removeprefix("table_").replace("_", "-")
+                setting.append(f"{word} {arguments[name]}")
+            method = result["method"].removesuffix("-supervised")
+            supervised = method != result["method"]
+            key = method, supervised, result["dataset"], result["labels"], tuple(setting)
+            seeds = runs.setdefault(key, {})
+            if result["seed"] in seeds:
+                warn(f"{run}: is another run of {result['method']} with seed {result['seed']}; "
+                     "the newest counts")
+            seeds[result["seed"]] = result["miou"][result["headline"]], result["paper"]
+        except FileNotFoundError:
+            unfinished.append(str(run))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            warn(f"{run}: its args.json or result.json cannot be read "
+                 f"({type(error).__name__}: {error}); left out")
+    return runs, unfinished
+
+
 def main():
-    if len(sys.argv) != 3 or sys.argv[1] != "results":
-        raise UserError("common.py is what the five scripts share; on its own it prints a table over run folders: python common.py results runs/")
-    if not Path(sys.argv[2]).is_dir():
-        raise UserError(f"{sys.argv[2]}: no such folder of runs")
+    need(len(sys.argv) == 3 and sys.argv[1] == "results", "common.py is what the five scripts "
+         "share; alone it prints a table over run folders: python common.py results runs/")
+    need(Path(sys.argv[2]).is_dir(), f"{sys.argv[2]}: no such folder of runs")
     results(sys.argv[2])
 
 

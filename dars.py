@@ -394,7 +394,7 @@ def cross_entropy(logits, label, count):
 
 def train(args, rounds, data, labeled, unlabeled, device):
     student = common.build_network(args, data, device)
-    run = common.Run("dars-supervised" if args.supervised else "dars", args, data, labeled, unlabeled, device, {number: iterations for number, iterations, _, _ in rounds})
+    run = common.OldRun("dars-supervised" if args.supervised else "dars", args, data, labeled, unlabeled, device, {number: iterations for number, iterations, _, _ in rounds})
     run.word = "round"
     teacher = copy.deepcopy(student).requires_grad_(False).eval()  # the student at the end of the round before
     learner = common.parallel(student, device)

@@ -353,7 +353,7 @@ def train(args, data, labeled, unlabeled, device):
     optimizer = common.make_optimizer(args, args.lr, student.parameters())
     scaler, begin, tables = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16"), 0, None
     warmup = round(args.warmup * args.iterations)
-    run = common.Run("guidedmix-supervised" if args.supervised else "guidedmix", args, data, labeled, unlabeled, device, {1: args.iterations})
+    run = common.OldRun("guidedmix-supervised" if args.supervised else "guidedmix", args, data, labeled, unlabeled, device, {1: args.iterations})
 
     def save(iteration):
         run.save("student", networks, stage=1, iteration=iteration, optimizer=optimizer.state_dict(), scaler=scaler.state_dict())

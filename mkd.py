@@ -321,7 +321,7 @@ def train(args, data, labeled, unlabeled, device):
     if len(students) == 2 and torch.equal(students[0].last.weight, students[1].last.weight):
         raise common.UserError(f"--weights {args.weights}: both students would begin with the same weights and stay one network; use a backbone's weights, not those of a "
                                "whole network")
-    run = common.Run("mkd-supervised" if args.supervised else "mkd", args, data, labeled, unlabeled, device, {1: args.iterations})
+    run = common.OldRun("mkd-supervised" if args.supervised else "mkd", args, data, labeled, unlabeled, device, {1: args.iterations})
     learns_from = None if args.supervised else TEACHERS[args.teachers]
     teachers = [copy.deepcopy(student).requires_grad_(False).eval() for student in students] if learns_from else []
     networks = {f"student_{i}": s for i, s in enumerate(students, 1)} | {f"teacher_{i}": t for i, t in enumerate(teachers, 1)}

@@ -376,7 +376,7 @@ def train(args, each, data, labeled, unlabeled, device):
     if args.supervised:  # the baseline is stage 0 alone, one network, as many steps as a student takes in all stages
         stages = [(0, sum(s[1] for s in stages), args.stage0_lr, args.stage0_head_lr)]
     students = [common.build_network(own, data, device, member) for member, own in enumerate(each)]
-    run = common.Run("rml-supervised" if args.supervised else "rml", args, data, labeled, unlabeled, device, {s[0]: s[1] for s in stages})
+    run = common.OldRun("rml-supervised" if args.supervised else "rml", args, data, labeled, unlabeled, device, {s[0]: s[1] for s in stages})
     teachers = [copy.deepcopy(student).requires_grad_(False).eval() for student in students]
     networks = {f"student_{i}": s for i, s in enumerate(students, 1)} | {f"teacher_{i}": t for i, t in enumerate(teachers, 1)}
     learners = [common.parallel(student, device) for student in students]

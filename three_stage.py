@@ -317,7 +317,7 @@ def cross_entropy(logits, label):
 # ---- training --------------------------------------------------------------------------------------------------------
 
 def train(args, stages, data, labeled, unlabeled, device):
-    run = common.Run("three-stage-supervised" if args.supervised else "three-stage", args, data, labeled, unlabeled, device, dict(stages))
+    run = common.OldRun("three-stage-supervised" if args.supervised else "three-stage", args, data, labeled, unlabeled, device, dict(stages))
     everything, results, pseudo_miou = labeled + unlabeled, {}, {}  # confusion matrices at the end of each stage; mIoU of the pseudo-masks that it made
     source = None  # the network of the stage before that makes this stage's pseudo-masks
 
