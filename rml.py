@@ -74,6 +74,7 @@ import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageDraw, ImageFont
 from torch import nn
+from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.models.vision_transformer import EncoderBlock
 from torchvision.ops import StochasticDepth
 from torchvision.transforms.v2 import functional as V
@@ -258,15 +259,29 @@ def strong_view(weak, positions, args, stage, student):
 
 
 def add_model_noise(network, dropout, drop_path, linear=False):
-    """Dropout before the last classifier, stochastic depth on every residual branch. Both are off in eval mode. No parameters."""
+    """Add dropout before the last classifier, and stochastic depth to every residual branch.
+
+    Both are off in eval mode, and have no parameters. Call it once for a network."""
     network.dropout = nn.Dropout(dropout)
-    blocks = [block for block in network.modules() if isinstance(block, EncoderBlock) or hasattr(block, "drop_path")]
-    for i, block in enumerate(blocks, 1):
-        noise = StochasticDepth(drop_path * i / len(blocks) if linear else drop_path, mode="row")
-        if isinstance(block, EncoderBlock):  # both branches of a transformer's block end with a dropout of probability 0
-            block.dropout, block.mlp[-1] = noise, noise
+    kinds = (BasicBlock, Bottleneck, EncoderBlock)
+    blocks = [module for module in network.modules() if isinstance(module, kinds)]
+    for depth, block in enumerate(blocks, 1):
+        share = drop_path * depth / len(blocks) if linear else drop_path
+        # A part of the block: so train() and eval() of the block reach it. A frozen norm is always in eval mode.
+        block.stochastic_depth = StochasticDepth(share, mode="row")
+        if isinstance(block, EncoderBlock):
+            # Both branches of a transformer's block end with a dropout of probability 0.
+            block.dropout = block.stochastic_depth
+            block.mlp[-1] = block.stochastic_depth
         else:
-            block.drop_path = noise
+            # The residual branch of a ResNet's block ends with a norm.
+            last_norm = block.bn2 if isinstance(block, BasicBlock) else block.bn3
+            last_norm.register_forward_hook(drop_output(block.stochastic_depth))
+
+
+def drop_output(stochastic_depth):
+    """A forward hook: the module's output passes through stochastic_depth."""
+    return lambda module, inputs, output: stochastic_depth(output)
 
 
 # ---- EMA -------------------------------------------------------------------------------------------------------------
@@ -385,6 +400,7 @@ def train(args, each, data, labeled, unlabeled, device):
     headline = "student_1" if args.supervised or predictor == "student" else "teacher_1"
     B, K, members = args.batch_size // common.world_size(), len(data.names), range(len(students))
 
+    noisy = False
     for stage, iterations, stage_lr, head_lr in stages:
         if run.state and stage < run.state["stage"]:
             continue
@@ -415,9 +431,10 @@ def train(args, each, data, labeled, unlabeled, device):
                     teacher.load_state_dict(student.state_dict())
             save(0)
             run.forget_soft_labels(keep=folders)
-        for student in students:
-            if stage:
+        if stage and not noisy:
+            for student in students:
                 add_model_noise(student, args.dropout, args.drop_path, args.linear_drop_path)
+            noisy = True
 
         def stream(name, ids, **options):
             return common.batches(common.Stream(data, ids, f"{name}, stage {stage}", args, **options), args, device, begin, iterations)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torchvision.models import resnet
 
 import common
 import rml
@@ -359,18 +360,32 @@ def test_model_noise_is_in_training_mode_only_and_has_no_parameters():
     assert torch.equal(network.eval()(x), before)
     network.train()
     assert not torch.equal(network(x), network(x))
-    drops = [block.drop_path.p for block in network.modules() if hasattr(block, "drop_path")]
-    assert drops == [0.2] * 8 and network.dropout.p == 0.5
+    assert drop_shares(network) == [0.2] * 8
+    assert network.dropout.p == 0.5
+    network = tiny()
     rml.add_model_noise(network, 0.5, 0.2, linear=True)
-    drops = [block.drop_path.p for block in network.modules() if hasattr(block, "drop_path")]
-    assert drops == pytest.approx([0.2 * i / 8 for i in range(1, 9)])
+    assert drop_shares(network) == pytest.approx([0.2 * i / 8 for i in range(1, 9)])
 
 
-def test_a_dropped_residual_branch_leaves_the_shortcut():
-    block = common.BasicBlock(8, 8).train()
+def drop_shares(network):
+    return [module.p for module in network.modules() if isinstance(module, rml.StochasticDepth)]
+
+
+@pytest.mark.parametrize(
+    "block",
+    [
+        resnet.BasicBlock(8, 8),
+        resnet.BasicBlock(8, 8, norm_layer=common.FrozenBatchNorm),
+        resnet.Bottleneck(8, 2),
+        resnet.Bottleneck(8, 2, norm_layer=common.FrozenBatchNorm),
+    ],
+)
+def test_a_dropped_residual_branch_leaves_the_shortcut(block):
     x = torch.rand(1, 8, 4, 4)
-    block.drop_path = rml.StochasticDepth(1.0, "row")
-    assert torch.allclose(block(x), x.relu())
+    network = torch.nn.Sequential(block)
+    rml.add_model_noise(network, 0.0, 1.0)
+    assert torch.equal(network.train()(x), x)  # the shortcut is x, at least 0
+    assert not torch.equal(network.eval()(x), x)
 
 
 def test_ema_is_a_weighted_mean_and_copies_buffers():
