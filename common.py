@@ -2551,14 +2551,17 @@ class Run:
         new = [name for name in names if (key, name) not in self.warned]
         self.warned |= {(key, name) for name in new}
         if new:
-            self._warn_once((key, *new), text.format(", ".join(new)))
+            self._warn(text.format(", ".join(new)))
 
     def _warn_once(self, key, text):
         if key not in self.warned:
             self.warned.add(key)
-            if sys.stdout.isatty() and is_main():
-                print()  # the live line stays
-            warn(f"after iteration {self.steps} of {self.total}: {text}")
+            self._warn(text)
+
+    def _warn(self, text):
+        if sys.stdout.isatty() and is_main():
+            print()  # the live line stays
+        warn(f"after iteration {self.steps} of {self.total}: {text}")
 
     # ---- files of the folder
 
@@ -3351,101 +3354,3 @@ def predict_tiled(network, picture, size, args, device, tile=1024, margin=128, b
                 best, index = crop_map(p, view, (end - begin, X_end - X)).max(0)
                 label[begin:end, X:X_end], confidence[begin:end, X:X_end] = index.numpy(), (255 * best).round().clamp(0, 255).numpy()
     return label, confidence
-
-
-# ---- python common.py results runs/ --------------------------------------------------------------
-
-def results(folder):
-    """Print a Markdown table over the finished runs in and below a folder.
-
-    A row has the mean and standard deviation over seeds, the paper's number, and the gain over the
-    supervised baseline of the same dataset and labels, over the seeds that both have. Of several
-    baselines it is the one that shares most of the run's changed arguments and has no others.
-    """
-    runs, unfinished = read_results(folder)
-    names = f"; unfinished: {', '.join(unfinished[:5])}" if unfinished else ""
-    need(runs, f"{folder}: holds no finished run (a folder with args.json and result.json){names}")
-
-    def order(key):
-        method, supervised, dataset, labels, setting = key
-        return method, dataset, int(labels), not supervised, setting
-
-    header = ["method", "dataset", "labels", "setting", "seeds", "mIoU", "std", "paper"]
-    rows = [header + ["supervised", "gain"]]
-    for key in sorted(runs, key=order):
-        method, supervised, dataset, labels, setting = key
-        seeds = runs[key]
-        values = [miou for miou, _ in seeds.values()]
-        papers = {str(paper) for _, paper in seeds.values() if paper is not None}
-        std = f"{np.std(values, ddof=1):.2f}" if len(values) > 1 else ""
-        base = {} if supervised else baseline(runs, method, dataset, labels, setting)
-        both = sorted(seeds.keys() & base.keys())
-        base_miou = gain = ""
-        if both:
-            base_miou = f"{np.mean([base[seed][0] for seed in both]):.2f}"
-            gain = f"{np.mean([seeds[seed][0] - base[seed][0] for seed in both]):+.2f}"
-            if len(both) < len(seeds):
-                gain += f" (seeds {' '.join(map(str, both))})"
-        rows.append([f"{method}, supervised" if supervised else method, dataset, str(labels),
-                     ", ".join(setting), " ".join(map(str, sorted(seeds))),
-                     f"{np.mean(values):.2f}", std, ", ".join(papers), base_miou, gain])
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    rows.insert(1, ["-" * width for width in widths])
-    for row in rows:
-        print("| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |")
-    if unfinished:
-        print(f"\nunfinished: {', '.join(unfinished)}")
-
-
-def baseline(runs, method, dataset, labels, setting):
-    """The seeds of the supervised runs that fit a setting best, or none."""
-    fitting = []
-    for key in runs:
-        if key[:4] == (method, True, dataset, labels) and set(key[4]) <= set(setting):
-            fitting.append(key)
-    return runs[max(fitting, key=lambda key: len(key[4]))] if fitting else {}
-
-
-def read_results(folder):
-    """{(method, supervised, dataset, labels, setting): {seed: (mIoU, the paper's)}}, unfinished."""
-    runs = {}
-    unfinished = []
-    for path in sorted(Path(folder).rglob("args.json"), key=lambda path: path.stat().st_mtime):
-        run = path.parent
-        try:
-            arguments = json.loads(path.read_text())["arguments"]
-            result = json.loads((run / "result.json").read_text())
-            names = list(arguments["changed"])
-            if result["dataset"] == "folder":
-                names.insert(0, "data_root")
-            if arguments.get("table_preset"):
-                names.insert(0, "table_preset")
-            setting = []
-            for name in names:
-                word = name.removeprefix("table_").replace("_", "-")
-                setting.append(f"{word} {arguments[name]}")
-            method = result["method"].removesuffix("-supervised")
-            supervised = method != result["method"]
-            key = method, supervised, result["dataset"], result["labels"], tuple(setting)
-            seeds = runs.setdefault(key, {})
-            if result["seed"] in seeds:
-                warn(f"{run}: is another run of {result['method']} with seed {result['seed']}; "
-                     "the newest counts")
-            seeds[result["seed"]] = result["miou"][result["headline"]], result["paper"]
-        except FileNotFoundError:
-            unfinished.append(str(run))
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            warn(f"{run}: its args.json or result.json cannot be read "
-                 f"({type(error).__name__}: {error}); left out")
-    return runs, unfinished
-
-
-def main():
-    need(len(sys.argv) == 3 and sys.argv[1] == "results", "common.py is what the five scripts "
-         "share; alone it prints a table over run folders: python common.py results runs/")
-    need(Path(sys.argv[2]).is_dir(), f"{sys.argv[2]}: no such folder of runs")
-    results(sys.argv[2])
-
-
-if __name__ == "__main__":
-    run_main(main)

@@ -407,11 +407,9 @@ def test_evaluation_takes_each_picture_at_its_own_size(tmp_path):
 
 
 def test_a_panel_holds_pictures_of_differing_sizes():
-    class Data:
-        names, colors = ["a", "b"], np.array([[10, 20, 30], [40, 50, 60]], np.uint8)
-
+    colors = np.array([[10, 20, 30], [40, 50, 60]], np.uint8)
     images = [torch.full((3, h, w), h // 2, dtype=torch.uint8) for h, w in ((300, 250), (250, 400))]
-    panel = np.asarray(common.draw_panel({"left": images, "right": images}, Data))
+    panel = np.asarray(common.draw_panel({"left": images, "right": images}, ["a", "b"], colors))
     for value, count in (
         (150, 2 * 300 * 250),
         (125, 2 * 250 * 400),
