@@ -2371,13 +2371,14 @@ class Run:
         number = f"{self.done:06d}"
         return number if len(self.stages) == 1 else f"{self.word}_{self.stage}_{number}"
 
-    def step(self, iteration, losses, pseudo_labels={}, truth=None, **numbers):
+    def step(self, iteration, losses, pseudo_labels={}, truth=None, record=False, **numbers):
         """Count an iteration, and write a record to log.jsonl if one is due.
 
         losses: {name: 0-dim tensor}; a UserError names the first that is not finite. pseudo_labels:
         {name: (.., H, W) class ids and 255}; their classes are counted for warnings, the share of
         known pixels is logged as pseudo_coverage, and with the truth (.., H, W), which nothing
         learns from, their mIoU is logged under the name. numbers: more floats for the record.
+        record: write one now, as a warm-up must at its end: other loss terms follow.
         No sync: loss terms travel to the host while the device works, and are read one iteration
         later.
         """
@@ -2396,7 +2397,7 @@ class Run:
         self.done = iteration + 1
         for name, label in pseudo_labels.items():
             self._count(name, label, truth)
-        if self.done % self.args.log_every == 0 or self.due():
+        if record or self.done % self.args.log_every == 0 or self.due():
             self._log(numbers)
 
     def _check_losses(self):
