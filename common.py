@@ -1725,39 +1725,30 @@ def add_arguments(parser, networks=NETWORKS, several=False):
     networks: the choices of --network. several: --network, --backbone and --weights may name two
     things divided by a comma, one for each student.
     """
-    add_data_arguments(parser)
-    add_network_arguments(parser, networks, several)
-    add_training_arguments(parser)
-    add_run_arguments(parser)
-
-
-def add_data_arguments(parser):
     add = parser.add_argument_group("data").add_argument
     add("--dataset", default="streets", choices=DATASETS,
-        help="default: streets, drawn scenes that need no download; folder: your own pictures")
+        help="default: streets, drawn without a download; folder: your own pictures")
     add("--data-root", metavar="DIR", help="the dataset's folder")
     add("--download", action="store_true", help="download PASCAL VOC with torchvision")
-    add("--extra", metavar="N",
-        help="this many more unlabeled pictures, or all: cityscapes: of train_extra; voc: of the "
-        "10,582")
-    add("--preset", metavar="P",
-        help="another row of the method's table PAPER; on camvid and folder: cpu or gpu, a small "
-        "or a big network (default: gpu if there is one)")
+    add("--extra", metavar="N", help="more unlabeled pictures, a number or all: on cityscapes of "
+        "train_extra, on voc of the 10,582")
+    add("--preset", metavar="P", help="another row of the method's table PAPER; on camvid and "
+        "folder cpu or gpu, a small or a big network (default: gpu if there is one)")
     add("--labels", metavar="N", help="labeled pictures: a number, or a share such as 1/8")
     add("--split", nargs="+", metavar="FILE",
         help="a list of the labeled pictures, or two lists: labeled, unlabeled")
-    add("--split-seed", type=int, metavar="N",
-        help="selects which pictures are labeled (default: --seed; on Cityscapes the five splits "
-        "of French et al.)")
+    add("--split-seed", type=int, metavar="N", help="selects the labeled pictures (default: "
+        "--seed; on Cityscapes one of the five splits of French et al.)")
     add("--size", type=int, nargs="+", metavar="N",
         help="resize pictures to this height and width; one number: shrink the longer side to it")
     add("--crop", type=int, nargs=2, metavar=("H", "W"),
         help="size of a training crop, and of a window (--base-size)")
-    add("--scale", type=float, nargs=2, metavar=("LOW", "HIGH"),
-        help="range of the random scale of the weak view")
+    add("--scale", type=float, nargs=2, metavar=("LOW", "HIGH"), help="random scale of weak views")
     add("--cache", metavar="DIR", default="runs/cache",
         help="folder for resized copies of big pictures (default: %(default)s)")
     add("--workers", type=int, metavar="N", help="loader processes for each stream")
+    add_network_arguments(parser, networks, several)
+    add_run_arguments(parser)
 
 
 def one_or_two_of(names):
@@ -1776,29 +1767,26 @@ def add_network_arguments(parser, networks, several):
     if several:
         backbones = sorted({*RESNETS, *VITS})
         add("--network", metavar="NAME[,NAME]", type=one_or_two_of(networks),
-            help=f"head on the backbone: {', '.join(networks)}; two names: one for each student")
+            help=f"{', '.join(networks)}; two names: one for each student")
         add("--backbone", metavar="NAME[,NAME]", type=one_or_two_of(backbones),
-            help=f"{', '.join(RESNETS)} (small, trained from scratch on a CPU); for SETR "
-            f"{', '.join(VITS)}")
+            help=f"{', '.join(RESNETS)}; for SETR {', '.join(VITS)}; tiny trains from scratch")
     else:
         add("--network", choices=networks, help="head on the backbone")
-        add("--backbone", choices=RESNETS,
-            help="tiny: a small ResNet-18 that is trained from scratch on a CPU")
-    add("--head", choices=["bottleneck", "plain"],
-        help="DeepLabv2's head: a 256-channel feature before the last 1x1 conv (ProDA), or ASPP "
-        "straight to classes")
+        add("--backbone", choices=RESNETS, help="tiny: a small ResNet-18, trained from scratch")
+    add("--head", choices=["bottleneck", "plain"], help="of DeepLabv2: a 256-channel feature "
+        "before the last 1x1 conv (ProDA), or ASPP straight to classes")
     add("--aspp-branches", type=int, choices=[1, 2, 3, 4], default=4,
         help="older public code summed only 2 of the 4 by mistake (default: 4)")
-    add("--weights", metavar="W", help="imagenet, coco, none, or a file; rml.py: also one for each "
-        "student, divided by a comma")
+    text = "imagenet, coco, none, or a file"
+    add("--weights", metavar="W", help=f"{text}; two: one for each student" if several else text)
     add("--input-style", choices=list(STYLES),
         help="normalisation of the pictures (default: that of the weights file)")
-    add("--batch-norm", choices=["frozen", "train", "sync"],
-        help="frozen as loaded; trained; or trained with statistics over all GPUs (tiny has group "
-        "norm; heads without weights, as SETR's and PSPNet's, are always trained)")
+    add("--batch-norm", choices=["frozen", "train", "sync"], help="frozen as loaded; trained; or "
+        "trained with statistics over all GPUs (tiny has group norm; heads that come without "
+        "weights, as those of SETR and PSPNet, are always trained)")
 
 
-def add_training_arguments(parser):
+def add_run_arguments(parser):
     add = parser.add_argument_group("training").add_argument
     add("--supervised", action="store_true",
         help="the baseline: labeled pictures only, the same number of steps")
@@ -1808,20 +1796,13 @@ def add_training_arguments(parser):
     add("--optimizer", choices=["sgd", "adamw"], help="sgd with momentum .9, or adamw")
     add("--lr", type=float, metavar="X", help="learning rate at the start")
     add("--weight-decay", type=float, metavar="X", help="weight decay of the optimizer")
-    add("--seed", type=int, default=0, metavar="N",
-        help="seed of weights, order, views and noise, and of the labeled pictures' choice "
-        "(default: %(default)s)")
-    add("--precision", choices=["fp32", "bf16", "fp16"],
-        help="default: bf16 on a GPU, fp32 on a CPU")
-
-
-def add_run_arguments(parser):
+    add("--seed", type=int, default=0, metavar="N", help="seed of weights, order, views and noise, "
+        "and of the choice of labeled pictures (default: %(default)s)")
+    add("--precision", choices=["fp32", "bf16", "fp16"], help="default: bf16 on a GPU, else fp32")
     add = parser.add_argument_group("run").add_argument
-    add("--out", metavar="DIR",
-        help="run folder (default: runs/METHOD-DATASET-LABELS-sSEED), or the folder for "
-        "predictions (default: predictions)")
-    add("--overwrite", action="store_true",
-        help="begin anew in the folder of a finished or different run")
+    add("--out", metavar="DIR", help="run folder (default: runs/METHOD-DATASET-LABELS-sSEED), or "
+        "the folder for predictions (default: predictions)")
+    add("--overwrite", action="store_true", help="begin a finished or different run anew")
     add("--log-every", type=int, metavar="N", help="iterations between records in log.jsonl")
     add("--eval-every", type=int, metavar="N",
         help="iterations between evaluations on val; the last iteration is always evaluated")
@@ -1829,13 +1810,12 @@ def add_run_arguments(parser):
     add("--scales", type=float, nargs="+", default=[1.0], metavar="X",
         help="evaluate at these scales and average the probabilities")
     add("--flip", action=argparse.BooleanOptionalAction, help="evaluate the mirrored picture too")
-    add("--base-size", type=int, metavar="N",
-        help="evaluate with windows of the crop's size on pictures whose longer side is N (0: "
-        "whole pictures)")
+    add("--base-size", type=int, metavar="N", help="evaluate with windows of the crop's size on "
+        "pictures whose longer side is N (0: whole pictures)")
     add("--full-size-labels", action="store_true",
         help="evaluate against masks at their size on disk, not at --size")
     add("--check-data", action="store_true",
-        help="only read the whole dataset and report what it holds and what would stop a run")
+        help="only read the whole dataset and report what would stop a run")
     add("--evaluate", action="store_true", help="only evaluate --checkpoint")
     add("--predict", metavar="PATH",
         help="only predict a picture, or all pictures of a folder, with --checkpoint")
@@ -2145,20 +2125,8 @@ class Run:
     """A run and its folder: args.json, log.jsonl, last.pt, pictures/ and result.json.
 
     stages: {number: iterations}. headline: the network whose mIoU is the result. word: what the
-    paper calls a stage. A script goes through its stages like this:
-
-        for stage, iterations in stages.items():
-            if not run.enter(stage):
-                continue
-            begin = run.restore(keep)  # 0, or where last.pt left off
-            for iteration in range(begin, iterations):
-                ...
-                run.step(iteration, losses)
-                if run.due():
-                    run.evaluate(networks)
-                run.save(iteration, keep)
-        run.finish(networks)
-
+    paper calls a stage. Each stage begins with enter() and restore(); each iteration ends with
+    step(), evaluate() if due(), and save(); the run ends with finish().
     Raises a UserError if the folder holds a finished run, or an unfinished one of other arguments.
     """
 
@@ -2232,7 +2200,7 @@ class Run:
     def _prepare_folder(self):
         folder = self.folder
         try:
-            for name in [*self.FILES, *self.LABELS, "pictures"]:  # left by a process that was killed
+            for name in [*self.FILES, *self.LABELS, "pictures"]:  # a killed process left them
                 for path in [*folder.glob(f"{name}.*.tmp"), *folder.glob(f"{name}/**/*.tmp")]:
                     path.unlink()
             if self.args.overwrite and not restarted():
