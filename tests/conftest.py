@@ -1,3 +1,5 @@
+"""Fixtures that the tests of whole runs share."""
+
 import sys
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import common  # noqa: E402
 
 @pytest.fixture(scope="module")
 def one_thread():
-    """The bits of processes that are started with one thread; and what is small only waits for a second one."""
+    """One thread: the bits of runs started with one thread, and faster for small tensors."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -48,7 +50,9 @@ class Killed(BaseException):
 
 @pytest.fixture
 def kill(main, monkeypatch):
-    """kill(target, name, condition, ..): run until target.name(..) is called for which condition(its arguments) is true, as if the process ended there."""
+    """kill(target, name, condition, ..): a run that ends as if it was killed in target.name(..).
+
+It ends at the first call for which condition(arguments of the call) is true."""
 
     def go(target, name, condition, *argv):
         real = getattr(target, name)

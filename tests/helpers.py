@@ -47,7 +47,12 @@ def two_processes(script, folder, *argv):
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     name, tests = script.__name__, Path(__file__).resolve().parent
-    code = f"import torch, common, helpers, {name}\ncommon.Streets = helpers.FewStreets\ntorch.set_num_threads(1)\ncommon.run_main({name}.main)"
+    code = (
+        f"import torch, common, helpers, {name}\n"
+        "common.Streets = helpers.FewStreets\n"
+        "torch.set_num_threads(1)\n"
+        f"common.run_main({name}.main)"
+    )
     env = os.environ | {
         "PYTHONPATH": os.pathsep.join(map(str, (tests, tests.parent))),
         "OMP_NUM_THREADS": "1",

@@ -1,4 +1,6 @@
-"""Bad input: each mistake ends with one line on stderr that names the thing, and exit status 2, and nothing is lost."""
+"""Bad input: each mistake ends with one line on stderr that names it and with exit status 2.
+
+Nothing is lost: neither the last checkpoint nor a finished run."""
 
 import json
 import os
@@ -36,7 +38,7 @@ SHORT = [
 
 @pytest.fixture
 def main(tmp_path, monkeypatch):
-    """main("--dataset", "camvid", ..) runs rml.py's main() in tmp_path; streets has few pictures then."""
+    """main("--dataset", "camvid", ..) runs rml.py's main() in tmp_path, with few streets."""
 
     class FewStreets(common.Streets):
         def __init__(self):
@@ -144,7 +146,7 @@ def test_the_small_camvid_is_sound(main, camvid, tmp_path):
     assert json.loads((tmp_path / "run/result.json").read_text())["labels"] == 4
 
 
-# ---- the one line and the status, as a user meets them ---------------------------------------------------------------
+# ---- the one line and the status, as a user meets them -------------------------------------------
 
 
 def test_a_mistake_is_one_line_and_status_2(tmp_path):
@@ -161,7 +163,7 @@ def test_a_misspelt_argument_is_one_line_too(tmp_path):
 
 
 def test_a_mistake_met_in_a_loader_process_is_the_same_one_line(tmp_path, camvid):
-    """Only a sample is read before the run; this picture is met by a worker, whose traceback is not shown."""
+    """Only a sample is read before the run. A worker meets this picture; no traceback is shown."""
     for i in range(20):
         write(camvid / "train" / f"e_{i:02d}.png", noise(i))
         write(
@@ -187,7 +189,7 @@ def test_a_mistake_met_in_a_loader_process_is_the_same_one_line(tmp_path, camvid
     assert "254" in line and "trainannot/e_" in line and not line.endswith("Traceback")
 
 
-# ---- folders and files -----------------------------------------------------------------------------------------------
+# ---- folders and files ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -346,7 +348,7 @@ def test_a_broken_picture_or_mask_is_named(error, camvid, what):
         assert str(mask) in error(*on_camvid(camvid))
 
 
-# ---- masks -----------------------------------------------------------------------------------------------------------
+# ---- masks ---------------------------------------------------------------------------------------
 
 
 def test_a_mask_of_another_size_than_its_picture(error, camvid):
@@ -363,7 +365,7 @@ def test_a_mask_of_another_size_than_its_picture(error, camvid):
 )
 @pytest.mark.parametrize("part", ["train", "val"])
 def test_values_outside_the_classes(camvid, kind, value, part, tmp_path):
-    """-1 is possible in a 32-bit picture; none of these may become another class or 255 by wrapping around."""
+    """A 32-bit picture can hold -1. No value may wrap around to another class or to 255."""
     mask = np.zeros((64, 64), kind)
     mask[5, 6] = value
     path = camvid / f"{part}annot" / f"{NAMES[part][0]}.png"
@@ -414,7 +416,7 @@ def test_a_palette_mask_with_valid_indices_works_and_one_with_others_does_not(ca
                 data.label("train/a_1")
 
 
-# ---- labels and lists ------------------------------------------------------------------------------------------------
+# ---- labels and lists ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -476,7 +478,7 @@ def test_a_list_is_not_told_that_the_presets_number_is_unused(main, tmp_path, ca
     assert "--labels 5" in capsys.readouterr().err
 
 
-# ---- sizes and processes ---------------------------------------------------------------------------------------------
+# ---- sizes and processes -------------------------------------------------------------------------
 
 
 def test_a_crop_larger_than_the_picture(error, camvid):
@@ -517,7 +519,7 @@ def test_a_value_out_of_range_is_told_before_the_training(error, argv):
     assert argv.split()[0] in error(*argv.split())
 
 
-# ---- weights and checkpoints -----------------------------------------------------------------------------------------
+# ---- weights and checkpoints ---------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -602,7 +604,7 @@ def test_predict_never_overwrites_the_pictures_that_it_reads(main, finished, tmp
     assert (tmp_path / "pictures/good.png").read_bytes() == before
 
 
-# ---- run folders -----------------------------------------------------------------------------------------------------
+# ---- run folders ---------------------------------------------------------------------------------
 
 
 def contents(folder):
@@ -620,7 +622,7 @@ def test_a_finished_run_is_not_overwritten(error, finished):
 
 
 def test_torchrun_may_repeat_the_command_of_a_finished_run(main, finished, monkeypatch, capsys):
-    """A process that dies after result.json was written is started again: nothing is left to do, and that is no mistake."""
+    """torchrun starts a process again that died after result.json was written: no mistake."""
     before = contents(finished)
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     with pytest.raises(SystemExit) as ended:
@@ -716,7 +718,7 @@ def test_a_place_that_cannot_be_written(error, tmp_path):
     assert "file/run" in message and "--out" in message
 
 
-# ---- full disk -------------------------------------------------------------------------------------------------------
+# ---- full disk -----------------------------------------------------------------------------------
 
 
 def limit(size):
@@ -789,7 +791,7 @@ def test_the_cache_of_small_pictures_may_fail(main, camvid, tmp_path):
     assert (tmp_path / "run/result.json").exists()
 
 
-# ---- not a number ----------------------------------------------------------------------------------------------------
+# ---- not a number --------------------------------------------------------------------------------
 
 
 def finite(path):
@@ -834,7 +836,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint_before
 def test_weights_that_became_infinite_do_not_take_the_place_of_good_ones(
     error, tmp_path, monkeypatch, bad_step
 ):
-    """A finite loss can have an infinite gradient: then the checkpoint is written before any loss shows it. 4 is the last step."""
+    """A finite loss can have an infinite gradient: the checkpoint comes before any loss shows it.
+
+4 is the last step."""
     real, calls = torch.optim.SGD.step, []
 
     def overflow(self, *args, **kwargs):
