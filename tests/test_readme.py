@@ -1,10 +1,12 @@
-"""The README's commands are commands that exist."""
+"""The commands, links and numbers of lines in README.md and RESULTS.md."""
 
 import re
 import shlex
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 import common
 import dars
@@ -15,70 +17,74 @@ import three_stage
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-COMMANDS = re.findall(r"^    ((?:pip|python|torchrun) .+)$", README, re.M) + re.findall(
-    r"`(python [^`]+)`", README
-)
+RESULTS = (ROOT / "tests" / "RESULTS.md").read_text()
+TEXT = re.sub(r"\\\n\s*", "", README + RESULTS)  # a command may go on in the next line
+COMMANDS = re.findall(r"^    ((?:pip|python|torchrun) .+)$", TEXT, re.M)
+COMMANDS += re.findall(r"`((?:python|torchrun) [^`]+)`", TEXT)
 
 
 def test_the_two_commands_stand_on_the_first_screen():
     first = README.splitlines()[:12]
     assert "    pip install -r requirements.txt && python rml.py" in first
     assert "    pip install -r requirements.txt && python -m pytest" in first
-    assert (
-        "pip install -q -r requirements.txt && python -m pytest"
-        in (ROOT / ".ci" / "run").read_text()
-    )
+    test_command = "pip install -q -r requirements.txt && python -m pytest"
+    assert test_command in (ROOT / ".ci" / "run").read_text()
 
 
-def test_every_command_parses():
-    """Every command line of a script is accepted by its parser, with every value filled from the table."""
-    for script, least in ((rml, 12), (dars, 12), (three_stage, 8), (mkd, 12), (guidedmix, 8)):
-        parsed, name = 0, script.__name__ + ".py"
-        for command in COMMANDS:
-            words = shlex.split(command)
-            if name in words and "venv" not in command:
-                args = common.parse_args(
-                    script.get_parser(), script.PAPER, words[words.index(name) + 1 :]
-                )
-                assert None not in (args.lr, args.crop, args.backbone, args.weights)
-                assert args.iterations is not None or args.epochs is not None
-                parsed += 1
-        assert parsed >= least
-    assert not re.search(
-        r"@[A-Z]+@|^[A-Z]+_[A-Z_]+$", README, re.M
-    )  # nothing is left to be filled in
+@pytest.mark.parametrize(
+    "script, least",
+    [(rml, 20), (dars, 14), (three_stage, 10), (mkd, 15), (guidedmix, 12)],
+    ids=lambda value: getattr(value, "__name__", value),
+)
+def test_every_command_parses(script, least):
+    """The script's parser accepts each command, and the table fills every value."""
+    name = f"{script.__name__}.py"
+    parsed = 0
+    for command in COMMANDS:
+        words = shlex.split(command)
+        if name in words:
+            argv = words[words.index(name) + 1 :]
+            args = common.parse_args(script.get_parser(), script.PAPER, argv)
+            assert None not in (args.lr, args.crop, args.backbone, args.weights)
+            assert args.iterations is not None or args.epochs is not None
+            parsed += 1
+    assert parsed >= least
+
+
+def test_nothing_is_left_to_be_filled_in():
+    assert not re.search(r"@[A-Z]+@|^[A-Z]+_[A-Z_]+$", README + RESULTS, re.M)
 
 
 def test_torchrun_options_exist():
-    text = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--help"], capture_output=True, text=True
-    ).stdout.replace("-", "_")
-    for command in COMMANDS:
-        if command.startswith("torchrun"):
-            for option in re.findall(r"(--[\w-]+)", re.split(r" \w+\.py ", command)[0]):
-                assert option.replace("-", "_") in text, option
+    command = [sys.executable, "-m", "torch.distributed.run", "--help"]
+    text = subprocess.run(command, capture_output=True, text=True).stdout.replace("-", "_")
+    commands = [command for command in COMMANDS if command.startswith("torchrun")]
+    assert len(commands) >= 3
+    for command in commands:
+        options = re.findall(r"(--[\w-]+)", re.split(r" \w+\.py ", command)[0])
+        for option in options:
+            assert option.replace("-", "_") in text, option
 
 
 def test_help_needs_no_data(tmp_path):
-    told = {
+    words = {
         "rml.py": ("--mutual", "Table 4"),
         "dars.py": ("--pseudo", "Table 4"),
         "three_stage.py": ("--lambda1", "Table V"),
         "mkd.py": ("--gamma", "Table 4"),
         "guidedmix.py": ("--lambda-cap", "Table 2"),
     }
-    running = {
-        script: subprocess.Popen(
-            [sys.executable, str(ROOT / script), "--help"],
-            cwd=tmp_path,
-            stdout=subprocess.PIPE,
-            text=True,
+    running = {}
+    for script in words:
+        command = [sys.executable, str(ROOT / script), "--help"]
+        running[script] = subprocess.Popen(
+            command, cwd=tmp_path, stdout=subprocess.PIPE, text=True
         )
-        for script in told
-    }
     for script, process in running.items():
         text = process.communicate()[0]
-        assert process.returncode == 0 and all(words in text for words in told[script])
+        assert process.returncode == 0
+        for word in words[script]:
+            assert word in text
     assert not list(tmp_path.iterdir())
 
 
@@ -86,14 +92,44 @@ def test_no_package_but_the_five_is_imported():
     names = set()
     for path in ROOT.glob("*.py"):
         names |= set(re.findall(r"^\s*(?:import|from) (\w+)", path.read_text(), re.M))
-    foreign = (
-        names - set(sys.stdlib_module_names) - {"torch", "torchvision", "numpy", "PIL", "common"}
-    )
-    assert not foreign
-    assert [line.split(">")[0] for line in (ROOT / "requirements.txt").read_text().split()] == [
-        "torch",
-        "torchvision",
-        "numpy",
-        "pillow",
-        "pytest",
-    ]
+    known = {"torch", "torchvision", "numpy", "PIL", "common"}
+    assert not names - set(sys.stdlib_module_names) - known
+    packages = (ROOT / "requirements.txt").read_text().split()
+    packages = [package.split(">")[0] for package in packages]
+    assert packages == ["torch", "torchvision", "numpy", "pillow", "pytest"]
+
+
+# ---- the documents -------------------------------------------------------------------------------
+
+
+def anchors(text):
+    """The anchors of a document's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", text, re.M)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("folder, text", [(".", README), ("tests", RESULTS)])
+def test_links_lead_somewhere(folder, text):
+    links = re.findall(r"\]\(([^)]+)\)", text)
+    local = [link for link in links if not link.startswith("http")]
+    assert local
+    for link in local:
+        path, _, anchor = link.partition("#")
+        target = ROOT / folder / path if path else None
+        assert target is None or target.exists(), link
+        if anchor:
+            assert anchor in anchors(target.read_text() if target else text), link
+
+
+def test_the_documents_are_short_enough_to_read():
+    assert len(README.splitlines()) <= 200
+    for name, text in (("README.md", README), ("RESULTS.md", RESULTS)):
+        for number, line in enumerate(text.splitlines(), 1):
+            assert len(line) <= 120 or line.startswith("|"), f"{name}:{number}"
+
+
+def test_the_pictures_are_small():
+    pictures = list((ROOT / "tests" / "pictures").iterdir())
+    assert sum(path.stat().st_size for path in pictures) < 200_000
+    for path in pictures:
+        assert f"tests/pictures/{path.name}" in README
