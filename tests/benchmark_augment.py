@@ -1,8 +1,10 @@
 """What does strong augmentation of three_stage.py cost, and what would it cost with PIL?
 
-Times, in turn, RandAugment and Cutout of a 256 x 512 crop with its two label maps (teacher's label, pseudo-mask): three_stage.strong_view; PIL moving
-picture and label maps by every operation; and PIL as the authors' code uses it, moving the picture, a map of rows, a map of columns
-and one of validity, with which the label maps are gathered afterwards. All with the same operations at the same levels.
+Times RandAugment and Cutout of a 256 x 512 crop with its two label maps (teacher's label,
+pseudo-mask) in three ways, in turn: three_stage.strong_view(); PIL, which moves picture and label
+maps by every operation; and PIL as the authors' code uses it, which moves the picture, a map of
+rows, a map of columns and one of validity, and gathers the label maps with them afterwards. All
+three have the same operations at the same levels.
 
     python tests/benchmark_augment.py [--height 256] [--width 512] [--samples 200]
 """
@@ -36,66 +38,62 @@ PIL_PHOTOMETRIC = {
 GREY = (three_stage.GREY,) * 3
 
 
-def pil_view(image, labels, r, side, by_index):
-    """The same draws as strong_view(), for one picture (3, H, W) and its labels (L, H, W), both tensors on the CPU."""
+def pil_view(image, labels, rng, side, by_index):
+    """The same draws as strong_view(), for one picture (3, H, W) and its labels (L, H, W).
+
+    Both are uint8 tensors on the CPU. by_index: move index maps instead of each label map.
+    """
     height, width = image.shape[1:]
     picture = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
     if by_index:
         rows, columns = np.mgrid[:height, :width].astype(np.int32)
-        maps = [
-            (Image.fromarray(rows), 0),
-            (Image.fromarray(columns), 0),
-            (Image.fromarray(np.ones((height, width), np.uint8)), 0),
-        ]
+        valid = np.ones((height, width), np.uint8)
+        maps = [Image.fromarray(array) for array in (rows, columns, valid)]
+        fill = 0
     else:
-        maps = [(Image.fromarray(label.numpy()), common.IGNORE) for label in labels]
-    for _ in range(3):
-        i, apply, level, sign = (
-            r.randint(14),
-            r.uniform() < 0.5,
-            r.randint(1, 10),
-            (-1, 1)[r.randint(2)],
+        maps = [Image.fromarray(label.numpy()) for label in labels]
+        fill = common.IGNORE
+
+    def move(picture, matrix, fill):
+        nearest = Image.Resampling.NEAREST
+        return picture.transform(
+            picture.size, Image.Transform.AFFINE, matrix, nearest, fillcolor=fill
         )
+
+    for _ in range(3):
+        operation = rng.randint(14)
+        apply = rng.uniform() < 0.5
+        level = rng.randint(1, 10)
+        sign = (-1, 1)[rng.randint(2)]
         if not apply:
             continue
-        if i < 9:
-            picture = list(PIL_PHOTOMETRIC.values())[i](picture, level)
+        if operation < 9:
+            picture = list(PIL_PHOTOMETRIC.values())[operation](picture, level)
         else:
-            matrix = list(three_stage.GEOMETRIC.values())[i - 9](sign * level, height, width)
-            picture = picture.transform(
-                picture.size,
-                Image.Transform.AFFINE,
-                matrix,
-                Image.Resampling.NEAREST,
-                fillcolor=GREY,
-            )
-            maps = [
-                (
-                    m.transform(
-                        picture.size,
-                        Image.Transform.AFFINE,
-                        matrix,
-                        Image.Resampling.NEAREST,
-                        fillcolor=fill,
-                    ),
-                    fill,
-                )
-                for m, fill in maps
-            ]
+            geometric = list(three_stage.GEOMETRIC.values())[operation - 9]
+            matrix = geometric(sign * level, height, width)
+            picture = move(picture, matrix, GREY)
+            maps = [move(label_map, matrix, fill) for label_map in maps]
+
     image = np.array(picture)
     for _ in range(3):
-        top, left = r.randint(height) - side // 2, r.randint(width) - side // 2
-        image[max(top, 0) : max(top + side, 0), max(left, 0) : max(left + side, 0)] = GREY
+        top = rng.randint(height) - side // 2
+        left = rng.randint(width) - side // 2
+        rows = slice(max(top, 0), max(top + side, 0))
+        columns = slice(max(left, 0), max(left + side, 0))
+        image[rows, columns] = GREY
+
     if by_index:
-        rows, columns, valid = (np.asarray(m) for m, _ in maps)
+        rows, columns, valid = (np.asarray(index_map) for index_map in maps)
         moved = []
         for label in labels.numpy():
             label = label[rows, columns]
             label[valid == 0] = common.IGNORE
             moved.append(label)
     else:
-        moved = [np.array(m) for m, _ in maps]
-    return torch.from_numpy(image).permute(2, 0, 1).contiguous(), torch.from_numpy(np.stack(moved))
+        moved = [np.array(label_map) for label_map in maps]
+    image = torch.from_numpy(image).permute(2, 0, 1).contiguous()
+    return image, torch.from_numpy(np.stack(moved))
 
 
 def main():
@@ -104,32 +102,38 @@ def main():
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--samples", type=int, default=200)
     args = parser.parse_args()
+    size = args.height, args.width
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    noise = torch.nn.functional.interpolate(
-        torch.rand(1, 3, 16, 32), (args.height, args.width), mode="bilinear"
-    )[0]
-    image, labels = (
-        (255 * noise).to(torch.uint8),
-        torch.randint(0, 19, (2, args.height, args.width), dtype=torch.uint8),
-    )
-    on_device = image[None].to(device), labels[None].to(device)
-    times = {"torch": [], "PIL, label maps": [], "PIL, index maps": []}
+    noise = torch.rand(1, 3, 16, 32)
+    noise = torch.nn.functional.interpolate(noise, size, mode="bilinear")[0]
+    image = (255 * noise).to(torch.uint8)
+    labels = torch.randint(0, 19, (2, *size), dtype=torch.uint8)
+    images_on_device = image[None].to(device)
+    labels_on_device = labels[None].to(device)
+
+    def with_torch(rng):
+        three_stage.strong_view(images_on_device, labels_on_device, [rng], 32)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    views = {
+        "torch": with_torch,
+        "PIL, label maps": lambda rng: pil_view(image, labels, rng, 32, by_index=False),
+        "PIL, index maps": lambda rng: pil_view(image, labels, rng, 32, by_index=True),
+    }
+    times = {name: [] for name in views}
     for i in range(args.samples):
-        for name in times:
-            r, start = common.rng("benchmark", i), time.perf_counter()
-            if name == "torch":
-                three_stage.strong_view(*on_device, [r], 32)
-                if device.type == "cuda":
-                    torch.cuda.synchronize()
-            else:
-                pil_view(image, labels, r, 32, name == "PIL, index maps")
+        for name, view in views.items():
+            rng = common.rng("benchmark", i)
+            start = time.perf_counter()
+            view(rng)
             times[name].append(time.perf_counter() - start)
     means = {name: 1000 * statistics.mean(values[10:]) for name, values in times.items()}
+    milliseconds = ", ".join(f"{name} {mean:.2f}" for name, mean in means.items())
+    ratios = [f"{mean / means['torch']:.2f}" for name, mean in means.items() if name != "torch"]
     print(
         f"{args.height}x{args.width} on {common.device_name(device)}, milliseconds a sample: "
-        + ", ".join(f"{name} {ms:.2f}" for name, ms in means.items())
-        + "; PIL over torch: "
-        + ", ".join(f"{ms / means['torch']:.2f}" for ms in list(means.values())[1:])
+        f"{milliseconds}; PIL over torch: {', '.join(ratios)}"
     )
 
 
