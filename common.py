@@ -905,88 +905,112 @@ def read_split(paths, data):
     return labeled, [id for id in others if id not in both]
 
 
-# ---- weak views and streams ------------------------------------------------------------------------------------------
+# ---- weak views and streams ----------------------------------------------------------------------
 
-def weak_view(image, label, generator, crop, scale=(1., 1.), cut=None):
-    """Random scale, crop and horizontal flip, the same for image and label.
+def weak_view(image, label, generator, crop, scale=(1.0, 1.0), cut=None):
+    """The weak augmentation: random scale, crop and horizontal flip, the same for image and label.
 
-    image (H, W, 3) uint8, label (H, W) uint8 -> image (3, h, w), label (h, w), valid (h, w) bool: False where the crop
-    reaches beyond the picture (there the label is 255, never 0), and view = (top, left, bottom, right, flip): the crop as
-    fractions of the picture, for crop_map. cut: a method's own way to take the crop out of the scaled picture,
-    cut(image (3, H, W), label (H, W), top, left, crop, generator) -> image (3, h, w), label (h, w), and valid (h, w) where it turns the picture
-    and whatever leaves it must count as beyond it on unlabeled pictures too."""
-    image, label = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))), torch.from_numpy(np.ascontiguousarray(label))
+    image (H, W, 3) uint8, label (H, W) uint8; crop (h, w); scale: the range of the random factor.
+    cut(image (3, H, W), label (H, W), top, left, crop, generator) -> image, label: takes the crop
+    out of the scaled picture in a method's own way. If it turns the picture, it returns a third
+    result, valid, which is False wherever the crop shows nothing of the picture.
+
+    Returns image (3, h, w) uint8, label (h, w) uint8, valid (h, w) bool and view.
+    valid is False where the crop reaches beyond the picture: there label is 255, never 0.
+    view = (top, left, bottom, right, flip): the crop in fractions of the picture."""
+    image = to_tensor(image)
+    label = torch.from_numpy(np.ascontiguousarray(label))[None]
     factor = generator.uniform(*scale)
-    height, width = max(1, round(image.shape[1] * factor)), max(1, round(image.shape[2] * factor))
-    if (height, width) != image.shape[1:]:
-        image = v2.functional.resize(image, [height, width], antialias=True)
-        label = v2.functional.resize(label[None], [height, width], v2.InterpolationMode.NEAREST_EXACT)[0]
-    top, left = generator.randint(max(height - crop[0], 0) + 1), generator.randint(max(width - crop[1], 0) + 1)
-    flip = generator.uniform() < .5
+    height, width = (max(1, round(side * factor)) for side in image.shape[1:])
+    image = v2.functional.resize(image, [height, width], antialias=True)
+    nearest = v2.InterpolationMode.NEAREST_EXACT
+    label = v2.functional.resize(label, [height, width], nearest)
+    top = generator.randint(max(height - crop[0], 0) + 1)
+    left = generator.randint(max(width - crop[1], 0) + 1)
+    flip = generator.uniform() < 0.5
     valid = torch.zeros(*crop, dtype=torch.bool)
-    valid[:height - top, :width - left] = True
-    if cut:
-        image, label, *inside = cut(image, label, top, left, crop, generator)
-        valid = inside[0] if inside else valid
+    valid[: height - top, : width - left] = True
+    if cut is None:
+        image = v2.functional.crop(image, top, left, *crop)
+        label = v2.functional.crop(label, top, left, *crop)[0]
     else:
-        image, label = image[:, top:top + crop[0], left:left + crop[1]], label[top:top + crop[0], left:left + crop[1]]
-        pad = 0, crop[1] - image.shape[2], 0, crop[0] - image.shape[1]
-        image, label = (F.pad(image, pad), F.pad(label, pad)) if any(pad) else (image, label)
+        image, label, *inside = cut(image, label[0], top, left, crop, generator)
+        valid = inside[0] if inside else valid
     if not valid.all():
-        image, label = torch.where(valid, image, torch.tensor(MEAN_COLOR, dtype=torch.uint8)[:, None, None]), label.masked_fill(~valid, IGNORE)
+        mean_color = torch.tensor(MEAN_COLOR, dtype=torch.uint8)[:, None, None]
+        image = image.where(valid, mean_color)
+        label = label.masked_fill(~valid, IGNORE)
     if flip:
         image, label, valid = image.flip(-1), label.flip(-1), valid.flip(-1)
-    view = top / height, left / width, (top + crop[0]) / height, (left + crop[1]) / width, flip
+    view = (top / height, left / width, (top + crop[0]) / height, (left + crop[1]) / width, flip)
     return image.contiguous(), label.contiguous(), valid.contiguous(), view
 
 
 def crop_map(soft, view, size):
-    """The part of a whole picture's map that a weak view shows. soft (K, h, w) at any stride, size (h', w') -> (K, h', w')."""
+    """The part of a whole picture's map that a weak view shows.
+
+    soft (K, h, w) at any stride, view from weak_view(), size (h', w') -> (K, h', w') float32."""
     top, left, bottom, right, flip = view
-    if (top, left, bottom, right) == (0, 0, 1, 1) and list(soft.shape[1:]) == list(size):  # the whole picture: nothing to sample
-        return soft.flip(-1).float() if flip else soft.float()
-    y = top + (torch.arange(size[0]) + .5) / size[0] * (bottom - top)  # centres of the cells, as fractions of the picture
-    x = left + (torch.arange(size[1]) + .5) / size[1] * (right - left)
-    x = x.flip(0) if flip else x
-    grid = torch.stack(torch.broadcast_tensors(x[None, :], y[:, None]), -1) * 2 - 1
-    return F.grid_sample(soft[None].float(), grid[None].float(), mode="bilinear", padding_mode="border", align_corners=False)[0]
+    if (top, left, bottom, right) == (0, 0, 1, 1) and soft.shape[1:] == tuple(size):
+        return soft.flip(-1).float() if flip else soft.float()  # the whole picture: no sampling
+    # Centres of the cells, as fractions of the picture.
+    y = top + (torch.arange(size[0]) + 0.5) / size[0] * (bottom - top)
+    x = left + (torch.arange(size[1]) + 0.5) / size[1] * (right - left)
+    y, x = torch.meshgrid(y, x.flip(0) if flip else x, indexing="ij")
+    grid = (torch.stack([x, y], -1) * 2 - 1).float()
+    options = dict(mode="bilinear", padding_mode="border", align_corners=False)
+    return F.grid_sample(soft[None].float(), grid[None], **options)[0]
 
 
 class Stream(torch.utils.data.Dataset):
     """An endless, seeded sequence of weak views. Position p is a function of (seed, name, p) alone.
 
-    name tells streams apart: two names never share an order. soft_labels: folders with one .npy map (K, h, w) per picture,
-    cropped with the picture and returned at stride as soft_0, soft_1, ..
-    With labeled=False no mask is read for training: the batch has "truth" instead of "label", for the log alone.
-    pseudo_labels: the folder whose pseudo-labels take the place of the masks. scale: of the weak view, if not --scale.
-    cut: see weak_view."""
+    name: tells streams apart; two names never share an order.
+    labeled: False reads no mask for training; "truth" is for the log alone.
+    soft_labels: folders with a map of each picture, which is cropped with it at this stride.
+    pseudo_labels: a folder whose pseudo-labels take the place of the masks.
+    scale: of the weak view, instead of --scale.  cut: see weak_view().
 
-    def __init__(self, data, ids, name, args, labeled=True, soft_labels=(), stride=8, pseudo_labels=None, scale=None, cut=None):
-        self.data, self.ids, self.name, self.labeled, self.soft_labels = data, ids, name, labeled, soft_labels
-        self.pseudo_labels, self.cut = pseudo_labels, cut
-        self.seed, self.crop, self.scale = args.seed, args.crop, scale or args.scale
-        self.map_size = [math.ceil(n / stride) for n in args.crop]
+    A sample is a dict: "image" (3, h, w) uint8, "label" or "truth" (h, w) uint8,
+    "valid" (h, w) bool, "position", and "soft_0", "soft_1", .. (K, h / stride, w / stride) float32.
+    A UserError names a file that cannot be read, or a pseudo-label of a wrong size."""
+
+    def __init__(self, data, ids, name, args, labeled=True, soft_labels=(), stride=8,
+                 pseudo_labels=None, scale=None, cut=None):
+        self.data, self.ids, self.name = data, ids, name
+        self.labeled, self.soft_labels, self.pseudo_labels = labeled, soft_labels, pseudo_labels
+        self.seed, self.crop, self.scale, self.cut = args.seed, args.crop, scale or args.scale, cut
+        self.map_size = [math.ceil(side / stride) for side in args.crop]
 
     def __getitem__(self, position):
         epoch, place = divmod(position, len(self.ids))
         id = self.ids[picture_order(self.seed, self.name, epoch, len(self.ids))[place]]
         image = self.data.image(id)
-        if self.pseudo_labels:
-            label = read_pseudo_label(self.pseudo_labels, id)
-            if label.shape != image.shape[:2]:
-                raise UserError(f"{pseudo_label_path(self.pseudo_labels, id)}: is {label.shape[1]}x{label.shape[0]}, its picture {image.shape[1]}x{image.shape[0]}; "
-                                "delete it, then the same command makes it again")
-        else:
-            label = self.data.label(id) if self.labeled else truth_for_the_log(self.data, id, image.shape[:2])
-        image, label, valid, view = weak_view(image, label, rng(self.seed, self.name, "view", position), self.crop, self.scale, self.cut)
-        sample = {"image": image, "label" if self.labeled else "truth": label, "valid": valid, "position": position}
+        label = self.read_label(id, image.shape[:2])
+        generator = rng(self.seed, self.name, "view", position)
+        image, label, valid, view = weak_view(
+            image, label, generator, self.crop, self.scale, self.cut
+        )
+        kind = "label" if self.labeled else "truth"
+        sample = {"image": image, kind: label, "valid": valid, "position": position}
         for i, folder in enumerate(self.soft_labels):
-            sample[f"soft_{i}"] = crop_map(torch.from_numpy(read_soft_label(folder, id)), view, self.map_size)
+            soft = torch.from_numpy(read_soft_label(folder, id))
+            sample[f"soft_{i}"] = crop_map(soft, view, self.map_size)
         return sample
+
+    def read_label(self, id, size):
+        """The label (H, W) uint8 of a picture of this size."""
+        if self.pseudo_labels:
+            return read_pseudo_label(self.pseudo_labels, id, size)
+        if self.labeled:
+            return self.data.label(id)
+        return truth_for_the_log(self.data, id, size)
 
 
 def truth_for_the_log(data, id, size):
-    """The mask of an unlabeled picture of this size, which nothing may learn from: 255 where there is none, or a broken one."""
+    """The mask (H, W) uint8 of an unlabeled picture, which nothing may learn from.
+
+    It is 255 everywhere where there is no mask, or a broken one."""
     if data.files[id][1]:
         with contextlib.suppress(UserError):
             return data.label(id)
@@ -994,71 +1018,95 @@ def truth_for_the_log(data, id, size):
 
 
 @lru_cache(maxsize=16)
-def picture_order(seed, name, epoch, n):
-    """The permutation of n pictures that a stream shows in an epoch."""
-    return rng(seed, name, "order", epoch).permutation(n)
+def picture_order(seed, name, epoch, count):
+    """The permutation of so many pictures that a stream shows in an epoch."""
+    return rng(seed, name, "order", epoch).permutation(count)
 
 
 def soft_label_path(folder, id):
     return Path(folder, f"{id}.npy")
 
 
-def write_soft_label(folder, id, p):
-    """Class probabilities (K, h, w) of a whole picture to disk, in fp16."""
-    try:
-        write_atomically(soft_label_path(folder, id), partial(np.save, arr=p.half().cpu().numpy()))
-    except OSError as error:
-        raise UserError(f"{soft_label_path(folder, id)}: cannot be written ({error}); free some space, then the same command goes on") from None
-
-
-def read_soft_label(folder, id):
-    try:
-        return np.load(soft_label_path(folder, id))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{soft_label_path(folder, id)}: cannot be read ({error}); begin this run anew with --overwrite") from None
-
-
-def write_pseudo_label(folder, id, label, colors):
-    """A whole picture's pseudo-label (H, W) uint8 as a palette PNG in the classes' colours; 255 is white."""
-    picture, path = Image.fromarray(label), pseudo_label_path(folder, id)
-    picture.putpalette(np.concatenate([colors, np.full((256 - len(colors), 3), 255, np.uint8)]).flatten().tolist())
-    try:
-        write_atomically(path, partial(picture.save, format="PNG", compress_level=1))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error}); free some space, then the same command goes on") from None
-
-
-def read_pseudo_label(folder, id):
-    try:
-        with open_picture(pseudo_label_path(folder, id)) as picture:
-            return np.array(picture)
-    except UserError:
-        raise UserError(f"{pseudo_label_path(folder, id)}: cannot be read; delete it, then the same command makes it again") from None
-
-
 def pseudo_label_path(folder, id):
     return Path(folder, f"{id}.png")
 
 
-WAITED = [0.]  # seconds that this process has waited for batches since Run.log() looked at it
+def write_soft_label(folder, id, prob):
+    """Write class probabilities (K, h, w) of a picture in fp16. A UserError if the disk is full."""
+    array = prob.half().cpu().numpy()
+    write_for_later(soft_label_path(folder, id), partial(np.save, arr=array))
+
+
+def write_pseudo_label(folder, id, label, colors):
+    """Write a whole picture's pseudo-label (H, W) uint8 as a palette PNG; 255 is white.
+
+    colors (K, 3) uint8: of the classes. A UserError if the disk is full."""
+    white = np.full((256 - len(colors), 3), 255, np.uint8)
+    picture = Image.fromarray(label)
+    picture.putpalette(np.concatenate([colors, white]).flatten().tolist())
+    save = partial(picture.save, format="PNG", compress_level=1)
+    write_for_later(pseudo_label_path(folder, id), save)
+
+
+def write_for_later(path, write):
+    try:
+        write_atomically(path, write)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error}); free some space, "
+                        "then the same command goes on") from None
+
+
+def read_soft_label(folder, id):
+    """The class probabilities (K, h, w) float16 of a picture. A UserError if unreadable."""
+    path = soft_label_path(folder, id)
+    try:
+        return np.load(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); "
+                        "begin this run anew with --overwrite") from None
+
+
+def read_pseudo_label(folder, id, size=None):
+    """The pseudo-label (H, W) uint8 of a picture.
+
+    A UserError names a file that cannot be read or, where size is given, has another size."""
+    path = pseudo_label_path(folder, id)
+    try:
+        with open_picture(path) as picture:
+            label = np.array(picture)
+    except UserError:
+        raise UserError(f"{path}: cannot be read; "
+                        "delete it, then the same command makes it again") from None
+    if size is not None and label.shape != size:
+        raise UserError(f"{path}: is {label.shape[1]}x{label.shape[0]}, "
+                        f"its picture {size[1]}x{size[0]}; "
+                        "delete it, then the same command makes it again")
+    return label
+
+
+WAITED = [0.0]  # seconds that this process has waited for batches since Run reset it
 
 
 def batches(stream, args, device, start, stop, batch_size=None, overlap=False):
-    """Batches of iterations start..stop-1 on the device; each process gets its share of the global batch (default: --batch-size).
+    """Batches of the iterations start..stop-1 on the device; each process gets its share.
 
-    overlap: where there are several processes, and one picture more, the first of the next one's share: who mixes neighbours gets the same mixes.
-    Shares differ by one where the batch does not divide; a process without any gets batches of no pictures.
-    label and truth become int64; "position" stays on the host, where augmentations draw from it."""
+    batch_size: of all processes together (default: --batch-size). Shares differ by one where it
+    does not divide; a process without a share gets batches of no pictures.
+    overlap: with several processes, a share has one picture more, the first of the next share:
+    a method that mixes neighbours then mixes the same ones.
+    label and truth become int64; "position" is a list of numbers, for augmentations."""
     batch_size = batch_size or args.batch_size
     first, last = (math.ceil(r * batch_size / world_size()) for r in (rank(), rank() + 1))
     if first == last:
-        size, kind = stream.crop, "label" if stream.labeled else "truth"
-        empty = {"image": torch.zeros(0, 3, *size, dtype=torch.uint8), kind: torch.zeros(0, *size, dtype=torch.int64), "valid": torch.zeros(0, *size, dtype=torch.bool)}
-        yield from ({key: value.to(device) for key, value in empty.items()} | {"position": []} for _ in range(start, stop))
-        return
-    positions = ([t * batch_size + j % batch_size for j in range(first, last + (overlap and world_size() > 1))] for t in range(start, stop))
-    loader = torch.utils.data.DataLoader(stream, batch_sampler=positions, num_workers=args.workers, pin_memory=device.type == "cuda",
-                                         persistent_workers=args.workers > 0)
+        sample = torch.utils.data.default_collate([stream[0]])
+        loader = [{key: value[:0] for key, value in sample.items()}] * (stop - start)
+    else:
+        share = range(first, last + (overlap and world_size() > 1))
+        positions = ([t * batch_size + j % batch_size for j in share] for t in range(start, stop))
+        loader = torch.utils.data.DataLoader(
+            stream, batch_sampler=positions, num_workers=args.workers,
+            pin_memory=device.type == "cuda", persistent_workers=args.workers > 0,
+        )
     loader = iter(loader)
     while True:
         began = time.perf_counter()
@@ -1066,61 +1114,68 @@ def batches(stream, args, device, start, stop, batch_size=None, overlap=False):
         WAITED[0] += time.perf_counter() - began
         if batch is None:
             return
-        positions_of_batch = batch.pop("position").tolist()
+        batch = dict(batch)
+        position = batch.pop("position").tolist()
         batch = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
         for key in batch.keys() & {"label", "truth"}:
             batch[key] = batch[key].long()
-        yield batch | {"position": positions_of_batch}
+        yield batch | {"position": position}
 
 
 def to_tensor(array):
-    """A picture (H, W, 3) uint8 -> tensor (3, H, W) uint8; a label (H, W) -> tensor (H, W) int64."""
+    """A picture (H, W, 3) uint8 as (3, H, W) uint8; a label (H, W) of integers as (H, W) int64."""
     if array.ndim == 2:
         return torch.from_numpy(array.astype(np.int64))
     return torch.from_numpy(array.transpose(2, 0, 1).copy())
 
 
 def to_float(image):
-    """uint8 0..255 to float32 0..1, what a network takes."""
+    """uint8 0..255 to float32 0..1, which a network takes."""
     return image.float() / 255
 
 
-# ---- evaluation ------------------------------------------------------------------------------------------------------
+# ---- evaluation ----------------------------------------------------------------------------------
 
 def confusion_matrix(label, prediction, classes):
-    """(K, K) int64 counts, rows = label, columns = prediction, 255 left out. On the device, without a sync."""
-    table = torch.zeros((classes + 1) * (classes + 1), dtype=torch.int64, device=label.device)
-    index = label.clamp(max=classes) * (classes + 1) + prediction.clamp(max=classes)
+    """(K, K) int64 counts on the device: rows are labels, columns predictions; 255 is left out.
+
+    label, prediction: int64 of one shape, class ids or 255. Without a sync."""
+    side = classes + 1  # the last row and column take what is left out
+    index = label.clamp(max=classes) * side + prediction.clamp(max=classes)
+    table = torch.zeros(side * side, dtype=torch.int64, device=label.device)
     table.scatter_add_(0, index.flatten(), torch.ones_like(index).flatten())
-    return table.view(classes + 1, classes + 1)[:classes, :classes]
+    return table.view(side, side)[:classes, :classes]
 
 
 def iou(confusion):
-    """Per-class IoU in percent from (K, K) counts; NaN for a class that is in no label and no prediction."""
+    """IoU (K,) in percent from (K, K) counts; NaN for a class in no label and no prediction."""
     confusion = confusion.double()
-    hit, union = confusion.diagonal(), confusion.sum(0) + confusion.sum(1) - confusion.diagonal()
+    hit = confusion.diagonal()
+    union = confusion.sum(0) + confusion.sum(1) - hit
     return (100 * hit / union).where(union > 0, torch.nan)
 
 
 def mean_iou(confusion):
-    """mIoU in percent from counts over the whole dataset. A class absent from labels and predictions is skipped."""
+    """mIoU in percent from the counts of the whole dataset, without the classes that are NaN."""
     return float(iou(confusion).nanmean())
 
 
 @torch.no_grad()
-def predict(network, image, args, size, logits=False, scales=None, flip=None, base_size=None, precision=None):
+def predict(network, image, args, size, logits=False,
+            scales=None, flip=None, base_size=None, precision=None):
     """Class probabilities of whole pictures: (B, 3, H, W) uint8 -> (B, K, *size) float32.
 
-    They are the mean over --scales and, with --flip, over the picture and its mirror image. With --base-size each
-    picture is resized until its longer side has that length, and the network sees it window by window (slide).
-    logits: average logits and return them, instead of probabilities.
-    scales, flip, base_size, precision: take the place of the argument's value."""
+    They are the mean over --scales and, with --flip, over the picture and its mirror image.
+    With --base-size the picture is resized until its longer side has that length, and the network
+    sees it window by window (slide).
+    logits: the mean of the logits instead.
+    scales, flip, base_size, precision: used instead of the arguments' values."""
     scales = args.scales if scales is None else scales
     flip = args.flip if flip is None else flip
     base_size = args.base_size if base_size is None else base_size
 
     def predict_once(x, size):
-        """The network's prediction at one scale: (B, 3, h, w) float -> (B, K, *size)."""
+        """(B, 3, h, w) float -> (B, K, *size)."""
         with autocast(args, image.device, precision):
             output = network(torch.cat([x, x.flip(-1)]) if flip else x)
         output = upsample(output, size, network.align_corners)
@@ -1130,81 +1185,101 @@ def predict(network, image, args, size, logits=False, scales=None, flip=None, ba
             output = (output + mirrored.flip(-1)) / 2
         return output
 
+    bilinear = dict(mode="bilinear", align_corners=False)
     total = 0
     for scale in scales:
         x = to_float(image)
         if base_size:
             scale = scale * base_size / max(image.shape[2:])
         if scale != 1:
-            x = F.interpolate(x, [round(side * scale) for side in image.shape[2:]], mode="bilinear", align_corners=False)
+            x = F.interpolate(x, [round(side * scale) for side in image.shape[2:]], **bilinear)
         if base_size:
-            total = total + F.interpolate(slide(predict_once, x, args.crop), size, mode="bilinear", align_corners=False)
+            output = F.interpolate(slide(predict_once, x, args.crop), size, **bilinear)
         else:
-            total = total + predict_once(x, size)
+            output = predict_once(x, size)
+        total = total + output
     return total / len(scales)
 
 
 def upsample(logits, size, align_corners=False):
     """Logits (B, K, h, w) at size (H, W), in float32.
 
-    align_corners holds only where H = (h - 1) stride + 1, as in crops of 361 or 713: there corners lie on corners. Elsewhere it would stretch the map."""
-    fits = all(n - 1 in [stride * (m - 1) for stride in (1, 2, 4, 8, 16)] for n, m in zip(size, logits.shape[2:]))
-    return F.interpolate(logits.float(), size, mode="bilinear", align_corners=align_corners and fits)
+    align_corners holds only where H = (h - 1) stride + 1, as in crops of 361 or 713: there
+    corners lie on corners. Elsewhere it would stretch the map."""
+    def fits(side, cells):
+        return any(side - 1 == stride * (cells - 1) for stride in (1, 2, 4, 8, 16))
+
+    align_corners = align_corners and all(map(fits, size, logits.shape[2:]))
+    return F.interpolate(logits.float(), size, mode="bilinear", align_corners=align_corners)
 
 
-def slide(look, image, window):
-    """The mean over overlapping windows (h, w) of look(part of the image, (h, w)): (B, 3, H, W) -> (B, K, H, W).
+def slide(predict_window, image, window):
+    """The mean of the predictions of overlapping windows: (B, 3, H, W) -> (B, K, H, W).
 
-    A picture smaller than a window is padded with the mean colour."""
+    predict_window((B, 3, h, w), (h, w)) -> (B, K, h, w), with window = (h, w).
+    Windows lie two thirds of a window apart, the last ones at the edge. A picture smaller than a
+    window is padded with the mean colour."""
     (height, width), (h, w) = image.shape[2:], window
     mean = image.new_tensor(MEAN_COLOR)[:, None, None] / 255
     image = F.pad(image - mean, (0, max(w - width, 0), 0, max(h - height, 0))) + mean
     total, count = None, image.new_zeros(image.shape[2:])
-    for y in window_starts(image.shape[2], h):
-        for x in window_starts(image.shape[3], w):
-            answer = look(image[:, :, y:y + h, x:x + w], (h, w))
-            if total is None:
-                total = answer.new_zeros(*answer.shape[:2], *image.shape[2:])
-            total[:, :, y:y + h, x:x + w] += answer
-            count[y:y + h, x:x + w] += 1
+    step = [math.ceil(side * 2 / 3) for side in window]
+    for _, _, bottom, right in windows(image.shape[2:], window, step):
+        place = (..., slice(bottom - h, bottom), slice(right - w, right))
+        prediction = predict_window(image[place], (h, w))
+        if total is None:
+            total = prediction.new_zeros(*prediction.shape[:2], *image.shape[2:])
+        total[place] += prediction
+        count[place] += 1
     return (total / count)[:, :, :height, :width]
 
 
-def window_starts(length, window):
-    """Where windows begin along a side: two thirds of a window apart, the last one at the edge."""
-    step = math.ceil(window * 2 / 3)
-    return [min(i * step, length - window) for i in range(math.ceil((length - window) / step) + 1)]
+def windows(size, window, step):
+    """Walk over a picture of size (H, W) in windows (h, w), row by row: top, left, bottom, right.
+
+    Windows begin at multiples of step; the last one of a row or column is cut off at the edge."""
+    for top in range(0, size[0] - window[0] + step[0], step[0]):
+        for left in range(0, size[1] - window[1] + step[1], step[1]):
+            yield top, left, min(top + window[0], size[0]), min(left + window[1], size[1])
 
 
 @torch.no_grad()
 def evaluate(networks, data, args, device):
-    """Confusion matrices {name: (K, K) int64 on the CPU} of networks {name: module} over the val pictures, whole, one at a time.
+    """Confusion matrices {name: (K, K) int64 on the CPU} of networks {name: module} on val.
 
-    Every picture counts once, however many processes share the work; every process knows the result. Labels are taken at
-    the pictures' size, or with --full-size-labels as they are on disk. Networks are left in the mode they came in."""
+    Every picture is predicted whole and counts once, whatever the number of processes; every
+    process gets the result. Labels have the pictures' size, or with --full-size-labels the one of
+    their file. Networks are left in the mode in which they came."""
+    K = len(data.names)
     modes = {name: network.training for name, network in networks.items()}
-    tables = {name: torch.zeros(len(data.names), len(data.names), dtype=torch.int64, device=device) for name in networks}
+    tables = {name: torch.zeros(K, K, dtype=torch.int64, device=device) for name in networks}
     for network in networks.values():
         network.eval()
-    for id in data.val[rank()::world_size()]:
-        image = torch.from_numpy(data.image(id).transpose(2, 0, 1).copy())[None].to(device)
-        label = torch.from_numpy(data.label(id, args.full_size_labels).astype(np.int64))[None].to(device)
+    for id in data.val[rank() :: world_size()]:
+        image = to_tensor(data.image(id))[None].to(device)
+        label = to_tensor(data.label(id, args.full_size_labels))[None].to(device)
         for name, network in networks.items():
-            tables[name] += confusion_matrix(label, predict(network, image, args, label.shape[1:]).argmax(1), len(data.names))
+            prediction = predict(network, image, args, label.shape[1:]).argmax(1)
+            tables[name] += confusion_matrix(label, prediction, K)
     for name, network in networks.items():
         network.train(modes[name])
         all_reduce(tables[name])
     return {name: table.cpu() for name, table in tables.items()}
 
 
-# ======================================================================================================================
+# ==================================================================================================
 # NETWORKS: logits = classifier(features(image)); both halves can be called. No loss inside.
-# ======================================================================================================================
+# ==================================================================================================
 
-# How the pictures go in, and where a block's stride sits, depends on where the weights come from.
-STYLES = {"torchvision": dict(mean=(.485, .456, .406), std=(.229, .224, .225), bgr=False, caffe=False),
-          "caffe-rgb": dict(mean=(122.679 / 255, 116.669 / 255, 104.007 / 255), std=(1 / 255,) * 3, bgr=False, caffe=True),
-          "caffe-bgr": dict(mean=(104.007 / 255, 116.669 / 255, 122.679 / 255), std=(1 / 255,) * 3, bgr=True, caffe=True)}
+# How weights expect their pictures: (image - mean) / std of RGB in [0, 1]. caffe: the stride of a
+# bottleneck sits in its 1x1 conv, and max-pooling rounds up.
+STYLES = {
+    "torchvision": dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), caffe=False),
+    "caffe-rgb": dict(mean=(122.679 / 255, 116.669 / 255, 104.007 / 255), std=(1 / 255,) * 3,
+                      caffe=True),
+}
+
+ConvNormReLU = torchvision.ops.Conv2dNormActivation  # padded, and without bias in the conv
 
 
 class FrozenBatchNorm(nn.BatchNorm2d):
@@ -1218,76 +1293,68 @@ class FrozenBatchNorm(nn.BatchNorm2d):
         return super().train(False)
 
 
-class BasicBlock(resnet.BasicBlock):
-    """torchvision's block with a place, drop_path, where a method may act on the residual branch."""
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.drop_path = nn.Identity()
-
-    def forward(self, x):
-        branch = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
-        return self.relu(self.drop_path(branch) + (x if self.downsample is None else self.downsample(x)))
-
-
-class Bottleneck(resnet.Bottleneck):
-    """torchvision's block with a place, drop_path, where a method may act on the residual branch."""
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.drop_path = nn.Identity()
-
-    def forward(self, x):
-        branch = self.relu(self.bn1(self.conv1(x)))
-        branch = self.bn3(self.conv3(self.relu(self.bn2(self.conv2(branch)))))
-        return self.relu(self.drop_path(branch) + (x if self.downsample is None else self.downsample(x)))
+def group_norm(channels):
+    """Group norm, eight channels a group. Nothing depends on how a batch is cut among processes."""
+    return nn.GroupNorm(channels // 8, channels)
 
 
 class ResNet(resnet.ResNet):
-    """torchvision's ResNet (its names, so its weights load) without the classifier, at output stride 8 or 16.
+    """torchvision's ResNet without the classifier, at output stride 8 or 16; its weights load.
 
-    layer3 has dilation 2 and layer4 dilation 4 in all their blocks, as DeepLab has them; torchvision's own option leaves the first block
-    of each at the dilation before. At stride 16 layer4 alone has 2, and 1 in its first block, as in MMSegmentation's DeepLabv3+.
-    slim divides the widths of layer1..layer4.
-    caffe: the stride of a bottleneck sits in its 1x1 conv, and max-pooling rounds up.
-    deep_stem: three 3x3 convs of 64, 64 and 128 channels instead of the 7x7 one, as in semseg's PSPNet; 64: of 32, 32 and 64, as in
-    MMSegmentation's ResNetV1c."""
+    Stride 8: dilation 2 in all blocks of layer3 and 4 in all of layer4, as in DeepLab (the option
+    of torchvision leaves the first block of each at the dilation before). Stride 16: dilation 2 in
+    layer4 alone, and 1 in its first block, as in MMSegmentation's DeepLabv3+.
+    slim: divides the widths of layer1 to layer4.  caffe: see STYLES.
+    deep_stem: the channels after three 3x3 convs that replace the 7x7 one; True is 128, as in
+    semseg's PSPNet, 64 as in MMSegmentation's ResNetV1c."""
 
     def __init__(self, block, depths, norm, slim=1, caffe=False, deep_stem=False, output_stride=8):
-        self.slim, self.stem = slim, 128 if deep_stem is True else deep_stem
+        self.slim = slim
+        self.stem = 128 if deep_stem is True else deep_stem
         super().__init__(block, depths, norm_layer=norm)
         del self.avgpool, self.fc
+        self.channels = 512 * block.expansion // slim
+        self.stride = output_stride
         if deep_stem:
-            w = self.stem // 2
-            self.conv1 = nn.Sequential(nn.Conv2d(3, w, 3, 2, 1, bias=False), norm(w), nn.ReLU(), nn.Conv2d(w, w, 3, 1, 1, bias=False), norm(w), nn.ReLU(),
-                                       nn.Conv2d(w, 2 * w, 3, 1, 1, bias=False))
-            self.bn1 = norm(2 * w)
-        self.channels, self.stride = 512 * block.expansion // slim, output_stride
+            width = self.stem // 2
+            conv = partial(ConvNormReLU, norm_layer=norm)
+            stem = [*conv(3, width, stride=2), *conv(width, width)]
+            stem.append(nn.Conv2d(width, self.stem, 3, padding=1, bias=False))
+            self.conv1 = nn.Sequential(*stem)
+            self.bn1 = norm(self.stem)
         if caffe:
             self.maxpool.ceil_mode = True
             self.layer2[0].conv1.stride, self.layer2[0].conv2.stride = (2, 2), (1, 1)
-        dilated = [*[(block, 2) for block in self.layer3], *[(block, 4) for block in self.layer4]]
         if output_stride == 16:
-            dilated = [(block, 1 if block is self.layer4[0] else 2) for block in self.layer4]
-        for block, dilation in dilated:
-            for conv in (m for m in block.modules() if isinstance(m, nn.Conv2d)):
-                conv.stride = (1, 1)
-                if conv.kernel_size == (3, 3):
-                    conv.dilation = conv.padding = (dilation, dilation)
+            self.dilate(self.layer4, 2, first=1)
+        else:
+            self.dilate(self.layer3, 2, first=2)
+            self.dilate(self.layer4, 4, first=4)
 
     def _make_layer(self, block, planes, blocks, stride=1, dilate=False):
         if planes == 64 and self.stem:
             self.inplanes = self.stem
         return super()._make_layer(block, planes // self.slim, blocks, stride, dilate)
 
+    def dilate(self, layer, dilation, first):
+        """Replace the stride of a layer by this dilation; the first block has one of its own."""
+        for index, block in enumerate(layer):
+            rate = dilation if index else first
+            for conv in block.modules():
+                if isinstance(conv, nn.Conv2d):
+                    conv.stride = (1, 1)
+                    if conv.kernel_size == (3, 3):
+                        conv.dilation = conv.padding = (rate, rate)
+
     def layers(self, x):
-        """What layer1, layer2, layer3 and layer4 give."""
+        """The outputs of layer1, layer2, layer3 and layer4: a list of (B, C, h, w)."""
         outputs = [self.maxpool(self.relu(self.bn1(self.conv1(x))))]
         for layer in (self.layer1, self.layer2, self.layer3, self.layer4):
             outputs.append(layer(outputs[-1]))
         return outputs[1:]
 
     def forward(self, x):
+        """(B, 3, H, W), normalised -> (B, .channels, h, w) at .stride."""
         return self.layers(x)[-1]
 
 
@@ -1295,27 +1362,32 @@ RESNETS = ["resnet50", "resnet101", "tiny"]
 
 
 def make_backbone(name, batch_norm="frozen", caffe=False, deep_stem=False, output_stride=8):
-    """resnet50, resnet101, or tiny: a ResNet-18 of an eighth of the width at stride 4, to train from scratch on a CPU. (SETR's are ViTs.)
+    """A ResNet of RESNETS with random weights; batch_norm and the rest as in ResNet.
 
-    Its group norm has no running statistics, so nothing depends on how a batch is cut among processes."""
+    tiny: a ResNet-18 of an eighth of the width at stride 4, to train from scratch on a CPU. It has
+    group norm, and ignores the other arguments."""
     if name == "tiny":
-        tiny = ResNet(BasicBlock, [2, 2, 2, 2], group_norm, slim=8)
-        tiny.conv1, tiny.maxpool, tiny.stride = nn.Conv2d(3, 64, 3, stride=2, padding=1, bias=False), nn.Identity(), 4
+        tiny = ResNet(resnet.BasicBlock, [2, 2, 2, 2], group_norm, slim=8)
+        tiny.conv1 = nn.Conv2d(3, 64, 3, stride=2, padding=1, bias=False)
+        tiny.maxpool = nn.Identity()
+        tiny.stride = 4
         return tiny
     depths = {"resnet50": [3, 4, 6, 3], "resnet101": [3, 4, 23, 3]}[name]
-    return ResNet(Bottleneck, depths, FrozenBatchNorm if batch_norm == "frozen" else nn.BatchNorm2d, caffe=caffe, deep_stem=deep_stem,
-                  output_stride=output_stride)
+    norm = FrozenBatchNorm if batch_norm == "frozen" else nn.BatchNorm2d
+    return ResNet(resnet.Bottleneck, depths, norm, 1, caffe, deep_stem, output_stride)
 
 
-def group_norm(channels):
-    return nn.GroupNorm(channels // 8, channels)
+# Side of a patch, layers, attention heads, channels: two of torchvision's, and one to train from
+# scratch on a CPU.
+VITS = {"vit_b_16": (16, 12, 12, 768), "vit_l_16": (16, 24, 16, 1024), "tiny": (8, 4, 4, 64)}
 
 
 class ViT(vision_transformer.VisionTransformer):
-    """torchvision's Vision Transformer (its names, so its weights load) without the classifier, for pictures of any size.
+    """torchvision's Vision Transformer without the classifier, for any size; its weights load.
 
-    Its position embeddings belong to grid x grid patches, 14 x 14 for ImageNet's pictures of 224 pixels; to others they are interpolated.
-    A picture that patches do not divide is padded to the right and below with the mean colour, which is 0 after normalisation."""
+    Its position embeddings belong to grid x grid patches, 14 x 14 for ImageNet's 224 pixels; for
+    other sizes they are interpolated. A picture that patches do not divide is padded to the right
+    and below with the mean colour, which is 0 after normalisation."""
 
     def __init__(self, patch, depth, heads, width, grid=14):
         super().__init__(grid * patch, patch, depth, heads, width, 4 * width)
@@ -1323,48 +1395,56 @@ class ViT(vision_transformer.VisionTransformer):
         self.channels, self.stride, self.grid = width, patch, grid
 
     def positions(self, h, w):
-        """Position embeddings of the class token and of h x w patches, row by row: (1, 1 + hw, C)."""
+        """Position embeddings of the class token and of h x w patches by rows: (1, 1 + hw, C)."""
         if (h, w) == (self.grid, self.grid):
             return self.encoder.pos_embedding
-        token, patches = self.encoder.pos_embedding.split([1, self.grid ** 2], 1)
+        token, patches = self.encoder.pos_embedding.split([1, self.grid**2], 1)
         patches = patches.transpose(1, 2).unflatten(2, (self.grid, self.grid))  # (1, C, grid, grid)
         patches = F.interpolate(patches, (h, w), mode="bicubic", align_corners=False)
         return torch.cat([token, patches.flatten(2).transpose(1, 2)], 1)
 
     def forward(self, x):
-        """(B, 3, H, W), normalised -> (B, C, h, w), the sides divided by that of a patch and rounded up."""
-        x = self.conv_proj(F.pad(x, (0, -x.shape[3] % self.stride, 0, -x.shape[2] % self.stride)))
+        """(B, 3, H, W), normalised -> (B, C, h, w); h and w are the patches, rounded up."""
+        x = F.pad(x, (0, -x.shape[3] % self.stride, 0, -x.shape[2] % self.stride))
+        x = self.conv_proj(x)
         h, w = x.shape[2:]
-        tokens = torch.cat([self.class_token.expand(len(x), -1, -1), x.flatten(2).transpose(1, 2)], 1) + self.positions(h, w)  # (B, 1 + hw, C)
+        token = self.class_token.expand(len(x), -1, -1)
+        tokens = torch.cat([token, x.flatten(2).transpose(1, 2)], 1)  # (B, 1 + hw, C)
+        tokens = tokens + self.positions(h, w)
         tokens = self.encoder.ln(self.encoder.layers(tokens))
         return tokens[:, 1:].transpose(1, 2).unflatten(2, (h, w))
 
 
-# Side of a patch, layers, attention heads, channels; torchvision's two, and one to train from scratch on a CPU.
-VITS = {"vit_b_16": (16, 12, 12, 768), "vit_l_16": (16, 24, 16, 1024), "tiny": (8, 4, 4, 64)}
-
-
 class SegmentationNetwork(nn.Module):
-    """logits = classifier(features(image)), with the pictures' normalisation inside. Networks below add their heads.
+    """logits = classifier(features(image)). The classes below, and those of scripts, add a head.
 
-    forward: (B, 3, H, W) float RGB in [0, 1] -> logits (B, K, h, w) at .stride: 8, DeepLabv3+ 4, tiny half of that; SETR always 2. With
-    aux=True a tuple: the logits, and those of an auxiliary head where the network has one.
-    align_corners: for upsample()."""
+    image     (B, 3, H, W) float RGB in [0, 1]; the network normalises it as its weights expect
+    features  (B, .feature_channels, h, w), with h = H / .stride and w = W / .stride, rounded up
+    logits    (B, K, h, w)
+    .stride is 8, of DeepLabv3+ 4, of both on tiny half of that, of SETR always 2. With caffe's
+    backbones a map has one row and column more where the side is even.
+    align_corners: for upsample().  style: a key of STYLES."""
 
     align_corners = False
 
     def __init__(self, backbone, style):
         super().__init__()
-        self.backbone, self.stride, self.bgr = backbone, backbone.stride, STYLES[style]["bgr"]
-        self.register_buffer("mean", torch.tensor(STYLES[style]["mean"]).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(STYLES[style]["std"]).view(3, 1, 1), persistent=False)
+        self.backbone, self.stride = backbone, backbone.stride
+        for name in ("mean", "std"):
+            value = torch.tensor(STYLES[style][name]).view(3, 1, 1)
+            self.register_buffer(name, value, persistent=False)
 
     def normalize(self, image):
-        return ((image.flip(1) if self.bgr else image) - self.mean) / self.std
+        return (image - self.mean) / self.std
 
     def forward(self, image, aux=False):
+        """image -> logits, or with aux=True a tuple (logits,): here there is no auxiliary head."""
         logits = self.classifier(self.features(image))
         return (logits,) if aux else logits
+
+    def classifier(self, features):
+        """features -> logits."""
+        return self.last(self.dropout(features))
 
     def head_parameters(self):
         """All parameters but the backbone's."""
@@ -1372,127 +1452,141 @@ class SegmentationNetwork(nn.Module):
 
 
 class DeepLabV2(SegmentationNetwork):
-    """DeepLabv2: backbone at stride 8 and atrous spatial pyramid pooling (ASPP).
+    """DeepLabv2: a ResNet at stride 8, and atrous spatial pyramid pooling (ASPP) at these rates.
 
-    head "plain": the classifier is the sum of 3x3 convs at the rates, straight to classes; features = layer4 (2048).
-    head "bottleneck" (ProDA): 1x1 and dilated 3x3 convs with group norm, concatenated, weighted by squeeze-and-excitation,
-    3x3 conv to width; features = that (256); the classifier is a 1x1 conv.
-    dropout, before the last classifier, is an Identity that a method may replace."""
+    head "plain": the classifier is the sum of dilated 3x3 convs; the features are layer4's (2048).
+    head "bottleneck" (ProDA): a 1x1 conv and dilated 3x3 convs with group norm, concatenated,
+    weighted by squeeze-and-excitation, then a 3x3 conv to width: the features (256). The
+    classifier is a 1x1 conv.
+    dropout, before the classifier, is an Identity that a method may replace."""
 
-    def __init__(self, backbone, classes, head="bottleneck", rates=(6, 12, 18, 24), width=256, style="torchvision"):
+    def __init__(self, backbone, classes, head="bottleneck", rates=(6, 12, 18, 24), width=256,
+                 style="torchvision"):
         super().__init__(backbone, style)
-        self.head, self.dropout, c = head, nn.Identity(), backbone.channels
+        self.head, self.dropout = head, nn.Identity()
+        channels = backbone.channels
         if head == "plain":
-            self.feature_channels = c
-            self.branches = nn.ModuleList(nn.Conv2d(c, classes, 3, padding=rate, dilation=rate) for rate in rates)
+            self.feature_channels = channels
+            self.branches = nn.ModuleList(
+                nn.Conv2d(channels, classes, 3, padding=rate, dilation=rate) for rate in rates
+            )
             for conv in self.branches:
-                nn.init.normal_(conv.weight, 0, .01)
-        else:
-            self.feature_channels = width
-            norm = partial(nn.GroupNorm, width // 8)
-            self.branches = nn.ModuleList([nn.Sequential(nn.Conv2d(c, width, 1), norm(width), nn.ReLU())])
-            self.branches.extend(nn.Sequential(nn.Conv2d(c, width, 3, padding=rate, dilation=rate), norm(width), nn.ReLU()) for rate in rates)
-            total = width * len(self.branches)
-            self.attention = torchvision.ops.SqueezeExcitation(total, total // 16)
-            self.bottleneck = nn.Sequential(nn.Conv2d(total, width, 3, padding=1), norm(width))
-            self.last = nn.Conv2d(width, classes, 1, bias=False)
-            nn.init.normal_(self.last.weight, 0, .01)
+                nn.init.normal_(conv.weight, 0, 0.01)
+            return
+        self.feature_channels = width
+        conv = partial(ConvNormReLU, channels, width, norm_layer=group_norm, bias=True)
+        branches = [conv(kernel_size=1)] + [conv(dilation=rate) for rate in rates]
+        self.branches = nn.ModuleList(branches)
+        total = width * len(branches)
+        self.attention = torchvision.ops.SqueezeExcitation(total, total // 16)
+        self.bottleneck = nn.Sequential(nn.Conv2d(total, width, 3, padding=1), group_norm(width))
+        self.last = nn.Conv2d(width, classes, 1, bias=False)
+        nn.init.normal_(self.last.weight, 0, 0.01)
 
     def features(self, image):
-        """(B, 3, H, W) float RGB in [0, 1] -> (B, C, h, w)."""
+        """image -> features."""
         x = self.backbone(self.normalize(image))
         if self.head == "plain":
             return x
-        return self.bottleneck(self.attention(torch.cat([branch(x) for branch in self.branches], 1)))
+        x = torch.cat([branch(x) for branch in self.branches], 1)
+        return self.bottleneck(self.attention(x))
 
     def classifier(self, features):
-        """(B, C, h, w) -> logits (B, K, h, w)."""
+        """features -> logits."""
+        if self.head == "bottleneck":
+            return super().classifier(features)
         features = self.dropout(features)
-        return sum(branch(features) for branch in self.branches) if self.head == "plain" else self.last(features)
+        return sum(branch(features) for branch in self.branches)
 
 
 class DeepLabV3Plus(SegmentationNetwork):
-    """DeepLabv3+ as in MMSegmentation: backbone at stride 16, ASPP with separable convs, and a decoder at the stride of layer1, which is 4.
+    """DeepLabv3+ as in MMSegmentation: a ResNet at stride 16, ASPP, and a decoder at stride 4.
 
-    ASPP: a pooled branch, a 1x1 conv and separable 3x3 convs at the rates, each of the width; concatenated, 3x3 conv to the width. Decoder:
-    upsampled, concatenated with layer1 (1x1 conv to low_width), two separable 3x3 convs to the width (the features), dropout (an Identity
-    that a method may replace), 1x1 conv. Tiny: ASPP at stride 4, decoder at stride 2."""
+    ASPP: a pooled branch, a 1x1 conv and separable 3x3 convs at these rates, each to width;
+    concatenated; a 3x3 conv to width. Decoder: this at the size of layer1, concatenated with
+    layer1 (by a 1x1 conv to low_width), two separable 3x3 convs to width: the features; dropout,
+    an Identity that a method may replace; a 1x1 conv. On tiny: ASPP at stride 4, decoder at 2."""
 
-    def __init__(self, backbone, classes, rates=(6, 12, 18), width=256, low_width=48, style="torchvision", norm=nn.BatchNorm2d):
+    def __init__(self, backbone, classes, rates=(6, 12, 18), width=256, low_width=48,
+                 style="torchvision", norm=nn.BatchNorm2d):
         super().__init__(backbone, style)
-        c, low = backbone.channels, backbone.channels // 8
-        self.feature_channels, self.stride, self.dropout = width, backbone.stride // (2 if backbone.stride == 4 else 4), nn.Identity()
-
-        def conv(channels, width, size=1):
-            return nn.Sequential(nn.Conv2d(channels, width, size, padding=size // 2, bias=False), norm(width), nn.ReLU())
+        self.feature_channels, self.dropout = width, nn.Identity()
+        self.stride = 2 if backbone.stride == 4 else 4
+        conv = partial(ConvNormReLU, norm_layer=norm)
 
         def separable(channels, rate=1):
-            depthwise = nn.Conv2d(channels, channels, 3, padding=rate, dilation=rate, groups=channels, bias=False)
-            return nn.Sequential(depthwise, norm(channels), nn.ReLU(), conv(channels, width))
+            depthwise = conv(channels, channels, dilation=rate, groups=channels)
+            return nn.Sequential(*depthwise, conv(channels, width, 1))
 
-        self.pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), conv(c, width))
-        self.branches = nn.ModuleList([conv(c, width)] + [separable(c, rate) for rate in rates])
-        self.bottleneck = conv((len(rates) + 2) * width, width, 3)
-        self.low = conv(low, low_width)
+        channels = backbone.channels
+        self.pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), conv(channels, width, 1))
+        branches = [conv(channels, width, 1)] + [separable(channels, rate) for rate in rates]
+        self.branches = nn.ModuleList(branches)
+        self.bottleneck = conv(width * (len(branches) + 1), width)
+        self.low = conv(channels // 8, low_width, 1)
         self.decoder = nn.Sequential(separable(width + low_width), separable(width))
-        self.last = nn.Conv2d(width, classes, 1)
-        nn.init.normal_(self.last.weight, 0, .01)
-        nn.init.zeros_(self.last.bias)
+        self.last = last_conv(width, classes)
 
     def features(self, image):
-        """(B, 3, H, W) float RGB in [0, 1] -> (B, C, h, w)."""
+        """image -> features."""
         layer1, _, _, layer4 = self.backbone.layers(self.normalize(image))
         context = self.pool(layer4).expand(-1, -1, *layer4.shape[2:])
         x = self.bottleneck(torch.cat([context] + [branch(layer4) for branch in self.branches], 1))
         x = F.interpolate(x, layer1.shape[2:], mode="bilinear", align_corners=False)
         return self.decoder(torch.cat([x, self.low(layer1)], 1))
 
-    def classifier(self, features):
-        """(B, C, h, w) -> logits (B, K, h, w)."""
-        return self.last(self.dropout(features))
+
+def last_conv(width, classes):
+    """A 1x1 conv to the classes, its weights from N(0, 0.01)."""
+    conv = nn.Conv2d(width, classes, 1)
+    nn.init.normal_(conv.weight, 0, 0.01)
+    nn.init.zeros_(conv.bias)
+    return conv
 
 
 class PyramidPooling(nn.Module):
-    """PSPNet's module: means over 1, 2, 3 and 6 bins beside the features themselves, then a 3x3 conv. (B, C, h, w) -> (B, width, h, w)."""
+    """PSPNet's module: (B, C, h, w) -> (B, width, h, w).
+
+    Means over 1, 2, 3 and 6 bins (1x1 conv to C / 4) beside the features, then a 3x3 conv."""
 
     def __init__(self, channels, width=512, norm=nn.BatchNorm2d):
         super().__init__()
-        c = channels // 4
-        self.levels = nn.ModuleList(nn.Sequential(nn.AdaptiveAvgPool2d(bins), nn.Conv2d(channels, c, 1, bias=False), norm(c), nn.ReLU()) for bins in (1, 2, 3, 6))
-        self.bottleneck = nn.Sequential(nn.Conv2d(2 * channels, width, 3, padding=1, bias=False), norm(width), nn.ReLU())
+        conv = partial(ConvNormReLU, norm_layer=norm)
+        self.levels = nn.ModuleList(
+            nn.Sequential(nn.AdaptiveAvgPool2d(bins), *conv(channels, channels // 4, 1))
+            for bins in (1, 2, 3, 6)
+        )
+        self.bottleneck = conv(2 * channels, width)
 
     def forward(self, x):
-        context = [F.interpolate(level(x), x.shape[2:], mode="bilinear", align_corners=True) for level in self.levels]
-        return self.bottleneck(torch.cat([x] + context, 1))
+        resize = partial(F.interpolate, size=x.shape[2:], mode="bilinear", align_corners=True)
+        return self.bottleneck(torch.cat([x] + [resize(level(x)) for level in self.levels], 1))
 
 
 class PSPNet(SegmentationNetwork):
     """PSPNet as in semseg: pyramid pooling to width (the features), dropout and a 1x1 conv.
 
-    An auxiliary head of half the width sits on layer3. The paper's crops have 8 n + 1 pixels (361, 713), hence align_corners
-    (which upsample() takes for such sizes alone)."""
+    An auxiliary head of half the width sits on layer3. The paper's crops have 8 n + 1 pixels (361,
+    713), hence align_corners, which upsample() takes for such sizes alone."""
 
     align_corners = True
 
     def __init__(self, backbone, classes, width=512, style="torchvision", norm=nn.BatchNorm2d):
         super().__init__(backbone, style)
-        c = backbone.channels
         self.feature_channels = width
-        self.pyramid = PyramidPooling(c, width, norm)
-        self.dropout = nn.Dropout2d(.1)
+        self.pyramid = PyramidPooling(backbone.channels, width, norm)
+        self.dropout = nn.Dropout2d(0.1)
         self.last = nn.Conv2d(width, classes, 1)
-        self.auxiliary = nn.Sequential(nn.Conv2d(c // 2, width // 2, 3, padding=1, bias=False), norm(width // 2), nn.ReLU(), nn.Dropout2d(.1),
-                                       nn.Conv2d(width // 2, classes, 1))
+        half = width // 2
+        conv = ConvNormReLU(backbone.channels // 2, half, norm_layer=norm)
+        self.auxiliary = nn.Sequential(*conv, nn.Dropout2d(0.1), nn.Conv2d(half, classes, 1))
 
     def features(self, image):
-        """(B, 3, H, W) float RGB in [0, 1] -> (B, C, h, w)."""
+        """image -> features."""
         return self.pyramid(self.backbone(self.normalize(image)))
 
-    def classifier(self, features):
-        """(B, C, h, w) -> logits (B, K, h, w)."""
-        return self.last(self.dropout(features))
-
     def forward(self, image, aux=False):
+        """image -> logits, or with aux=True (logits, logits of the auxiliary head)."""
         layer3, layer4 = self.backbone.layers(self.normalize(image))[2:]
         logits = self.classifier(self.pyramid(layer4))
         return (logits, self.auxiliary(layer3)) if aux else logits
@@ -1501,34 +1595,34 @@ class PSPNet(SegmentationNetwork):
 class SETR(SegmentationNetwork):
     """SETR: a Vision Transformer, and a decoder that only scales up: progressively (PUP), or naive.
 
-    PUP: 3x3 conv to the width, norm, ReLU and x 2, as often as it takes from the patches to the pixels: four times for patches of 16. The last
-    x 2 comes after the 1x1 conv to the classes, in upsample(): both are linear, so the logits are the same, and features and logits stay at stride 2.
-    naive: 1x1 conv to the width, norm, ReLU, scaled up to stride 2 at once, 1x1 conv to the classes.
-    The layer norm that either begins with is the encoder's last one. The norms of this decoder are always trained: it comes with no weights. dropout, before the
-    last conv, is an Identity that a method may replace."""
+    PUP: 3x3 conv to width, norm, ReLU and x 2, as often as it takes from patches to pixels: four
+    times for patches of 16. The last x 2 comes after the 1x1 conv to the classes, in upsample():
+    both are linear, so the logits are the same, and features and logits stay at stride 2.
+    naive: 1x1 conv to width, norm, ReLU, scaled up to stride 2 at once, 1x1 conv to the classes.
+    The layer norm that either begins with is the encoder's last one. The norms of this decoder are
+    always trained: it comes with no weights. dropout, before the last conv, is an Identity that a
+    method may replace."""
 
-    def __init__(self, backbone, classes, naive=False, width=256, style="torchvision", norm=nn.BatchNorm2d):
+    def __init__(self, backbone, classes, naive=False, width=256, style="torchvision",
+                 norm=nn.BatchNorm2d):
         super().__init__(backbone, style)
-        self.feature_channels, self.dropout = width, nn.Identity()
-        layers = [nn.Conv2d(backbone.channels, width, 1 if naive else 3, padding=0 if naive else 1, bias=False), norm(width), nn.ReLU()]
+        self.stride, self.feature_channels, self.dropout = 2, width, nn.Identity()
+        conv = partial(ConvNormReLU, norm_layer=norm)
+        enlarge = partial(nn.Upsample, mode="bilinear")
         if naive:
-            layers.append(nn.Upsample(scale_factor=backbone.stride // 2, mode="bilinear"))
+            layers = [*conv(backbone.channels, width, 1)]
+            layers.append(enlarge(scale_factor=backbone.stride // 2))
         else:
+            layers = [*conv(backbone.channels, width)]
             for _ in range(int(math.log2(backbone.stride)) - 1):
-                layers += [nn.Upsample(scale_factor=2, mode="bilinear"), nn.Conv2d(width, width, 3, padding=1, bias=False), norm(width), nn.ReLU()]
-        self.decoder, self.stride = nn.Sequential(*layers), 2
-        self.last = nn.Conv2d(width, classes, 1)
-        nn.init.normal_(self.last.weight, 0, .01)
-        nn.init.zeros_(self.last.bias)
+                layers += [enlarge(scale_factor=2), *conv(width, width)]
+        self.decoder = nn.Sequential(*layers)
+        self.last = last_conv(width, classes)
 
     def features(self, image):
-        """(B, 3, H, W) float RGB in [0, 1] -> (B, C, h, w), without what lies in the padding."""
-        h, w = (math.ceil(n / self.stride) for n in image.shape[2:])
+        """image -> features, without those of the padding."""
+        h, w = (math.ceil(side / self.stride) for side in image.shape[2:])
         return self.decoder(self.backbone(self.normalize(image)))[:, :, :h, :w]
-
-    def classifier(self, features):
-        """(B, C, h, w) -> logits (B, K, h, w)."""
-        return self.last(self.dropout(features))
 
 
 NETWORKS = ["deeplabv2", "deeplabv3plus", "pspnet"]  # on a ResNet
@@ -1536,176 +1630,222 @@ TRANSFORMERS = ["setr", "setr-naive"]  # on a ViT
 
 
 def make_network(spec):
-    """The network that a description (as saved in every checkpoint) names, with random weights. A UserError if it is a script's own one."""
-    if spec.get("network", "deeplabv2") not in NETWORKS + TRANSFORMERS:
-        raise UserError(f"this checkpoint's network is the one of {spec['network']}.py; use it with that script")
+    """The network of a description (every checkpoint holds one), with random weights.
+
+    A UserError if only its script can make this network."""
+    name, classes, style = spec.get("network", "deeplabv2"), spec["classes"], spec["style"]
+    if name not in NETWORKS + TRANSFORMERS:
+        raise UserError(f"this checkpoint's network is the one of {name}.py; "
+                        "use it with that script")
     tiny = spec["backbone"] == "tiny"
-    if spec.get("network") in TRANSFORMERS:
-        return SETR(ViT(*VITS[spec["backbone"]], spec["grid"]), spec["classes"], spec["network"] == "setr-naive", 32 if tiny else 256, spec["style"],
-                    group_norm if tiny else nn.BatchNorm2d)
-    backbone = make_backbone(spec["backbone"], spec["batch_norm"], STYLES[spec["style"]]["caffe"], spec.get("deep_stem", False),
-                             16 if spec.get("network") == "deeplabv3plus" else 8)
-    if spec.get("network") == "deeplabv3plus":
-        sizes = dict(rates=(2, 4, 8), width=32, low_width=16, norm=group_norm) if tiny else {}
-        return DeepLabV3Plus(backbone, spec["classes"], style=spec["style"], **sizes)
-    if spec.get("network") == "pspnet":
-        return PSPNet(backbone, spec["classes"], 64 if tiny else 512, spec["style"], group_norm if tiny else nn.BatchNorm2d)
+    options = dict(style=style, norm=group_norm if tiny else nn.BatchNorm2d)
+    if name in TRANSFORMERS:
+        backbone = ViT(*VITS[spec["backbone"]], spec["grid"])
+        width = 32 if tiny else 256
+        return SETR(backbone, classes, name == "setr-naive", width, **options)
+    backbone = make_backbone(
+        spec["backbone"], spec["batch_norm"], STYLES[style]["caffe"], spec.get("deep_stem", False),
+        output_stride=16 if name == "deeplabv3plus" else 8,
+    )
+    if name == "pspnet":
+        return PSPNet(backbone, classes, 64 if tiny else 512, **options)
+    if name == "deeplabv3plus":
+        sizes = dict(rates=(2, 4, 8), width=32, low_width=16) if tiny else {}
+        return DeepLabV3Plus(backbone, classes, **sizes, **options)
     rates = (2, 4, 8, 12) if tiny else (6, 12, 18, 24)  # tiny: for feature maps of 16 x 32
-    return DeepLabV2(backbone, spec["classes"], spec["head"], rates[:spec["aspp_branches"]], 32 if tiny else 256, spec["style"])
+    rates = rates[: spec["aspp_branches"]]
+    return DeepLabV2(backbone, classes, spec["head"], rates, 32 if tiny else 256, style)
 
 
 def build_network(args, data, device, member=0, make=make_network, **more):
-    """The network of the arguments, with its weights; member (0, 1, ..) gives each network of an ensemble its own initialisation.
+    """The network of the arguments, with its weights, on the device; .spec is its description.
 
-    A script with a network of its own passes make(description), and what the description needs more. A UserError if network and backbone do not fit."""
-    fits = list(VITS) if args.network in TRANSFORMERS else RESNETS
-    if args.backbone not in fits:
-        raise UserError(f"--backbone {args.backbone}: {args.network} sits on {', '.join(fits[:-1])} or {fits[-1]}")
+    member (0, 1, ..) gives each network of an ensemble its own initialisation.
+    make(description), more: a script's own network, and what its description needs beside.
+    A UserError if network and backbone, or backbone and weights, do not fit."""
+    transformer = args.network in TRANSFORMERS
+    names = list(VITS) if transformer else RESNETS
+    if args.backbone not in names:
+        raise UserError(f"--backbone {args.backbone}: {args.network} sits on "
+                        f"{', '.join(names[:-1])} or {names[-1]}")
     weights, style, source = read_weights(args)
-    spec = dict(network=args.network, backbone=args.backbone, head=args.head, aspp_branches=args.aspp_branches,
-                batch_norm=args.batch_norm, style=args.input_style or style, classes=len(data.names),
-                deep_stem=weights["backbone.bn1.weight"].numel() if weights is not None and "backbone.conv1.0.weight" in weights else False, **more)
-    if args.network in TRANSFORMERS:  # the grid that the file's position embeddings belong to; one of them is the class token's
-        positions = weights["backbone.encoder.pos_embedding"].shape[1] if weights is not None and "backbone.encoder.pos_embedding" in weights else 197
-        spec["grid"] = math.isqrt(positions - 1)
+    found = weights or {}
+    spec = dict(
+        network=args.network, backbone=args.backbone, head=args.head,
+        aspp_branches=args.aspp_branches, batch_norm=args.batch_norm,
+        style=args.input_style or style, classes=len(data.names), deep_stem=False, **more,
+    )
+    if "backbone.conv1.0.weight" in found:
+        spec["deep_stem"] = found["backbone.bn1.weight"].numel()
+    if transformer:  # the grid of the file's position embeddings; one of them is the class token's
+        positions = found.get("backbone.encoder.pos_embedding")
+        spec["grid"] = 14 if positions is None else math.isqrt(positions.shape[1] - 1)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(int(rng(args.seed, "network", member).randint(2 ** 31)))
+        seed_torch(args.seed, "network", member)
         network = make(spec)
     if args.batch_norm == "sync" and world_size() > 1 and device.type == "cuda":
         network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
     network.spec = spec
-    if weights is None and args.backbone != "tiny" and args.batch_norm == "frozen" and args.network not in TRANSFORMERS:
-        warn("--weights none with --batch-norm frozen: nothing normalises this network; it is for timing, not for training")
-    if weights is not None:
-        report = load_weights(network, weights, source)
-        say_once(report)
-    return network.to(device, memory_format=torch.channels_last if device.type == "cuda" else torch.contiguous_format)
+    if weights:
+        say_once(load_weights(network, weights, source))
+    elif args.batch_norm == "frozen" and args.backbone != "tiny" and not transformer:
+        warn("--weights none with --batch-norm frozen: nothing normalises this network; "
+             "it is for timing, not for training")
+    cuda = device.type == "cuda"
+    memory_format = torch.channels_last if cuda else torch.contiguous_format
+    return network.to(device, memory_format=memory_format)
 
 
-# ---- weights ---------------------------------------------------------------------------------------------------------
+# ---- weights -------------------------------------------------------------------------------------
 
-COCO_URL = "http://vllab1.ucmerced.edu/~whung/adv-semi-seg/resnet101COCO-41f33a49.pth"  # Hung et al., for --weights coco
+# Hung et al., for --weights coco.
+COCO_URL = "http://vllab1.ucmerced.edu/~whung/adv-semi-seg/resnet101COCO-41f33a49.pth"
 
 
 def read_weights(args):
-    """(state dict in our names or None, style, where it came from) for --weights imagenet | coco | none | FILE."""
+    """The state dict of --weights in our names (None for none), its style, and its file.
+
+    A UserError names a file that is missing, broken or of an unknown layout."""
     if args.weights == "none":
         return None, "torchvision", None
     if args.weights in ("imagenet", "coco"):
-        if args.backbone == "tiny":
-            raise UserError(f"--weights {args.weights}: there are none for the tiny backbone; use --weights none, or another --backbone")
-        if args.weights == "coco":
-            if args.backbone != "resnet101":
-                raise UserError(f"--weights coco: is for --backbone resnet101, not {args.backbone}")
-            url = COCO_URL
-        else:
-            url = torchvision.models.get_model_weights(args.backbone).IMAGENET1K_V1.url
-        folder = Path(torch.hub.get_dir(), "checkpoints")
-        path = folder / url.split("/")[-1]
-        with one_after_another():  # the main process downloads, the others find the file
-            try:
-                if not path.exists():
-                    folder.mkdir(parents=True, exist_ok=True)
-                    torch.hub.download_url_to_file(url, str(path), hash_prefix=path.stem.split("-")[-1], progress=is_main())
-            except (OSError, RuntimeError) as error:
-                raise UserError(f"--weights {args.weights}: cannot download {url} ({error}); fetch it on another machine and put it at {path}, "
-                                "or pass its path with --weights FILE, or train from --weights none") from None
+        path = download_weights(args.weights, args.backbone)
     else:
         path = Path(args.weights)
-        if not path.is_file():
-            raise UserError(f"--weights {args.weights}: no such file; expected imagenet, coco, none, or the path of a checkpoint")
+        need(path.is_file(), f"--weights {args.weights}: no such file; "
+                             "expected imagenet, coco, none, or the path of a checkpoint")
     state = load_torch(path)
     if {"models", "networks", "headline"} <= state.keys():  # a last.pt of this project
-        return {k: v for k, v in state["models"][state["headline"]].items()}, state["networks"][state["headline"]]["style"], path
+        name = state["headline"]
+        return state["models"][name], state["networks"][name]["style"], path
     for key in ("state_dict", "model", "model_state"):
-        state = state[key] if isinstance(state.get(key), dict) else state
-    converted, style = convert_weights(state)
-    if not converted:
-        raise UserError(f"{path}: unknown layout (its first entries: {', '.join(map(str, list(state)[:3]))}); expected torchvision's ResNet or ViT, "
-                        "semseg's or MMSegmentation's ResNet, Hung's or the MS-DeepLab COCO ResNet-101, kazuto1011's DeepLab, or a last.pt")
-    return converted, style, path
+        if isinstance(state.get(key), dict):
+            state = state[key]
+    weights, style = convert_weights(state)
+    if not weights:
+        first = ", ".join(map(str, list(state)[:3]))
+        raise UserError(f"{path}: unknown layout (its first entries: {first}); expected "
+                        "torchvision's ResNet or ViT, semseg's or MMSegmentation's ResNet, "
+                        "Hung's COCO ResNet-101, or a last.pt")
+    return weights, style, path
+
+
+def download_weights(name, backbone):
+    """The file of --weights imagenet or coco in torch's cache, downloaded if it is not there.
+
+    A UserError if there are no such weights for this backbone, or without network access."""
+    need(backbone != "tiny", f"--weights {name}: there are none for the tiny backbone; "
+                             "use --weights none, or another --backbone")
+    if name == "coco":
+        need(backbone == "resnet101",
+             f"--weights coco: is for --backbone resnet101, not {backbone}")
+        url = COCO_URL
+    else:
+        url = torchvision.models.get_model_weights(backbone).IMAGENET1K_V1.url
+    path = Path(torch.hub.get_dir(), "checkpoints", url.split("/")[-1])
+    options = dict(hash_prefix=path.stem.split("-")[-1], progress=is_main())
+    with one_after_another():  # the main process downloads, the others find the file
+        try:
+            if not path.exists():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                torch.hub.download_url_to_file(url, str(path), **options)
+        except (OSError, RuntimeError) as error:
+            raise UserError(f"--weights {name}: cannot download {url} ({error}); fetch it on "
+                            f"another machine and put it at {path}, or pass its path with "
+                            "--weights FILE, or train from --weights none") from None
+    return path
+
+
+# What torch.load() raises for a truncated file.
+BROKEN = (OSError, RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError,
+          struct.error, pickle.UnpicklingError)
 
 
 def load_torch(path):
-    """torch.load of tensors and plain values only. A UserError names a file that is truncated or something else."""
+    """The dict in a file of tensors and plain values. A UserError names any other file."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError, struct.error, pickle.UnpicklingError) as error:
-        raise UserError(f"{path}: not a checkpoint, or a truncated one ({type(error).__name__}); download or copy it again") from None
+    except BROKEN as error:
+        raise UserError(f"{path}: not a checkpoint, or a truncated one ({type(error).__name__}); "
+                        "download or copy it again") from None
     if not isinstance(state, dict):
         raise UserError(f"{path}: holds a {type(state).__name__}, not a dict of weights")
     return state
 
 
+# Modules of a stem of three convs: MMSegmentation's names and semseg's, in ours.
+STEM_OF_MMSEGMENTATION = {"stem.0": "conv1.0", "stem.1": "conv1.1", "stem.3": "conv1.3",
+                          "stem.4": "conv1.4", "stem.6": "conv1.6", "stem.7": "bn1"}
+STEM_OF_SEMSEG = {"conv1": "conv1.0", "bn1": "conv1.1", "conv2": "conv1.3",
+                  "bn2": "conv1.4", "conv3": "conv1.6", "bn3": "bn1"}
+
+
 def convert_weights(state):
     """A foreign state dict in our names, and its style. Empty if the layout is unknown.
 
-    torchvision     conv1.weight, layer1.0.conv1.weight, fc.*                       torchvision
-    semseg          the same names, conv2.weight, conv3.weight (a stem of three)    torchvision
-    MMSegmentation  the same names, stem.0.weight (ResNetV1c)                       torchvision
-    torchvision ViT conv_proj.weight, encoder.pos_embedding, heads.*                torchvision
-    Hung            the same names, layer5.conv2d_list.0.weight                     caffe-rgb
-    MS-DeepLab      the same with the prefix Scale.                                 caffe-bgr
-    kazuto1011      [base.]layer1.conv1.conv.weight, layer2.block1.reduce.bn.bias,
-                    aspp.c0.weight                                                  caffe-bgr
+    torchvision     conv1.weight, layer1.0.conv1.weight, fc.*                     torchvision
+    semseg          the same names, conv2.weight, conv3.weight (a stem of three)  torchvision
+    MMSegmentation  the same names, stem.0.weight (ResNetV1c)                     torchvision
+    torchvision ViT conv_proj.weight, encoder.pos_embedding, heads.*              torchvision
+    Hung            the same names, layer5.conv2d_list.0.weight                   caffe-rgb
     The prefix module. (DataParallel) is dropped from any."""
-    state = {re.sub(r"^(module\.)+", "", key): value for key, value in state.items() if isinstance(key, str) and torch.is_tensor(value)}
-    style = "torchvision"
-    if any(key.startswith("Scale.") for key in state):
-        state, style = {key.removeprefix("Scale."): value for key, value in state.items()}, "caffe-bgr"
-    elif any(".conv2d_list." in key for key in state):
-        style = "caffe-rgb"
-    if any(re.match(r"(base\.)?layer\d\.block\d", key) for key in state):
-        style = "caffe-bgr"
-        state = {kazuto_name(key.removeprefix("base.")): value for key, value in state.items()}
+    state = {re.sub(r"^(module\.)+", "", key): value for key, value in state.items()
+             if isinstance(key, str) and torch.is_tensor(value)}
+    stem = {}
     if "stem.6.weight" in state:
-        state = {re.sub(r"^stem\.(\d)\.", lambda match: "bn1." if match[1] == "7" else f"conv1.{match[1]}.", key): value for key, value in state.items()}
-    if "conv3.weight" in state:
-        stem = {"conv1": "conv1.0", "bn1": "conv1.1", "conv2": "conv1.3", "bn2": "conv1.4", "conv3": "conv1.6", "bn3": "bn1"}
-        state = {".".join([stem.get(key.split(".")[0], key.split(".")[0])] + key.split(".")[1:]): value for key, value in state.items()}
-    converted = {}
+        stem = STEM_OF_MMSEGMENTATION
+    elif "conv3.weight" in state:
+        stem = STEM_OF_SEMSEG
+    style, converted = "torchvision", {}
     for key, value in state.items():
+        module, _, parameter = key.rpartition(".")
+        if module in stem:
+            key = f"{stem[module]}.{parameter}"
         if re.match(r"(conv1|bn1|layer[1-4]\.\d+|conv_proj|encoder)\.|class_token$", key):
-            key = key.replace(".mlp.linear_1.", ".mlp.0.").replace(".mlp.linear_2.", ".mlp.3.")  # as torchvision's files of ViTs have them
+            key = key.replace(".mlp.linear_1.", ".mlp.0.")  # as torchvision's files of ViTs have it
+            key = key.replace(".mlp.linear_2.", ".mlp.3.")
             converted["backbone." + key] = value
-        elif re.match(r"layer5\.conv2d_list\.\d\.", key):
-            converted["branches." + key.removeprefix("layer5.conv2d_list.")] = value
+        elif branch := re.match(r"layer5\.conv2d_list\.(\d\..+)", key):
+            converted["branches." + branch[1]] = value
+            style = "caffe-rgb"
         else:
             converted["skipped." + key] = value
-    known = {"backbone.conv1.weight", "backbone.conv1.0.weight", "backbone.conv_proj.weight"} & converted.keys()
-    return (converted if known else {}), style
-
-
-def kazuto_name(key):
-    """kazuto1011's name of a parameter in torchvision's terms."""
-    if match := re.match(r"aspp\.c(\d)\.(.+)", key):
-        return f"layer5.conv2d_list.{match[1]}.{match[2]}"
-    if match := re.match(r"layer1\.conv1\.(conv|bn)\.(.+)", key):
-        return f"{match[1]}1.{match[2]}"
-    if match := re.match(r"layer(\d)\.block(\d+)\.(reduce|conv3x3|increase|shortcut)\.(conv|bn)\.(.+)", key):
-        layer, block, part, kind, rest = match.groups()
-        if part == "shortcut":
-            return f"layer{int(layer) - 1}.{int(block) - 1}.downsample.{0 if kind == 'conv' else 1}.{rest}"
-        return f"layer{int(layer) - 1}.{int(block) - 1}.{kind}{('reduce', 'conv3x3', 'increase').index(part) + 1}.{rest}"
-    return key
+    known = {"conv1.weight", "conv1.0.weight", "conv_proj.weight"}
+    if not any(f"backbone.{key}" in converted for key in known):
+        converted = {}
+    return converted, style
 
 
 def load_weights(network, weights, source):
-    """Copy what fits into the network and say what was loaded, skipped and is missing. A backbone that does not fit is a UserError."""
-    own = network.state_dict()
-    fits = {k: v for k, v in weights.items() if k in own and own[k].shape == v.shape}
-    wrong = [k for k, v in weights.items() if k in own and own[k].shape != v.shape]
-    skipped = [k.removeprefix("skipped.") for k in weights if k not in own and not k.endswith("num_batches_tracked")] + wrong
-    missing = [k for k in own if k not in fits and not k.endswith("num_batches_tracked")]
-    lost = [k for k in missing + wrong if k.startswith("backbone.")]
-    extra = [k for k in skipped if k.startswith("backbone.")]
+    """Copy what fits into the network; return a line on what was loaded, skipped and is missing.
+
+    A UserError if a part of the backbone is missing, unknown or has another shape."""
+    state = network.state_dict()
+    fits = {key: value for key, value in weights.items()
+            if key in state and state[key].shape == value.shape}
+    wrong = [key for key in weights if key in state and key not in fits]
+    unknown = [key for key in weights if key not in state and not key.endswith(COUNTER)]
+    missing = [key for key in state if key not in fits and not key.endswith(COUNTER)]
+    skipped = [key.removeprefix("skipped.") for key in unknown] + wrong
+    lost = [key for key in missing + wrong if key.startswith("backbone.")]
+    extra = [key for key in skipped if key.startswith("backbone.")]
     if lost or extra:
-        raise UserError(f"{source}: is not for --backbone {network.spec['backbone']} "
-                        f"({len(lost)} of its entries are missing or of another shape, {len(extra)} are unknown; first: {(lost + extra)[0]})")
+        raise UserError(f"{source}: is not for --backbone {network.spec['backbone']} ({len(lost)} "
+                        "of its entries are missing or of another shape, "
+                        f"{len(extra)} are unknown; first: {(lost + extra)[0]})")
     network.load_state_dict(fits, strict=False)
+
     def few(keys):
-        return f"{len(keys)} ({', '.join(keys[:4])}{', ..' if len(keys) > 4 else ''})" if keys else "0"
-    return f"weights   {source}: {len(fits)} loaded, skipped {few(skipped)}, missing {few(missing)}"
+        if not keys:
+            return "0"
+        names = keys[:4] + [".."] if len(keys) > 4 else keys
+        return f"{len(keys)} ({', '.join(names)})"
+
+    return (f"weights   {source}: {len(fits)} loaded, skipped {few(skipped)}, "
+            f"missing {few(missing)}")
+
+
+COUNTER = "num_batches_tracked"  # of batch norm; older files have none
 
 
 # ==================================================================================================
@@ -3179,37 +3319,36 @@ def draw_bars(title, categories, series, font=ImageFont.load_default(15)):
     return picture
 
 
-# ---- --evaluate and --predict ----------------------------------------------------------------------------------------
+# ---- --evaluate and --predict --------------------------------------------------------------------
 
 def use_checkpoint(args, device, make=make_network):
-    """--evaluate: IoU of every network in the checkpoint. --predict: pictures with the headline network. make: as in build_network()."""
-    path = Path(args.checkpoint, "last.pt") if Path(args.checkpoint).is_dir() else Path(args.checkpoint)
-    if not path.is_file():
-        raise UserError(f"--checkpoint {path}: no such file; expected the last.pt of a run folder")
+    """--evaluate: print IoU of every network of --checkpoint. --predict: pictures of its headline.
+
+    make: as in build_network(). Size, crop, windows and flip are those of the training, if not
+    given. A UserError if the file is no checkpoint of these scripts, or of other classes."""
+    path = Path(args.checkpoint)
+    path = path / "last.pt" if path.is_dir() else path
+    need(path.is_file(), f"--checkpoint {path}: no such file; expected the last.pt of a run folder")
     state = load_torch(path)
-    if "models" not in state or "networks" not in state:
-        raise UserError(f"--checkpoint {path}: is not a checkpoint of these scripts; pretrained weights go to --weights")
-    for name in ("size", "crop", "base_size", "flip"):  # as it was trained and evaluated, if not said otherwise
+    need({"models", "networks"} <= state.keys(),
+         f"--checkpoint {path}: is not a checkpoint of these scripts; "
+         "pretrained weights go to --weights")
+    for name in ("size", "crop", "base_size", "flip"):
         if name not in args.given:
             setattr(args, name, state[name])
-    say(f"checkpoint {path}: {state['method']} on {state['dataset']}, after {state['step']} iterations")
+    say(f"checkpoint {path}: {state['method']} on {state['dataset']}, "
+        f"after {state['step']} iterations")
     networks = {}
     for name in state["models"] if args.evaluate else [state["headline"]]:
         networks[name] = make(state["networks"][name]).to(device).eval()
         try:
             networks[name].load_state_dict(state["models"][name])
         except RuntimeError as error:
-            raise UserError(f"--checkpoint {path}: does not fit its own description ({str(error).splitlines()[-1].strip()})") from None
+            reason = str(error).splitlines()[-1].strip()
+            raise UserError(f"--checkpoint {path}: does not fit its own description "
+                            f"({reason})") from None
     if args.evaluate:
-        if state["dataset"] != args.dataset and state["dataset"] != "streets" and args.dataset == "streets":
-            raise UserError(f"--checkpoint {path}: was trained on {state['dataset']}; add --dataset {state['dataset']} --data-root DIR")
-        data = open_dataset(args)
-        if list(state["classes"]) != data.names and state["dataset"] == data.name:
-            raise UserError(f"--checkpoint {path}: was trained on the classes {', '.join(state['classes'])}, {args.data_root} has {', '.join(data.names)}; "
-                            "use the same classes.txt")
-        if list(state["classes"]) != data.names:
-            raise UserError(f"--checkpoint {path}: was trained on {state['dataset']} with {len(state['classes'])} classes, --dataset {args.dataset} has "
-                            f"{len(data.names)}; evaluate it with --dataset {state['dataset']}")
+        data = open_val(state, args, path)
         tables = evaluate(networks, data, args, device)
         if is_main():
             report(tables, state["headline"], data, args)
@@ -3217,109 +3356,197 @@ def use_checkpoint(args, device, make=make_network):
         predict_pictures(networks[state["headline"]], state, args, device)
 
 
-def predict_pictures(network, state, args, device):
-    """Write NAME.png (class ids, as a palette picture), NAME_color.png, NAME_overlay.png and NAME_confidence.png (the largest probability, 0 black, 1 white) for
-    the picture or every picture in and below the folder args.predict; and overview.jpg, the first five of them with a legend.
+def open_val(state, args, path):
+    """The dataset to evaluate a checkpoint on. A UserError if its classes are others."""
+    trained = state["dataset"]
+    if args.dataset == "streets" != trained:
+        raise UserError(f"--checkpoint {path}: was trained on {trained}; "
+                        f"add --dataset {trained} --data-root DIR")
+    data = open_dataset(args)
+    if list(state["classes"]) == data.names:
+        return data
+    if trained == data.name:
+        raise UserError(f"--checkpoint {path}: was trained on the classes "
+                        f"{', '.join(state['classes'])}, {args.data_root} has "
+                        f"{', '.join(data.names)}; use the same classes.txt")
+    raise UserError(f"--checkpoint {path}: was trained on {trained} with {len(state['classes'])} "
+                    f"classes, --dataset {args.dataset} has {len(data.names)}; "
+                    f"evaluate it with --dataset {trained}")
 
-    After training on Cityscapes its pictures get CITY_000000_000000_labelIds.png, with label ids as the evaluation server takes them. The
-    server reads CITY_000000_000000*.png and wants one such file, so the others are JPEGs.
-    A picture is shown to the network at the size it was trained with (or --size), a large one tile by tile; what comes back has the picture's own size. A bad
-    picture does not stop the others: it is named at the end, with exit status 1."""
-    source, out = Path(args.predict), Path(args.out or "predictions")
+
+def predict_pictures(network, state, args, device):
+    """Predict the picture --predict, or every picture in and below that folder, into --out.
+
+    For each: NAME.png (class ids, as a palette picture), NAME_color.png, NAME_overlay.png and
+    NAME_confidence.png (the largest probability, 0 black, 1 white). And overview.jpg: the first
+    five with a legend. After training on Cityscapes, see plan_predictions().
+    The network sees a picture at shown_size(), a large one tile by tile; the results have the
+    picture's own size. A picture that cannot be read does not stop the others: it is named at the
+    end, with exit status 1. A UserError if nothing can be read or written."""
     Image.MAX_IMAGE_PIXELS = None  # any size
-    if not source.exists():
-        raise UserError(f"--predict {source}: no such picture or folder")
-    paths = sorted(p for p in source.rglob("*") if p.suffix.lower() in (".png", ".jpg", ".jpeg")) if source.is_dir() else [source]
-    if source.is_dir():
-        warn_of_others(source, sorted(path.name for path in source.rglob("*") if path.is_file() and path not in paths and not path.name.startswith(".")))
-    if not paths:
-        raise UserError(f"--predict {source}: no .png, .jpg or .jpeg in this folder")
-    if out.resolve() in {path.parent.resolve() for path in paths}:
-        raise UserError(f"--out {out}: is the folder of the pictures themselves, which would be overwritten; choose another")
-    if source.is_dir() and source.resolve() in (out.resolve(), *out.resolve().parents):
-        raise UserError(f"--out {out}: lies within --predict {source}, where the next call would take results for pictures; choose another")
-    stems, jobs, bad = Counter(path.stem for path in paths), [], []
-    for path in paths:
-        name = path.stem if stems[path.stem] == 1 else "_".join(path.relative_to(source).parts)  # a.jpg and a.png do not share a result
-        if state["dataset"] == "cityscapes" and re.fullmatch(r".+_\d{6}_\d{6}_leftImg8bit\.png", path.name):
-            jobs.append((path, [out / f"{name.replace('_leftImg8bit', '_labelIds')}.png"] + [out / f"{name}_{kind}.jpg" for kind in ("color", "overlay", "confidence")], True))
-        else:
-            jobs.append((path, [out / f"{name}.png"] + [out / f"{name}_{kind}.png" for kind in ("color", "overlay", "confidence")], False))
-    overview, shown = out / "overview.jpg", []
-    (result, times), = Counter([overview] + [result for _, results, _ in jobs for result in results]).most_common(1)
-    if times > 1:
-        raise UserError(f"{result}: would be written for two of the pictures in --predict {source}; rename one of them, or predict them apart")
-    colors, id_colors = np.array(list(state["classes"].values()), np.uint8), np.zeros((256, 3), np.uint8)
-    id_colors[CITYSCAPES_IDS] = list(CITYSCAPES.values())
-    try:
+    source, out = Path(args.predict), Path(args.out or "predictions")
+    jobs = plan_predictions(source, out, state["dataset"])
+    names, colors = list(state["classes"]), np.array(list(state["classes"].values()), np.uint8)
+    rows, unreadable = [], []
+    with writing(out):
         out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {out}: cannot be written ({error.strerror})") from None
-    for number, (path, results, label_ids) in enumerate(jobs, 1):
-        progress(f"predict   {path.name}" if sys.stdout.isatty() else "predict", number, len(jobs))
+    for number, (path, files, label_ids) in enumerate(jobs, 1):
+        progress(f"predict   {path.name}", number, len(jobs))
         try:
-            with open_picture(path) as picture:
-                picture = to_rgb(ImageOps.exif_transpose(picture))  # phones store the direction apart from the pixels
+            with open_picture(path) as picture:  # phones store the direction apart from the pixels
+                picture = to_rgb(ImageOps.exif_transpose(picture))
         except UserError as error:
             if not source.is_dir():
                 raise
-            bad.append(str(error))
+            unreadable.append(str(error))
             continue
-        label, confidence = predict_tiled(network, picture, shown_size(args.size, args.base_size, picture), args, device)
-        index, color = Image.fromarray(np.array(CITYSCAPES_IDS, np.uint8)[label] if label_ids else label), Image.fromarray(colorize(label, colors))
-        index.putpalette((id_colors if label_ids else colors).flatten().tolist())
-        try:
-            kinds = index, color, Image.blend(picture, color, .5), Image.fromarray(confidence)
-            for result, kind in zip(results, kinds):
-                kind.save(result)
-            if len(shown) < 5:
-                small = [kind.convert("RGB").resize((480, max(1, round(480 * picture.height / picture.width)))) for kind in (picture, *kinds[1:])]
-                shown.append([torch.from_numpy(np.array(kind).transpose(2, 0, 1)) for kind in small])
-        except OSError as error:
-            raise UserError(f"{out}: cannot be written ({error.strerror or error})") from None
-    if shown:
-        titles = "picture", "prediction", "overlay", "confidence (white: 1)"
-        try:
-            draw_panel(dict(zip(titles, zip(*shown))), list(state["classes"]), colors).save(overview)
-        except OSError as error:
-            raise UserError(f"{overview}: cannot be written ({error.strerror or error})") from None
-    print(f"{len(paths) - len(bad)} of {len(paths)} pictures, in {out}; look at {overview}")
-    if not all(label_ids for *_, label_ids in jobs):
-        print(f"NAME.png (class ids), NAME_color.png, NAME_overlay.png, NAME_confidence.png; classes: {', '.join(f'{k} {name}' for k, name in enumerate(state['classes']))}")
-    if any(label_ids for *_, label_ids in jobs):
-        print("CITY_000000_000000_labelIds.png, for Cityscapes' evaluation server, and .._leftImg8bit_color.jpg, _overlay.jpg, _confidence.jpg; label ids: "
-              + ", ".join(f"{k} {name}" for k, name in zip(CITYSCAPES_IDS, state["classes"])))
-    if bad:
-        print(f"error: {len(bad)} of {len(paths)} could not be predicted:\n" + "\n".join(bad), file=sys.stderr, flush=True)
-        raise SystemExit(1)
+        size = shown_size(args.size, args.base_size, picture)
+        label, confidence = predict_tiled(network, picture, size, args, device)
+        drawn = draw_prediction(picture, label, confidence, colors, label_ids)
+        with writing(out):
+            for file, result in zip(files, drawn):
+                result.save(file)
+        if len(rows) < 5:
+            rows.append(overview_row(picture, *drawn[1:]))
+    if rows:
+        titles = ("picture", "prediction", "overlay", "confidence (white: 1)")
+        panel = draw_panel(dict(zip(titles, zip(*rows))), names, colors)
+        with writing(out):
+            panel.save(out / "overview.jpg")
+    say_predictions(jobs, out, names, unreadable)
+
+
+CITYSCAPES_PICTURE = r".+_\d{6}_\d{6}_leftImg8bit\.png"
+
+
+def plan_predictions(source, out, dataset):
+    """What to predict, and where: a list of (path, four files, label_ids).
+
+    The files are for class ids, color, overlay and confidence.
+    After training on Cityscapes its pictures get CITY_000000_000000_labelIds.png, with label ids
+    as the evaluation server takes them. The server reads CITY_000000_000000*.png and wants one
+    such file, so the others are JPEGs.
+    A UserError if there is no picture, or a result would take the place of another file."""
+    need(source.exists(), f"--predict {source}: no such picture or folder")
+    paths = [source]
+    if source.is_dir():
+        files = sorted(path for path in source.rglob("*") if path.is_file())
+        paths = [path for path in files if path.suffix.lower() in (".png", ".jpg", ".jpeg")]
+        others = {path.name for path in set(files) - set(paths) if not path.name.startswith(".")}
+        warn_of_others(source, sorted(others))
+    need(paths, f"--predict {source}: no .png, .jpg or .jpeg in this folder")
+    need(out.resolve() not in {path.parent.resolve() for path in paths},
+         f"--out {out}: is the folder of the pictures themselves, which would be overwritten; "
+         "choose another")
+    within = source.resolve() in (out.resolve(), *out.resolve().parents)
+    need(not within or not source.is_dir(),
+         f"--out {out}: lies within --predict {source}, "
+         "where the next call would take results for pictures; choose another")
+    stems, jobs = Counter(path.stem for path in paths), []
+    for path in paths:
+        name = path.stem
+        if stems[name] > 1:  # a.jpg and a.png do not share a result
+            name = "_".join(path.relative_to(source).parts)
+        label_ids, ids, suffix = False, name, "png"
+        if dataset == "cityscapes" and re.fullmatch(CITYSCAPES_PICTURE, path.name):
+            label_ids, ids, suffix = True, name.replace("_leftImg8bit", "_labelIds"), "jpg"
+        kinds = [out / f"{name}_{kind}.{suffix}" for kind in ("color", "overlay", "confidence")]
+        jobs.append((path, [out / f"{ids}.png", *kinds], label_ids))
+    written = Counter(file for _, files, _ in jobs for file in files)
+    written[out / "overview.jpg"] += 1
+    file, times = written.most_common(1)[0]
+    need(times == 1, f"{file}: would be written for two of the pictures in --predict {source}; "
+                     "rename one of them, or predict them apart")
+    return jobs
 
 
 def shown_size(size, base_size, picture):
-    """(H, W) at which a network sees a PIL picture: as high as the pictures it was trained with, or no longer than they, in its own proportions."""
-    factor = size[0] / picture.height if size and len(size) == 2 else min(1, (size[0] if size else base_size or math.inf) / max(picture.size))
+    """(H, W) at which a network sees a PIL picture, in the picture's proportions.
+
+    As high as the pictures of the training (size H W), or no longer than they (size N, base_size).
+    """
+    if size and len(size) == 2:
+        factor = size[0] / picture.height
+    else:
+        longest = size[0] if size else base_size or math.inf
+        factor = min(1, longest / max(picture.size))
     return max(8, round(picture.height * factor)), max(8, round(picture.width * factor))
 
 
 def predict_tiled(network, picture, size, args, device, tile=1024, margin=128, band=256):
-    """Class ids (H, W) uint8 of a PIL picture that the network sees at size (h, w), and their probabilities (H, W) uint8, 255 is 1.
+    """Class ids (H, W) uint8 of a PIL picture and their probabilities (H, W) uint8, 255 is 1.
 
-    More than two million pixels are shown tile by tile: of each only the inner part counts, so that every pixel is seen with at least a margin around it.
-    The answer is scaled up in bands, so that never more than a tile and a band are in memory with all their classes."""
-    small = np.asarray(picture.resize(size[::-1], Image.Resampling.BILINEAR))
+    The network sees the picture at size (h, w), more than two million pixels in tiles with a margin
+    around each that does not count. Probabilities are scaled up in bands: never more than a tile
+    and a band are in memory with all their classes."""
     (h, w), (H, W) = size, (picture.height, picture.width)
+    small = to_tensor(np.asarray(picture.resize((w, h), Image.Resampling.BILINEAR)))
     label, confidence = np.zeros((H, W), np.uint8), np.zeros((H, W), np.uint8)
-    whole = args.base_size or h * w <= 2 ** 21  # with --base-size predict() looks through windows itself
-    tile_h, tile_w = (n if whole else math.ceil(n / math.ceil(n / tile)) for n in (h, w))  # as large as each other
-    for y in range(0, h, tile_h):
-        for x in range(0, w, tile_w):
-            inner = y, x, min(y + tile_h, h), min(x + tile_w, w)
-            top, left, bottom, right = max(y - margin, 0), max(x - margin, 0), min(inner[2] + margin, h), min(inner[3] + margin, w)
-            image = torch.from_numpy(small[top:bottom, left:right].transpose(2, 0, 1).copy())[None].to(device)
-            p = predict(network, image, args, (bottom - top, right - left))[0].cpu()  # (K, h', w')
-            Y, X, Y_end, X_end = (round(n * scale) for n, scale in zip(inner, (H / h, W / w) * 2))  # where the inner part lies in the picture
-            for begin in range(Y, Y_end, band):
-                end = min(begin + band, Y_end)
-                view = [(begin * h / H - top) / (bottom - top), (X * w / W - left) / (right - left), (end * h / H - top) / (bottom - top), (X_end * w / W - left) / (right - left), False]
-                best, index = crop_map(p, view, (end - begin, X_end - X)).max(0)
-                label[begin:end, X:X_end], confidence[begin:end, X:X_end] = index.numpy(), (255 * best).round().clamp(0, 255).numpy()
+    window = size
+    if h * w > 2**21 and not args.base_size:  # with --base-size predict() has windows of its own
+        window = [math.ceil(side / math.ceil(side / tile)) for side in size]  # tiles, alike
+    for inner in windows(size, window, window):
+        top, left = (max(begin - margin, 0) for begin in inner[:2])
+        bottom, right = (min(end + margin, side) for end, side in zip(inner[2:], size))
+        height, width = bottom - top, right - left
+        image = small[None, :, top:bottom, left:right].to(device)
+        prob = predict(network, image, args, (height, width))[0].cpu()  # (K, height, width)
+        scales = (H / h, W / w, H / h, W / w)  # to the picture's own pixels, which are Y and X
+        Y, X, Y_end, X_end = (round(place * scale) for place, scale in zip(inner, scales))
+        for begin in range(Y, Y_end, band):
+            end = min(begin + band, Y_end)
+            view = ((begin * h / H - top) / height, (X * w / W - left) / width,
+                    (end * h / H - top) / height, (X_end * w / W - left) / width, False)
+            best, index = crop_map(prob, view, (end - begin, X_end - X)).max(0)
+            label[begin:end, X:X_end] = index.numpy()
+            confidence[begin:end, X:X_end] = (255 * best).round().clamp(0, 255).numpy()
     return label, confidence
+
+
+def draw_prediction(picture, label, confidence, colors, label_ids):
+    """PIL pictures: the class ids (or Cityscapes' label ids), color, overlay and confidence."""
+    color = Image.fromarray(colorize(label, colors))
+    palette = colors
+    if label_ids:
+        label = np.array(CITYSCAPES_IDS, np.uint8)[label]
+        palette = np.zeros((256, 3), np.uint8)
+        palette[CITYSCAPES_IDS] = list(CITYSCAPES.values())
+    ids = Image.fromarray(label)
+    ids.putpalette(palette.flatten().tolist())
+    return ids, color, Image.blend(picture, color, 0.5), Image.fromarray(confidence)
+
+
+@contextlib.contextmanager
+def writing(out):
+    """Make a UserError of what cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"--out {out}: cannot be written ({error.strerror or error})") from None
+
+
+def overview_row(*pictures):
+    """PIL pictures as tensors (3, h, 480) uint8."""
+    height = max(1, round(480 * pictures[0].height / pictures[0].width))
+    small = [picture.convert("RGB").resize((480, height)) for picture in pictures]
+    return [to_tensor(np.asarray(picture)) for picture in small]
+
+
+def say_predictions(jobs, out, names, unreadable):
+    """Print what was written. Exit with status 1 if a picture could not be read."""
+    print(f"{len(jobs) - len(unreadable)} of {len(jobs)} pictures, in {out}; "
+          f"look at {out / 'overview.jpg'}")
+    kinds = {label_ids for _, _, label_ids in jobs}
+    if False in kinds:
+        classes = ", ".join(f"{k} {name}" for k, name in enumerate(names))
+        print("NAME.png (class ids), NAME_color.png, NAME_overlay.png, NAME_confidence.png; "
+              f"classes: {classes}")
+    if True in kinds:
+        classes = ", ".join(f"{k} {name}" for k, name in zip(CITYSCAPES_IDS, names))
+        print("CITY_000000_000000_labelIds.png, for Cityscapes' evaluation server, and "
+              ".._leftImg8bit_color.jpg, _overlay.jpg, _confidence.jpg; "
+              f"label ids: {classes}")
+    if unreadable:
+        print(f"error: {len(unreadable)} of {len(jobs)} could not be predicted:",
+              *unreadable, sep="\n", file=sys.stderr, flush=True)
+        raise SystemExit(1)

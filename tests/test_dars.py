@@ -720,6 +720,12 @@ def test_distribution_and_divergence():
 # ---- windows ---------------------------------------------------------------------------------------------------------
 
 
+def window_starts(length, window):
+    """Where windows begin along a side, as slide() walks."""
+    step = -(-2 * window // 3)
+    return [bottom - window for *_, bottom, _ in common.windows((length, 1), (window, 1), (step, 1))]
+
+
 @pytest.mark.parametrize("window", [1, 2, 3, 5, 32, 90, 361, 713])
 def test_windows_start_two_thirds_of_a_window_apart(window):
     step = -(-2 * window // 3)
@@ -731,19 +737,19 @@ def test_windows_start_two_thirds_of_a_window_apart(window):
             expected.append(start)
             start += step
         expected.append(length - window)  # clamped to the edge
-        assert common.window_starts(length, window) == expected
+        assert window_starts(length, window) == expected
         assert len(set(expected)) == len(expected)
         assert set(range(length)) == {y for start in expected for y in range(start, start + window)}
 
 
 def test_the_papers_windows():
-    assert common.window_starts(512, 361) == [0, 151] and common.window_starts(1024, 361) == [
+    assert window_starts(512, 361) == [0, 151] and window_starts(1024, 361) == [
         0,
         241,
         482,
         663,
     ]
-    assert common.window_starts(1024, 713) == [0, 311] and common.window_starts(2048, 713) == [
+    assert window_starts(1024, 713) == [0, 311] and window_starts(2048, 713) == [
         0,
         476,
         952,
@@ -767,8 +773,8 @@ def test_slide_is_the_mean_over_the_windows_that_cover_a_pixel(size):
     image, (h, w) = torch.rand(1, 3, *size), (6, 9)
     result = common.slide(ramp_look([]), image, (h, w))
     total, count = torch.zeros(2, *size), torch.zeros(size)
-    for top in common.window_starts(size[0], h):
-        for left in common.window_starts(size[1], w):
+    for top in window_starts(size[0], h):
+        for left in window_starts(size[1], w):
             for y in range(h):
                 for x in range(w):
                     pixel = image[0, :, top + y, left + x]
