@@ -2800,12 +2800,12 @@ class Run:
 
 
 def strict(value):
-    """The value with None for NaN, also within dicts and lists: JSON has no NaN."""
+    """The value with None for NaN and infinity, also within dicts and lists: JSON has neither."""
     if isinstance(value, dict):
         return {key: strict(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [strict(item) for item in value]
-    return None if isinstance(value, float) and math.isnan(value) else value
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def versions():
