@@ -1,59 +1,34 @@
 """GuidedMix-Net: Learning to Improve Pseudo Masks Using Labeled Images as Reference
 Peng Tu, Yawen Huang, Rongrong Ji, Feng Zheng, Ling Shao. arXiv 2106.15064
 
-A labeled picture guides an unlabeled one. Each unlabeled picture is blended with the labeled picture of the batch that is most similar to it, and the
-network segments the blend, where it sees both at once. The labeled picture's prediction is subtracted from that of the blend (decoupled). What
-remains is the pseudo-mask, the target for the network's direct prediction of the unlabeled picture. The same is done with two labeled pictures
-(L_dec), so that the network learns to segment blends. The decoder (MITrans) lets each place use similar places anywhere in the blend.
+Labeled pictures guide the learning from unlabeled pictures. Each unlabeled picture is blended with
+the most similar labeled picture of the batch, and the network segments the blend. The mask of the
+labeled picture is subtracted from the mask of the blend: the rest is the pseudo-mask, from which
+the network's direct prediction of the unlabeled picture learns. Two labeled pictures are blended in
+the same way (L_dec), so that the network learns to segment blends. The decoder (MITrans) has
+non-local blocks, through which each position uses similar positions of both pictures.
 
-    python guidedmix.py                                                                  drawn streets, a CPU, minutes
+    python guidedmix.py                                     drawn streets, on a CPU, in minutes
     torchrun --nproc_per_node=4 guidedmix.py --dataset vocaug --data-root DIR --labels 1/8
 
 paper -> code
-    Eqs. 1, 11  L_ce, L_sup                      cross_entropy(); train(), step 3: loss_sup
-    Eq. 2   x_mix, lambda                        sample_lambda(), mix(); --lambda-cap (Tables 1, 6, 8)
-    Eq. 3   similar pairs                        distances(), nearest(); --pairs (Table 2)
-    L_cla   classifier                           classes_present(); --classifier
-    Eqs. 4, 5, Fig. 4  MITrans                   NonLocal, MITrans, GuidedMixNet; --no-mitrans (Table 2)
-    Eqs. 6-8  decoupling                         decouple(); --decoupling (Table 2)
-    Eq. 9   L, omega                             ramp_up(); train(), step 3: loss
-    Eqs. 10, 12  L_usup, L_dec                   mask_error()
-    Table 4: --labels; Table 10: --crop 512 512, and --scales .5 .75 1 1.25 1.5 1.75 --flip
+    Eq. 1      L_ce                  cross_entropy()
+    Eqs. 2, 6  lambda, x_mix, M_mix  sample_lambda(), blend(); --lambda-cap (Tables 1, 6, 8)
+    Eq. 3      similar pairs         distances(), pair(); --pairs (Table 2)
+    Eqs. 4, 5  MITrans, Figs. 2, 4   NonLocal, MITrans, GuidedMixNet; --no-mitrans (Table 2)
+    Eqs. 7, 8  M_u-dec               decouple(); --decoupling (Table 2)
+    Eqs. 9-11  L, L_usup, L_sup      train(), step 3; mask_error(); --omega, --classifier
+    Eq. 12     L_dec                 decoupling_loss(); --dec-weight
+    Tables     4, 5, 7, 9; 10        --labels; --crop 512 512, --scales 0.5 .. 1.75 --flip
 
-Choices that the paper leaves open, and why (its public repository holds another method)
-    Batch size 12 is 12 labeled and 12 unlabeled pictures, in one pass. Blends need their partners first, so they take passes of their own.
-    Batch norm is trained and synchronised. Blends are normalised by their own batch; the running statistics, which evaluation uses, are of whole
-        pictures alone, since blends have less contrast.                                                 --batch-norm
-    Eq. 3 compares "pooled features": means over all places of what the encoder gives, after its PSP module. Taken literally, it compares place by
-        place: --distance places.
-    Partners come from all labeled pictures of the batch, also those of other processes; one may serve several pictures. (Sect. 3.1.1 looks for a labeled
-        picture for each unlabeled one; Sect. 4.3.1 says the reverse.)
-    On Cityscapes pairs are random, and there is no classifier (Sect. 4.4). Random pairs on VOC (Table 2) keep it.  --pairs, --classifier
-    lambda: one a batch, from Beta(1, 1), folded to at most .5 and drawn again until it is below the cap.      --alpha
-    The classifier has one output for each class but background, learned from the classes present in a crop, each by itself (binary cross entropy).
-    Logits are decoupled and their softmax compared, at stride 2 and inside the picture only. At full size one mask of 8 crops of 480 with 60 classes
-        would take 442 MB.                                                                               --masks
-    The pseudo-mask is a target: no gradient goes into it; in L_dec gradient goes into the blend's prediction alone. On streets and camvid-cpu it flows
-        into both sides: there, with networks from scratch, fixed targets brought nothing.                --stop-gradient
-    Eq. 12 is hard, M_mix - M_l, also where soft decoupling is used. So L_dec teaches M_mix = M_l + M_l^, while Eq. 8 assumes M_mix = lambda M_l + M_u. On
-        streets and camvid-cpu it is soft.                                                               --labeled-decoupling
-    omega = w exp(-5 (1 - t)^2) with t from 0 to 1 in 10 % of the iterations. w = 1.5, and .5 on Context: CCT, in whose line this paper stands, has 30
-        on the mean over the classes, Eq. 10 has the sum, and VOC has 21 classes, Context 60.              --omega, --ramp
-    "First trained on the labeled samples" (Sect. 3.2): 5 % of the iterations, then omega begins to rise.        --warmup
-    MITrans: softmax over the places looked at ("over the channel dimension" in the text), scores without a scale, a 1x1 conv to four times the width before
-        PixelShuffle, two 3x3 convs after the skip. Skips are layer1 and the stem. Encoder to logits with ResNet-50, 21 classes and the classifier:
-        50,048,233 parameters (ResNet-101: 69,040,361).
-    Rotation by up to 10 degrees, about the crop's middle; beyond the picture the mean colour, and label 255.  --rotation
-    Cityscapes stays at 1024x2048: a crop of 513 does not fit into half of that.
-    500 and 1000 labels (Table 4) are drawn from all 10,582; the paper's may be of the 1464, as CCT's are: --split FILE brings a list.
-    The baseline (--supervised) is L_ce alone: the same network, views, learning rate and number of steps.
+The authors' public repository holds another method, so this script follows the paper alone.
 """
 
 import argparse
-import contextlib
 import math
 from functools import partial
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -62,433 +37,571 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as V
 
 import common
-from common import IGNORE
+from common import IGNORE, all_reduce, check_range, need, rng, to_float, world_size
 
-# ---- arguments -------------------------------------------------------------------------------------------------------
+# ---- arguments -----------------------------------------------------------------------------------
 
-# Per dataset and labels, by the argument's name: Sects. 4.1 and 4.2.
+# By dataset, preset and labels: the value of each argument (Sects. 4.1, 4.2).
+# Open: what the batch size counts; 12 labeled and 12 unlabeled pictures   --batch-size
 PAPER = {
     "vocaug": dict(
-        labels="1/8", size=None, crop=(321, 321), scale=(.5, 2.), rotation=10., batch_size=12, network="guidedmix", head="plain", backbone="resnet101",
-        weights="imagenet", batch_norm="sync", optimizer="sgd", lr=1e-3, weight_decay=1e-4, iterations=40_000, lambda_cap=.5, pairs="similar", classifier=True,
-        labeled_decoupling="hard", stop_gradient=True, omega=1.5, warmup=.05, workers=4, log_every=50, eval_every=5000, save_every=1000),
-    # Drawn scenes and a small network from scratch, minutes on a CPU; why these values, README.md tells.
+        labels="1/8", size=None, crop=(321, 321), scale=(0.5, 2.0), rotation=10.0, batch_size=12,
+        network="guidedmix", head="plain", backbone="resnet101",
+        weights="imagenet", batch_norm="sync",
+        optimizer="sgd", lr=1e-3, weight_decay=1e-4, iterations=40_000, warmup=0.05,
+        lambda_cap=0.5, pairs="similar", classifier=True,
+        labeled_decoupling="hard", stop_gradient=True, omega=1.5,
+        workers=4, log_every=50, eval_every=5000, save_every=1000),
+    # Drawn scenes and a small network from scratch: minutes on a CPU.
     "streets": dict(
-        labels="8", size=(64, 128), crop=(64, 64), scale=(.75, 1.5), rotation=0., batch_size=4, network="guidedmix", head="plain", backbone="tiny",
-        weights="none", batch_norm="frozen", optimizer="adamw", lr=3e-3, weight_decay=1e-2, iterations=3000, lambda_cap=.5, pairs="similar", classifier=False,
-        labeled_decoupling="soft", stop_gradient=False, omega=1.5, warmup=.2, workers=0, log_every=50, eval_every=1000, save_every=100),
-}
+        labels="8", size=(64, 128), crop=(64, 64), scale=(0.75, 1.5), rotation=0.0, batch_size=4,
+        network="guidedmix", head="plain", backbone="tiny", weights="none", batch_norm="frozen",
+        optimizer="adamw", lr=3e-3, weight_decay=1e-2, iterations=3000, warmup=0.2,
+        lambda_cap=0.5, pairs="similar", classifier=False,
+        labeled_decoupling="soft", stop_gradient=False, omega=1.5,
+        workers=0, log_every=50, eval_every=1000, save_every=100),
+}  # fmt: skip
 PAPER["voc"] = PAPER["vocaug"]
-for n in (500, 1000, 1464):  # Tables 1 to 4
-    PAPER[f"vocaug/{n}"] = PAPER["vocaug"] | dict(labels=str(n), backbone="resnet50")
-PAPER["cityscapes"] = PAPER["vocaug"] | dict(size=(1024, 2048), crop=(513, 513), batch_size=8, lambda_cap=.3, pairs="random", classifier=False)
-PAPER["context"] = PAPER["vocaug"] | dict(crop=(480, 480), batch_size=8, lambda_cap=.4, omega=.5)
-PAPER["camvid-cpu"] = PAPER["streets"] | dict(labels="1/8", size=(180, 240), crop=(96, 128), lr=2e-3, iterations=4000, eval_every=1000)
-PAPER["camvid-gpu"] = PAPER["cityscapes"] | dict(size=(360, 480), crop=(257, 353), iterations=20_000, eval_every=2000)
-# Pictures of one's own: at most so large, square crops at changing scale; all of images/ is labeled.
-PAPER["folder-cpu"] = PAPER["camvid-cpu"] | dict(labels="1/1", size=(256,), crop=(129, 129), scale=(.75, 1.5))
-PAPER["folder-gpu"] = PAPER["camvid-gpu"] | dict(labels="1/1", size=(640,), crop=(321, 321), scale=(.5, 1.5), iterations=10_000)
+# Open: where the 500 and 1000 labels of Table 4 come from; all 10,582, CCT's are of 1464   --split
+for count in ("500", "1000", "1464"):  # Tables 1 to 4
+    PAPER[f"vocaug/{count}"] = PAPER["vocaug"] | dict(labels=count, backbone="resnet50")
+# Sect. 4.4: random pairs, no classifier.
+# Open: the size of Cityscapes' pictures; the full one, since half of it is below 513   --size
+PAPER["cityscapes"] = PAPER["vocaug"] | dict(
+    size=(1024, 2048), crop=(513, 513), batch_size=8,
+    lambda_cap=0.3, pairs="random", classifier=False)  # fmt: skip
+PAPER["context"] = PAPER["vocaug"] | dict(crop=(480, 480), batch_size=8, lambda_cap=0.4, omega=0.5)
+PAPER["camvid-cpu"] = PAPER["streets"] | dict(
+    labels="1/8", size=(180, 240), crop=(96, 128), lr=2e-3, iterations=4000)  # fmt: skip
+PAPER["camvid-gpu"] = PAPER["cityscapes"] | dict(
+    size=(360, 480), crop=(257, 353), iterations=20_000, eval_every=2000)  # fmt: skip
+# Pictures of a user: no larger than size, square crops; all of images/ is labeled.
+PAPER["folder-cpu"] = PAPER["camvid-cpu"] | dict(labels="1/1", size=(256,), crop=(129, 129))
+PAPER["folder-gpu"] = PAPER["camvid-gpu"] | dict(
+    labels="1/1", size=(640,), crop=(321, 321), scale=(0.5, 1.5), iterations=10_000)  # fmt: skip
 
-# The paper's mIoU, and the setting that it belongs to.
-VOC50, VOC101 = dict(dataset="vocaug", backbone="resnet50"), dict(dataset="vocaug", backbone="resnet101")
-CITY101, CONTEXT101 = dict(dataset="cityscapes", backbone="resnet101"), dict(dataset="context", backbone="resnet101")
-MULTI_SCALE = dict(scales=[.5, .75, 1., 1.25, 1.5, 1.75], flip=True)
+# The paper's mIoU: a setting, one more argument, and the mIoU for each value of this argument.
+VOC50 = dict(dataset="vocaug", backbone="resnet50")
+VOC101 = dict(dataset="vocaug", backbone="resnet101")
+CITY101 = dict(dataset="cityscapes", backbone="resnet101")
+CONTEXT101 = dict(dataset="context", backbone="resnet101")
+VOC1464 = VOC50 | dict(labels=1464)
+LARGE = VOC101 | dict(crop=[512, 512])
+LARGE_MS = LARGE | dict(scales=[0.5, 0.75, 1.0, 1.25, 1.5, 1.75], flip=True)
+TABLE_1 = {0.1: 67.9, 0.2: 69.5, 0.3: 70.7, 0.4: 71.4, 0.5: 73.7}
+TABLE_6 = {0.1: 64.3, 0.2: 64.0, 0.3: 65.8, 0.4: 65.5, 0.5: 65.7}
+TABLE_8 = {0.1: 37.6, 0.2: 39.4, 0.3: 39.8, 0.4: 40.3, 0.5: 40.1}
 PAPER_MIOU = [
-    *((miou, VOC50 | dict(labels=1464, lambda_cap=cap)) for cap, miou in ((.1, 67.9), (.2, 69.5), (.3, 70.7), (.4, 71.4), (.5, 73.7))),  # Table 1
-    (71.9, VOC50 | dict(labels=1464, pairs="random")), (72.7, VOC50 | dict(labels=1464, mitrans=False)),  # Table 2
-    (71.4, VOC50 | dict(labels=1464, decoupling="hard")),
-    *((miou, VOC50 | dict(labels=n)) for n, miou in ((500, 65.4), (1000, 68.1))),  # Table 4
-    *((miou, VOC101 | dict(labels=n)) for n, miou in ((1323, 73.4), (2646, 75.5), (5291, 76.5))),  # Table 5
-    *((miou, CITY101 | dict(labels=372, lambda_cap=cap)) for cap, miou in ((.1, 64.3), (.2, 64.0), (.3, 65.8), (.4, 65.5), (.5, 65.7))),  # Table 6
-    *((miou, CITY101 | dict(labels=n)) for n, miou in ((100, 56.9), (744, 67.5), (1488, 69.8))),  # Table 7
-    *((miou, CONTEXT101 | dict(labels=n, lambda_cap=cap)) for n in (625, 624)  # Table 8; 1/8 of 4998, and of the public lists' 4996
-      for cap, miou in ((.1, 37.6), (.2, 39.4), (.3, 39.8), (.4, 40.3), (.5, 40.1))),
-    *((41.7, CONTEXT101 | dict(labels=n)) for n in (1250, 1249)),  # Table 9
-    *((miou, VOC101 | dict(labels=n, crop=[512, 512]) | more) for n, one, many in ((1323, 75.2, 76.4), (2646, 76.5, 77.8), (5291, 77.1, 78.2))  # Table 10
-      for miou, more in ((one, {}), (many, MULTI_SCALE)))]
+    (VOC1464, "lambda_cap", TABLE_1),
+    (VOC1464, "pairs", {"random": 71.9}),  # Table 2
+    (VOC1464, "mitrans", {False: 72.7}),  # Table 2
+    (VOC1464, "decoupling", {"hard": 71.4}),  # Table 2
+    (VOC50, "labels", {500: 65.4, 1000: 68.1}),  # Table 4
+    (VOC101, "labels", {1323: 73.4, 2646: 75.5, 5291: 76.5}),  # Table 5
+    (CITY101 | dict(labels=372), "lambda_cap", TABLE_6),
+    (CITY101, "labels", {100: 56.9, 744: 67.5, 1488: 69.8}),  # Table 7
+    (CONTEXT101 | dict(labels=625), "lambda_cap", TABLE_8),  # 1/8 of 4998 pictures
+    (CONTEXT101 | dict(labels=624), "lambda_cap", TABLE_8),  # 1/8 of the public lists' 4996
+    (CONTEXT101, "labels", {1250: 41.7, 1249: 41.7}),  # Table 9
+    (LARGE, "labels", {1323: 75.2, 2646: 76.5, 5291: 77.1}),  # Table 10
+    (LARGE_MS, "labels", {1323: 76.4, 2646: 77.8, 5291: 78.2}),  # Table 10
+]
+
+
+def paper_miou(args):
+    """The mIoU that the paper reports for these arguments; None if it reports none."""
+    for setting, name, values in PAPER_MIOU:
+        same = all(getattr(args, key) == value for key, value in setting.items())
+        others = set(args.changed) - {*setting, name, "split"}
+        if same and not others and getattr(args, name) in values:
+            return values[getattr(args, name)]
+    return None
 
 
 def get_parser():
-    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__.split("\n\n")[1],
-                                     epilog="Arguments not given take the dataset's value in the table PAPER at the top of guidedmix.py; a run writes all values to args.json.")
-    a = parser.add_argument_group("GuidedMix-Net").add_argument
-    a("--lambda-cap", type=float, metavar="X", help="upper limit of the labeled picture's part in a blend, above 0 and at most .5 (Tables 1, 6, 8)")
-    a("--alpha", type=float, metavar="X", default=1., help="that part is drawn from Beta(X, X) (Sect. 3.1; default: %(default)s)")
-    a("--pairs", choices=["similar", "random"], help="the labeled picture that an unlabeled one is blended with (Sect. 3.1.1; Table 2)")
-    a("--distance", choices=["pooled", "places"], default="pooled", help="what similar means: by the mean over all places, or place by place (Eq. 3)")
-    a("--classifier", action=argparse.BooleanOptionalAction, help="image-level classifier on the encoder's features (L_cla; Sect. 4.4)")
-    a("--mitrans", action=argparse.BooleanOptionalAction, default=True, help="the non-local block of each MITrans step (Eq. 5; Table 2)")
-    a("--decoupling", choices=["soft", "hard"], default="soft",
-      help="pseudo-mask = M_mix - lambda M_l (soft, Eq. 8), or M_mix - M_l (hard, Eq. 7; Table 2)")
-    a("--labeled-decoupling", choices=["soft", "hard"], help="the same, within L_dec (hard in Eq. 12)")
-    a("--masks", choices=["softmax", "logits", "probabilities"], default="softmax",
-      help="softmax: decouple logits, compare their softmax; logits: decouple and compare logits; probabilities: decouple and compare these (default: softmax)")
-    a("--stop-gradient", action=argparse.BooleanOptionalAction,
-      help="no gradient into the pseudo-mask (L_usup), nor into the two pictures' own predictions in L_dec")
-    a("--omega", type=float, metavar="X", help="weight of L_usup after its ramp-up (Eq. 9); 0 leaves it out")
-    a("--dec-weight", type=float, metavar="X", default=1., help="weight of L_dec (Eq. 11; default: %(default)s); 0 leaves it out")
-    a("--warmup", type=float, metavar="X", help="share of the iterations on L_ce and L_cla alone, at the start")
-    a("--ramp", type=float, metavar="X", default=.1, help="share of the iterations, after those, in which omega rises (default: %(default)s)")
-    a("--rotation", type=float, metavar="X", help="pictures are turned by up to so many degrees")
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, description=__doc__.split("\n\n")[1],
+        epilog="The table PAPER in guidedmix.py has the values of arguments that are not given, by "
+        "dataset, preset and labels; args.json has all values of a run.")
+    add = parser.add_argument_group("GuidedMix-Net").add_argument
+    number = dict(type=float, metavar="X")
+    switch = dict(action=argparse.BooleanOptionalAction)
+    add("--lambda-cap", **number, help="upper limit of lambda, at most 0.5 (Tables 1, 6, 8)")
+    add("--alpha", **number, default=1.0, help="lambda is drawn from Beta(X, X) (default: 1)")
+    add("--pairs", choices=["similar", "random"], help="labeled pictures to blend with (Table 2)")
+    add("--distance", choices=["pooled", "places"], default="pooled",
+        help="compare features by their mean, or position by position (Eq. 3; default: pooled)")
+    add("--classifier", **switch, help="image-level classifier on the encoder's features (L_cla)")
+    add("--mitrans", **switch, default=True, help="non-local blocks in MITrans (Eq. 5; Table 2)")
+    add("--decoupling", choices=["soft", "hard"], default="soft",
+        help="pseudo-mask: M_mix - lambda M_l, or M_mix - M_l (Eqs. 8, 7; Table 2; default: soft)")
+    add("--labeled-decoupling", choices=["soft", "hard"], help="the same in L_dec (Eq. 12: hard)")
+    add("--masks", choices=["softmax", "logits", "probabilities"], default="softmax",
+        help="decouple logits and compare their softmax (default); or decouple and compare these")
+    add("--stop-gradient", **switch,
+        help="no gradient into the pseudo-mask of L_usup, and in L_dec into M_mix alone")
+    add("--omega", **number, help="weight of L_usup after its ramp-up (Eq. 9)")
+    add("--dec-weight", **number, default=1.0, help="weight of L_dec (Eq. 11; default: 1)")
+    add("--warmup", **number, help="share of the iterations with L_ce and L_cla alone (Sect. 3.2)")
+    add("--ramp", **number, default=0.1, help="share in which omega rises then (default: 0.1)")
+    add("--rotation", **number, help="rotate pictures by up to X degrees (Sect. 4.1)")
     common.add_arguments(parser, ["guidedmix"])
-    return parser
+    return parser  # fmt: skip
 
 
-# ---- network ---------------------------------------------------------------------------------------------------------
+# ---- perturbations -------------------------------------------------------------------------------
 
-class NonLocal(nn.Module):
-    """Every place takes up what the places like it hold: v (B, C, h, w) -> (B, C, h, w)."""
-
-    def __init__(self, channels):
-        super().__init__()
-        self.query, self.key = nn.Conv2d(channels, channels // 2, 1), nn.Conv2d(channels, channels // 2, 1)
-        self.value = nn.Conv2d(channels, channels, 1)
-
-    def forward(self, v):
-        B, C, h, w = v.shape
-        # The library's fused attention never holds the hw x hw map, but wants values as wide as queries: their two halves share the map as two heads.
-        query, key = (conv(v).flatten(2).transpose(1, 2).contiguous()[:, None].expand(-1, 2, -1, -1) for conv in (self.query, self.key))  # (B, 2, hw, C/2)
-        value = self.value(v).view(B, 2, C // 2, h * w).transpose(2, 3).contiguous()
-        return v + F.scaled_dot_product_attention(query, key, value, scale=1.).transpose(2, 3).reshape(B, C, h, w)  # Eq. 5
-
-
-class MITrans(nn.Module):
-    """A step of the decoder (Fig. 4): v (B, C, h, w), skip (B, S, about 2h, about 2w) -> (B, width, the skip's size)."""
-
-    def __init__(self, channels, skip, width, norm, non_local=True):
-        super().__init__()
-        self.non_local = NonLocal(channels) if non_local else nn.Identity()
-        self.shuffle = nn.Sequential(nn.Conv2d(channels, 4 * width, 1), nn.PixelShuffle(2))
-        self.fuse = nn.Sequential(nn.Conv2d(width + skip, width, 3, padding=1, bias=False), norm(width), nn.ReLU(),
-                                  nn.Conv2d(width, width, 3, padding=1, bias=False), norm(width), nn.ReLU())
-
-    def forward(self, v, skip):
-        h, w = skip.shape[2:]
-        v = self.shuffle(self.non_local(v))[:, :, :h, :w]  # 41 -> 82, of which a skip of 81 shows the first: strided convs begin at the corner
-        return self.fuse(torch.cat([v, skip], 1))
-
-
-class GuidedMixNet(common.SegmentationNetwork):
-    """Fig. 2: a ResNet with a PSP module, and a decoder of two MITrans steps with skips from layer1 and the stem. Logits at stride 2.
-
-    present: outputs of the image-level classifier, 0 for none. Crops of 8 n + 1 pixels (321, 513) have corners on corners, hence align_corners
-    (which upsample() takes for such sizes alone)."""
-
-    align_corners = True
-
-    def __init__(self, backbone, classes, present, width=512, style="torchvision", norm=nn.BatchNorm2d, non_local=True):
-        super().__init__(backbone, style)
-        self.feature_channels, self.stride = width // 4, 2
-        self.psp = common.PyramidPooling(backbone.channels, width, norm)
-        self.step1 = MITrans(width, backbone.channels // 8, width // 2, norm, non_local)
-        self.step2 = MITrans(width // 2, backbone.stem or 64, width // 4, norm, non_local)
-        self.last = nn.Conv2d(width // 4, classes, 1)
-        self.presence = nn.Linear(width, present) if present else None
-
-    def encode(self, image):
-        """(B, 3, H, W) float RGB in [0, 1] -> (B, 512, H/8, W/8), and the skips: layer1 (B, 256, H/4, W/4), stem (B, 64, H/2, W/2)."""
-        net = self.backbone
-        stem = net.relu(net.bn1(net.conv1(self.normalize(image))))
-        layer1 = net.layer1(net.maxpool(stem))
-        return self.psp(net.layer4(net.layer3(net.layer2(layer1)))), layer1, stem  # Eq. 4: v_j, and the v_(j-1) of both steps
-
-    def decode(self, v, layer1, stem):
-        """-> (B, 128, H/2, W/2)."""
-        return self.step2(self.step1(v, layer1), stem)
-
-    def features(self, image):
-        return self.decode(*self.encode(image))
-
-    def classifier(self, features):
-        return self.last(features)
-
-
-def make_network(spec):
-    """The network of a description, as in common.make_network()."""
-    if spec["network"] != "guidedmix":
-        raise common.UserError(f"this checkpoint's network is {spec['network']}; use the script that trained it")
-    tiny = spec["backbone"] == "tiny"
-    backbone = common.make_backbone(spec["backbone"], spec["batch_norm"], common.STYLES[spec["style"]]["caffe"], spec["deep_stem"])
-    if tiny:
-        backbone.maxpool = nn.MaxPool2d(3, 2, 1)  # stride 8 here too
-    return GuidedMixNet(backbone, spec["classes"], spec["present"], 64 if tiny else 512, spec["style"], common.group_norm if tiny else nn.BatchNorm2d, spec["mitrans"])
-
-
-@contextlib.contextmanager
-def keep_statistics(network):
-    """Batch norm goes on normalising by its batch, but the running statistics stay."""
-    norms = [m for m in network.modules() if isinstance(m, (nn.BatchNorm2d, nn.SyncBatchNorm))]
-    for norm in norms:
-        norm.track_running_stats = False
-    yield
-    for norm in norms:
-        norm.track_running_stats = True
-
-
-class WithEncoder(nn.Module):
-    """The network as it trains: images (B, 3, H, W) float -> logits (B, K, h, w), what the encoder gives (B, C, h', w'), logits of the classes present or None."""
-
-    def __init__(self, network):
-        super().__init__()
-        self.network = network
-
-    def forward(self, image):
-        v, *skips = self.network.encode(image)
-        present = self.network.presence(v.mean((2, 3))) if self.network.presence else None
-        return self.network.classifier(self.network.decode(v, *skips)), v, present
-
-
-# ---- perturbations ---------------------------------------------------------------------------------------------------
 
 def rotate(image, label, top, left, crop, generator, degrees):
-    """The crop, turned about its middle by up to so many degrees: a cut for weak views, see common.weak_view()."""
-    angle, (h, w) = generator.uniform(-degrees, degrees), crop
-    margin, color = math.ceil((math.hypot(h, w) - min(h, w)) / 2), list(map(float, common.MEAN_COLOR))  # a window that holds the crop at any angle
-    image, label, valid = (V.crop(x, top - margin, left - margin, h + 2 * margin, w + 2 * margin) for x in (image, label[None], torch.ones_like(label)[None]))
-    image = image.where(valid > 0, torch.tensor(color, dtype=torch.uint8)[:, None, None])
-    image = V.rotate(image, angle, InterpolationMode.BILINEAR, fill=color)
-    label, valid = V.rotate(label, angle, InterpolationMode.NEAREST), V.rotate(valid, angle, InterpolationMode.NEAREST)
-    image, label, valid = (V.center_crop(x, [h, w]) for x in (image, label, valid))
-    return image, label[0], valid[0] > 0
+    """A cut for common.weak_view(): the crop of a picture, rotated by up to so many degrees."""
+    # Open: how far "slight rotation" goes (Sect. 4.1), and about what; 10 degrees, about the center
+    # of the crop; beyond the picture are the mean color and label 255   --rotation
+    angle = generator.uniform(-degrees, degrees)
+    h, w = crop
+    margin = math.ceil((math.hypot(h, w) - min(h, w)) / 2)  # the window holds the crop at any angle
+    window = top - margin, left - margin, h + 2 * margin, w + 2 * margin
+    maps = V.crop(torch.stack([label, torch.ones_like(label)]), *window)  # label, valid
+    color = torch.tensor(common.MEAN_COLOR, dtype=torch.uint8)
+    image = V.crop(image, *window).where(maps[1] > 0, color[:, None, None])
+    image = V.rotate(image, angle, InterpolationMode.BILINEAR, fill=color.tolist())
+    maps = V.rotate(maps, angle, InterpolationMode.NEAREST)
+    label, valid = V.center_crop(maps, [h, w])
+    return V.center_crop(image, [h, w]), label, valid > 0
 
 
 def sample_lambda(alpha, cap, generator):
-    """The labeled picture's part: Beta(alpha, alpha), folded to at most .5, drawn again until it is below the cap (Sect. 3.1)."""
+    """lambda ~ Beta(alpha, alpha), then min(lambda, 1 - lambda): the labeled picture's part."""
+    # Open: alpha, and how lambda stays below its cap (Table 1); Beta(1, 1), drawn until it is below
+    # the cap, once for a batch   --alpha
     for _ in range(100):
-        x = generator.beta(alpha, alpha, 1000)
-        x = x[(x < cap) | (1 - x < cap)]
-        if len(x):
-            return float(min(x[0], 1 - x[0]))
-    raise common.UserError(f"--alpha {alpha} --lambda-cap {cap}: of 100,000 draws none was below the cap; use a smaller --alpha or a larger --lambda-cap")
+        draws = generator.beta(alpha, alpha, 1000)
+        draws = np.minimum(draws, 1 - draws)
+        if (draws < cap).any():
+            return float(draws[draws < cap][0])
+    raise common.UserError(f"--alpha {alpha} --lambda-cap {cap}: none of 100,000 draws was below "
+                           "the cap; use a smaller --alpha or a larger --lambda-cap")  # fmt: skip
 
 
-def mix(guide, picture, lam):
-    """x_mix of two batches (B, 3, H, W) float."""
-    return lam * guide + (1 - lam) * picture  # Eq. 2
-
-
-def describe(v, places=False):
-    """What pictures are compared by: the encoder's features (B, C, h, w), mean over all places or each place -> (B, C or C h w), without gradient."""
-    return v.detach().float().flatten(1) if places else v.detach().float().mean((2, 3))
+def describe(v, distance="pooled"):
+    """What pictures are compared by: Gamma_enc (B, C, h, w) -> (B, C), or (B, C h w)."""
+    # Open: Eq. 3 sums over positions, Sect. 3.1.1 compares "pooled features"; the means over all
+    # positions, after the PSP module, without gradient   --distance
+    v = v.detach().float()
+    return v.flatten(1) if distance == "places" else v.mean((2, 3))
 
 
 def distances(a, b):
-    """Euclidean: (A, D), (B, D) -> (A, B)."""
-    return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")  # Eq. 3; the fast mode cancels where pictures are alike
+    """d(x_l, x_u) = sqrt(sum (Gamma_enc(x_l) - Gamma_enc(x_u))^2): (A, D), (B, D) -> (A, B)."""
+    exact = "donot_use_mm_for_euclid_dist"  # the fast mode cancels where pictures are alike
+    return torch.cdist(a, b, compute_mode=exact)  # Eq. 3
 
 
-def nearest(distance, own=None):
-    """For each row of (A, B) the nearest column (A,). own: row i may not choose column own + i, which is the picture itself."""
-    if own is not None:
-        distance = distance.clone()
-        distance[:, own:own + len(distance)].fill_diagonal_(math.inf)
-    return distance.argmin(1)
+def pair(args, positions, v, guides, first=None):
+    """The guide of each picture, an index (B,) of guides. positions: of the pictures in their
+    stream; v: their features (B, C, h, w); first: they are themselves guides, from this one on."""
+    # Open: Sect. 3.1.1 looks for a labeled picture for each unlabeled one, Sect. 4.3.1 the reverse;
+    # we do the former, among those of all processes, and one may serve several pictures   --pairs
+    if args.pairs == "similar":
+        distance = distances(describe(v, args.distance), guides["features"])
+        if first is not None:  # no picture is its own guide
+            distance[:, first : first + len(distance)].fill_diagonal_(math.inf)
+        return distance.argmin(1)
+    count = len(guides["image"])
+    partners = []
+    for i, position in enumerate(positions):
+        if first is None:
+            partners.append(rng(args.seed, "pair", position).randint(count))
+        else:
+            shift = rng(args.seed, "pair labeled", position).randint(1, count)
+            partners.append((first + i + shift) % count)
+    return torch.tensor(partners).to(v.device, non_blocking=True)
 
 
 class Gather(torch.autograd.Function):
-    """x of all processes, along the first axis. What each process's loss sends back to a part goes to the process that it came from."""
+    """x of all processes, one after the other. Each process gets the gradient of its part."""
 
     @staticmethod
     def forward(ctx, x):
-        parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(common.world_size())]
-        dist.all_gather(parts, x.contiguous())
+        x = x.contiguous()
+        parts = [torch.empty_like(x) for _ in range(world_size())]
+        dist.all_gather(parts, x)
         return torch.cat(parts)
 
     @staticmethod
     def backward(ctx, gradient):
-        return common.all_reduce(gradient.contiguous()).chunk(common.world_size())[common.rank()]
+        total = all_reduce(gradient.contiguous())
+        return total.chunk(world_size())[common.rank()]
 
 
 def gather(x):
     """Gather, or x itself where there is one process."""
-    return x if common.world_size() == 1 else Gather.apply(x)
+    return x if world_size() == 1 else Gather.apply(x)
 
 
-# ---- EMA -------------------------------------------------------------------------------------------------------------
-# None: the network teaches itself.
+# ---- EMA -----------------------------------------------------------------------------------------
+# None: the student makes its pseudo-masks itself.
 
 
-# ---- pseudo-labels ---------------------------------------------------------------------------------------------------
+# ---- pseudo-labels -------------------------------------------------------------------------------
 
-def decouple(mixed, guide, lam, how="soft"):
-    """What the blend's prediction M_mix holds of the other picture, of any shape."""
+
+def to_mask(logits, masks):
+    """The mask M that is decoupled, of logits (B, K, h, w)."""
+    # Open: whether M holds logits or probabilities; logits, whose softmax is compared, at stride 2
+    # (at full size, masks of 8 pictures of Context would take 442 MB)   --masks
+    return logits.float().softmax(1) if masks == "probabilities" else logits.float()
+
+
+def blend(args, learner, guide, image, *key):
+    """lambda, x_mix = lambda x_l + (1 - lambda) x_u, and M_mix = Gamma(x_mix), about M_l + M_u.
+    guide: x_l, image: x_u (B, 3, H, W) uint8; key: of the random lambda."""
+    lam = sample_lambda(args.alpha, args.lambda_cap, rng(args.seed, *key))
+    x_mix = lam * to_float(guide) + (1 - lam) * to_float(image)  # Eq. 2
+    # Open: batch norm of blends; they have less contrast than pictures, so their statistics
+    # normalize them, but do not enter the running statistics   --batch-norm
+    kinds = nn.BatchNorm2d, nn.SyncBatchNorm
+    norms = [module for module in learner.modules() if isinstance(module, kinds)]
+    for norm in norms:
+        norm.track_running_stats = False
+    with common.autocast(args, x_mix.device):
+        logits = learner(x_mix)
+    for norm in norms:
+        norm.track_running_stats = True
+    return lam, x_mix, to_mask(logits, args.masks)  # Eq. 6
+
+
+def decouple(M_mix, M_l, lam, how="soft"):
+    """M_u-dec = M_mix - M_l (hard), or M_mix - lambda M_l (soft), of any shape."""
     if how == "hard":
-        return mixed - guide  # Eq. 7
-    return mixed - lam * guide  # Eq. 8
+        return M_mix - M_l  # Eq. 7
+    return M_mix - lam * M_l  # Eq. 8
 
 
-# ---- losses ----------------------------------------------------------------------------------------------------------
+# ---- network -------------------------------------------------------------------------------------
+
+
+class NonLocal(nn.Module):
+    """v'_n = 1 / C(x) sum_m f(Q_n, K_m) V_m + v_n, with f(Q_n, K_m) = exp(Q_n . K_m): each position
+    n takes up the features of similar positions m. v (B, C, h, w) -> (B, C, h, w)."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.query = nn.Conv2d(channels, channels // 2, 1)  # Q
+        self.key = nn.Conv2d(channels, channels // 2, 1)  # K
+        self.value = nn.Conv2d(channels, channels, 1)  # V
+
+    def forward(self, v):
+        B, C, h, w = v.shape
+        # The library's attention never holds the hw x hw map, but wants values as wide as queries:
+        # the halves of V are two heads, which share Q and K. (B, 2, hw, C/2) each
+        shared = self.query(v).flatten(2), self.key(v).flatten(2)  # (B, C/2, hw) each
+        shared = [x.transpose(1, 2).contiguous()[:, None].expand(-1, 2, -1, -1) for x in shared]
+        value = self.value(v).view(B, 2, C // 2, h * w).transpose(2, 3).contiguous()
+        # Open: the text has a softmax "over the channel dimension"; as C(x) in Eq. 5, ours is over
+        # positions, of scores without a scale
+        found = F.scaled_dot_product_attention(*shared, value, scale=1.0)  # (B, 2, hw, C/2)
+        return v + found.transpose(2, 3).reshape(B, C, h, w)  # Eq. 5
+
+
+class MITrans(nn.Module):
+    """A step of the decoder (Fig. 4): v (B, C, h, w), skip (B, S, H, W) -> (B, width, H, W)."""
+
+    def __init__(self, channels, skip, width, norm, non_local=True):
+        super().__init__()
+        # Open: the convs beside PixelShuffle; a 1x1 conv before, two 3x3 convs after the skip
+        self.non_local = NonLocal(channels) if non_local else nn.Identity()
+        self.shuffle = nn.Sequential(nn.Conv2d(channels, 4 * width, 1), nn.PixelShuffle(2))
+        self.fuse = nn.Sequential(
+            nn.Conv2d(width + skip, width, 3, padding=1, bias=False), norm(width), nn.ReLU(),
+            nn.Conv2d(width, width, 3, padding=1, bias=False), norm(width), nn.ReLU())  # fmt: skip
+
+    def forward(self, v, skip):
+        h, w = skip.shape[2:]
+        v = self.shuffle(self.non_local(v))
+        v = v[:, :, :h, :w]  # 41 -> 82, cut to a skip of 81: strided convs begin at the corner
+        return self.fuse(torch.cat([v, skip], 1))
+
+
+class GuidedMixNet(common.SegmentationNetwork):
+    """Fig. 2: a ResNet with a PSP module, and a decoder of two MITrans steps. Logits at stride 2.
+    50,048,233 parameters with ResNet-50, 21 classes and classifier; with ResNet-101 69,040,361."""
+
+    align_corners = True  # crops of 8 n + 1 pixels (321, 513) have corners on corners
+
+    def __init__(self, backbone, spec):
+        super().__init__(backbone, spec["style"])
+        self.stride = 2
+        width, norm = 512, nn.BatchNorm2d
+        if spec["backbone"] == "tiny":
+            width, norm = 64, common.group_norm
+            backbone.maxpool = nn.MaxPool2d(3, 2, 1)  # stride 8, as in the others
+        self.psp = common.PyramidPooling(backbone.channels, width, norm)
+        # Open: where the skips come from; layer1 and the stem
+        layer1, stem = backbone.channels // 8, backbone.stem or 64
+        self.step1 = MITrans(width, layer1, width // 2, norm, spec["mitrans"])
+        self.step2 = MITrans(width // 2, stem, width // 4, norm, spec["mitrans"])
+        self.last = nn.Conv2d(width // 4, spec["classes"], 1)
+        self.presence = nn.Linear(width, spec["present"]) if spec["present"] else None
+
+    def forward(self, image, aux=False):
+        """(B, 3, H, W) float RGB in [0, 1] -> logits (B, K, H/2, W/2); with aux=True also
+        Gamma_enc(image), and the logits (B, K') of classes that are present, or None."""
+        net = self.backbone
+        stem = net.relu(net.bn1(net.conv1(self.normalize(image))))  # (B, 64, H/2, W/2)
+        layer1 = net.layer1(net.maxpool(stem))  # (B, 256, H/4, W/4)
+        layer4 = net.layer4(net.layer3(net.layer2(layer1)))  # (B, 2048, H/8, W/8)
+        v = self.psp(layer4)  # Gamma_enc (B, 512, H/8, W/8), which is v_j of Eq. 4
+        present = self.presence(v.mean((2, 3))) if aux and self.presence else None
+        logits = self.last(self.step2(self.step1(v, layer1), stem))
+        return (logits, v, present) if aux else logits
+
+
+def make_network(spec):
+    """The network of a description, as common.make_network()."""
+    name = spec["network"]
+    message = f"this checkpoint's network is {name}; use the script that trained it"
+    need(name == "guidedmix", message)
+    caffe = common.STYLES[spec["style"]]["caffe"]
+    backbone = common.make_backbone(spec["backbone"], spec["batch_norm"], caffe, spec["deep_stem"])
+    return GuidedMixNet(backbone, spec)
+
+
+# ---- losses --------------------------------------------------------------------------------------
+
 
 def cross_entropy(logits, label):
-    """L_ce (Eq. 1): mean over the valid pixels of all processes of logits (B, K, H, W), label (B, H, W) with 255 -> 0-dim; 0 if nothing is valid.
-
-    Each process returns its share times their number, since gradients are averaged over processes."""
-    count = common.all_reduce((label != IGNORE).sum())
-    return F.cross_entropy(logits, label, ignore_index=IGNORE, reduction="sum") * common.world_size() / count.clamp(min=1)  # Eq. 1
-
-
-def mask_error(a, b, valid):
-    """(a - b)^2, summed over the classes, mean over the valid pixels of all processes: (B, K, h, w), valid (B, h, w) bool -> 0-dim."""
-    count = common.all_reduce(valid.sum())
-    return ((a - b).square() * valid[:, None]).sum() * common.world_size() / count.clamp(min=1)  # Eqs. 10, 12
+    """L_ce = - sum_i y_i log(y^_i), the mean over known pixels, or 0 if there are none.
+    logits (B, K, H, W), label (B, H, W) with 255."""
+    # Gradients are averaged over processes: each returns its share times their number.
+    known = all_reduce((label != IGNORE).sum())
+    total = F.cross_entropy(logits, label, ignore_index=IGNORE, reduction="sum")
+    return total * world_size() / known.clamp(min=1)  # Eq. 1
 
 
-def classes_present(label, classes, background):
-    """Multi-hot targets of the classifier: label (B, H, W) with 255 -> (B, K) float, without the first column where that is background."""
-    return torch.zeros(len(label), 256, device=label.device).scatter_(1, label.flatten(1), 1.)[:, int(background):classes]
+def classifier_loss(logits, label, classes):
+    """L_cla, of logits (B, K') of the last K' classes, and label (B, H, W) with 255."""
+    # Open: the loss; binary cross-entropies of all classes but background. Random pairs on VOC
+    # (Table 2) do not need the classifier, but keep it   --classifier
+    present = torch.zeros(len(label), 256, device=label.device)
+    present.scatter_(1, label.flatten(1), 1.0)  # 1 for each class in the label
+    target = present[:, classes - logits.shape[1] : classes]
+    return F.binary_cross_entropy_with_logits(logits.float(), target)
+
+
+def mask_error(a, b, valid, masks="logits"):
+    """1 / (H W) sum sum (a - b)^2, with a = M_u-dec, b = M_u (Eq. 10) or a = M_dec, b = M^_l
+    (Eq. 12): the sum over classes, the mean over the valid pixels of pictures.
+    a, b (B, K, h, w); valid (B, H, W) bool; masks: as --masks."""
+    if masks == "softmax":
+        a, b = a.softmax(1), b.softmax(1)
+    valid = at_size(valid, a.shape[2:])
+    count = all_reduce(valid.sum())
+    total = ((a - b).square() * valid[:, None]).sum()
+    return total * world_size() / count.clamp(min=1)  # Eqs. 10, 12
+
+
+def at_size(x, size):
+    """Labels (B, H, W) at another size, by the nearest pixel."""
+    return F.interpolate(x[:, None].float(), size, mode="nearest-exact")[:, 0].to(x.dtype)
+
+
+def decoupling_loss(args, learner, labeled, v, guides, iteration):
+    """L_dec = 1 / (H W) sum sum (M_dec - M^_l)^2, with M_dec = M_mix - M_l, of a labeled batch.
+    v: its features (B, C, h, w). x^_l, M^_l: other labeled pictures, and their masks."""
+    image = labeled["image"]  # x_l (B, 3, H, W)
+    first = common.rank() * len(image)  # where these pictures stand among the guides
+    partner = pair(args, labeled["position"], v, guides, first)  # Eq. 3
+    key = "lambda labeled", iteration
+    lam, _, M_mix = blend(args, learner, image, guides["image"][partner], *key)  # Eqs. 2, 6
+    M_l = guides["mask"][first : first + len(image)]
+    # Open: Eq. 12 is hard also where Eq. 8 is soft; so is ours, but for networks from scratch
+    #   --labeled-decoupling
+    M_dec = decouple(M_mix, M_l, lam, args.labeled_decoupling)
+    valid = guides["valid"][partner]
+    return mask_error(M_dec, guides["mask"][partner], valid, args.masks)  # Eq. 12
 
 
 def ramp_up(t):
-    """exp(-5 (1 - t)^2), from .007 at t = 0 to 1 at t = 1 and after (Laine and Aila, reference 44)."""
-    return math.exp(-5 * (1 - min(t, 1.)) ** 2)
+    """exp(-5 (1 - t)^2), from 0.007 at t = 0 to 1 at t = 1 and after (reference 44)."""
+    return math.exp(-5 * (1 - min(t, 1.0)) ** 2)
 
 
-# ---- training --------------------------------------------------------------------------------------------------------
+# ---- training ------------------------------------------------------------------------------------
 
-def train(args, data, labeled, unlabeled, device):
-    K, background = len(data.names), data.names[0] == "background"
-    guided, classify = not args.supervised, bool(args.classifier and not args.supervised)
-    student = common.build_network(args, data, device, make=make_network, mitrans=args.mitrans, present=(K - background) * classify)
-    learner, networks = common.parallel(WithEncoder(student), device), {"student": student}
-    optimizer = common.make_optimizer(args, args.lr, student.parameters())
-    scaler, begin, tables = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16"), 0, None
-    warmup = round(args.warmup * args.iterations)
-    run = common.OldRun("guidedmix-supervised" if args.supervised else "guidedmix", args, data, labeled, unlabeled, device, {1: args.iterations})
 
-    def save(iteration):
-        run.save("student", networks, stage=1, iteration=iteration, optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
+def train_supervised(args, run, learner, keep, stream, begin, stop):
+    """Learn from labels alone, iterations begin to stop - 1: the warm-up, and the baseline."""
+    student, optimizer, scaler = keep.values()
+    run.phase = None if args.supervised else "warm-up"
+    run.images = args.batch_size
+    student.train()
+    batches = common.batches(stream, args, run.device, begin, stop)
+    for iteration, labeled in enumerate(batches, begin):
+        # 1 batch: labeled pictures
+        label = labeled["label"]  # (B, H, W)
 
-    if run.state:  # go on where the checkpoint was written
-        begin = run.state["iteration"]
-        student.load_state_dict(run.state["models"]["student"])
-        optimizer.load_state_dict(run.state["optimizer"])
-        scaler.load_state_dict(run.state["scaler"])
-        run.state = None
-    else:
-        save(0)
-
-    cut = partial(rotate, degrees=args.rotation) if args.rotation else None
-    streams = [common.Stream(data, labeled, "labeled", args, cut=cut)]
-    if guided:
-        streams.append(common.Stream(data, unlabeled, "unlabeled", args, labeled=False, cut=cut))
-    loaders = [common.batches(stream, args, device, begin, args.iterations) for stream in streams]
-    tables_of_masks = torch.zeros(2, K, K, dtype=torch.int64, device=device)  # decoupled, direct
-    as_mask = nn.Softmax(1) if args.masks == "probabilities" else nn.Identity()  # what is decoupled, of logits
-    as_compared = nn.Softmax(1) if args.masks == "softmax" else nn.Identity()  # what is compared, of masks
-
-    student.train()  # evaluate() and predictions() leave it so
-    for iteration, batch in enumerate(zip(*loaders), begin):
-        # 1 batch: labeled and unlabeled pictures, what the network says of them, and who is blended with whom
-        image, label = batch[0]["image"], batch[0]["label"]  # (B, 3, H, W), (B, H, W)
-        B, semi = len(image), guided and iteration >= warmup
-        with_usup, with_dec = semi and args.omega > 0, semi and args.dec_weight > 0
-        x_l, x_u = common.to_float(image), common.to_float(batch[1]["image"]) if with_usup else None
-        n, own = B * common.world_size(), B * common.rank()  # labeled pictures of all processes; where those of this one begin among them
-        if args.pairs == "random":  # indices among the n: a partner of each x_u, and of each x_l, where it is another picture
-            if with_usup:
-                partner = torch.tensor([common.rng(args.seed, "pair", place).randint(n) for place in batch[1]["position"]]).to(device, non_blocking=True)
-            if with_dec:
-                partner_l = torch.tensor([(own + i + common.rng(args.seed, "pair labeled", place).randint(1, n)) % n
-                                          for i, place in enumerate(batch[0]["position"])]).to(device, non_blocking=True)
-        with common.autocast(args, device):
-            logits, v, present = learner(torch.cat([x_l, x_u]) if with_usup else x_l)  # (2B, K, h, w), (2B, C, h', w'), (2B, K')
-        masks, size = as_mask(logits.float()), logits.shape[2:]
-        m_l, m_u = masks[:B], masks[B:]  # M_l, M_u
-        if with_usup or with_dec:
-            guides, guide_masks, guide_valid = gather(image), gather(m_l.detach() if args.stop_gradient else m_l), gather(batch[0]["valid"])  # (n, ..)
-            if args.pairs == "similar":
-                description = describe(v, args.distance == "places")
-                distance = distances(description, gather(description[:B]))  # (2B, n)
-                partner, partner_l = nearest(distance[B:]), nearest(distance[:B], own)
-
-        # 2 pseudo-labels: the masks of unlabeled pictures, decoupled from blends with their partners
-        if with_usup:
-            lam = sample_lambda(args.alpha, args.lambda_cap, common.rng(args.seed, "lambda", iteration))
-            x_mix = mix(common.to_float(guides[partner]), x_u, lam)
-            with torch.set_grad_enabled(not args.stop_gradient), keep_statistics(student), common.autocast(args, device):
-                m_mix = as_mask(learner(x_mix)[0].float())  # Eq. 6: M_mix, which should be M_l + M_u, (B, K, h, w)
-            m_dec = decouple(m_mix, guide_masks[partner], lam, args.decoupling)  # M_u-dec
-
+        # 2 pseudo-labels: none
         # 3 losses
-        losses = {"loss_labeled": cross_entropy(common.upsample(logits[:B], args.crop, student.align_corners), label)}  # L_ce
-        loss_sup = losses["loss_labeled"]
-        if classify:
-            losses["loss_cla"] = F.binary_cross_entropy_with_logits(present[:B].float(), classes_present(label, K, background))
-            loss_sup = loss_sup + losses["loss_cla"]
-        if with_dec:  # blend x_l, in the part lambda, with its partner; subtract M_l, compare with the partner's mask
-            lam_l = sample_lambda(args.alpha, args.lambda_cap, common.rng(args.seed, "lambda labeled", iteration))
-            with keep_statistics(student), common.autocast(args, device):
-                m_mix_l = as_mask(learner(mix(x_l, common.to_float(guides[partner_l]), lam_l))[0].float())
-            m_dec_l = decouple(m_mix_l, guide_masks[own:own + B], lam_l, args.labeled_decoupling)
-            losses["loss_dec"] = mask_error(as_compared(m_dec_l), as_compared(guide_masks[partner_l]), at_size(guide_valid[partner_l], size))  # Eq. 12
-            loss_sup = loss_sup + args.dec_weight * losses["loss_dec"]  # Eq. 11: L_ce + L_dec + L_cla
-        loss = loss_sup
-        if with_usup:
-            omega = args.omega * ramp_up((iteration - warmup) / max(1, args.ramp * args.iterations))
-            losses["loss_usup"] = mask_error(as_compared(m_dec), as_compared(m_u), at_size(batch[1]["valid"], size))  # Eq. 10
-            loss = loss_sup + omega * losses["loss_usup"]  # Eq. 9
+        # Open: the losses of the baseline; L_ce alone, without the classifier   --supervised
+        with common.autocast(args, run.device):
+            logits, v, present = learner(to_float(labeled["image"]), aux=True)
+        prediction = common.upsample(logits, args.crop, student.align_corners)  # (B, K, H, W)
+        losses = {"loss_labeled": cross_entropy(prediction, label)}  # Eq. 1
+        if student.presence:
+            losses["loss_cla"] = classifier_loss(present, label, logits.shape[1])
+        loss = sum(losses.values())
 
         # 4 backward
         optimizer.zero_grad()
         scaler.scale(loss).backward()
-        for group in optimizer.param_groups:
-            group["lr"] = args.lr * (1 - iteration / args.iterations) ** .9
+        lr = args.lr * (1 - iteration / args.iterations) ** 0.9  # "poly" (Sect. 4.2)
+        optimizer.param_groups[0]["lr"] = lr
         scaler.step(optimizer)
         scaler.update()
         common.average_buffers([student])
 
         # 5 EMA: none
-
         # 6 log, evaluate, save
-        run.watch(1, iteration, losses)
-        done, last = iteration + 1, iteration + 1 == args.iterations
-        if with_usup:  # the truth of unlabeled pictures is used here and in pictures, and nowhere else
-            truth = at_size(batch[1]["truth"], size)
-            pseudo_label, direct = (m.detach().max(1).indices for m in (m_dec, m_u))
-            run.watch_pseudo_labels(pseudo_label)
-            for table, y in zip(tables_of_masks, (pseudo_label, direct)):
-                table += common.confusion_matrix(truth, y, K)
-        if done % args.log_every == 0 or done in (warmup, args.iterations) or done % args.eval_every == 0:
-            extra = {"lr": optimizer.param_groups[0]["lr"]} | ({"omega": omega, "lambda": lam} if with_usup else {})
-            if with_usup:
-                common.all_reduce(tables_of_masks)
-                extra |= {"pseudo_miou": common.mean_iou(tables_of_masks[0]), "direct_miou": common.mean_iou(tables_of_masks[1])}
-                tables_of_masks.zero_()
-            run.images, run.phase = args.batch_size * (1 + with_usup), "warm-up" if guided and not semi else None
-            run.log(1, done, **extra)
-        if done % args.eval_every == 0 or last:
-            tables = common.evaluate(networks, data, args, device)
-            run.log(1, done, val=tables)
-            run.predictions(f"val_{done:06d}", networks)
-            columns = {"labeled picture": image, "label": label, "prediction": in_full(m_l, args.crop)}
-            if with_usup:
-                outside = ~batch[1]["valid"]
-                columns = {"labeled partner": guides[partner], "its prediction": in_full(guide_masks[partner], args.crop), "unlabeled picture": batch[1]["image"],
-                           f"mix, lambda {lam:.2f}": (255 * x_mix.detach()).round().to(torch.uint8)}
-                columns |= {title: in_full(m, args.crop).masked_fill(outside, IGNORE) for title, m in (
-                    ("prediction of the mix", m_mix), ("decoupled pseudo-mask", m_dec), ("direct prediction", m_u))} | {"truth (not used)": batch[1]["truth"]}
-            run.panel(f"batch_{done:06d}", {title: cells[:4] for title, cells in columns.items()})
-        if done % args.save_every == 0 or last:
-            save(done)
-
-    run.finish("student", tables or common.evaluate(networks, data, args, device), None if args.supervised else paper_miou(args))
+        run.step(iteration, losses, record=iteration + 1 == stop, lr=lr)
+        if run.due():
+            run.evaluate({"student": student})
+            draw(run, labeled, logits)
+        run.save(iteration, keep)
 
 
-def at_size(x, size):
-    """Labels or masks (B, H, W) at another size, nearest."""
-    return F.interpolate(x[:, None].float(), size, mode="nearest-exact")[:, 0].to(x.dtype)
+def train(args, run, learner, keep, streams, warmup, begin):
+    """GuidedMix-Net's loop (Sect. 3), from iteration begin to the last one."""
+    student, optimizer, scaler = keep.values()
+    run.phase = None
+    run.images = args.batch_size * (2 if args.omega else 1)
+    student.train()
+    stop = args.iterations
+    batches = [common.batches(stream, args, run.device, begin, stop) for stream in streams]
+    for iteration, (labeled, unlabeled) in enumerate(zip(*batches), begin):
+        # 1 batch: labeled and unlabeled pictures, in one pass; blends take passes of their own
+        image = labeled["image"]  # x_l (B, 3, H, W)
+        B = len(image)
+        if args.omega:
+            image = torch.cat([image, unlabeled["image"]])  # x_l, x_u (2B, 3, H, W)
+        with common.autocast(args, run.device):
+            logits, v, present = learner(to_float(image), aux=True)
+        M_l, M_u = to_mask(logits, args.masks).tensor_split([B])  # (B, K, h, w) each
+        v_l, v_u = v.tensor_split([B])  # (B, C, h', w') each
+        guides = {
+            "image": gather(labeled["image"]),  # x_l of all processes (n, 3, H, W)
+            "mask": gather(M_l.detach() if args.stop_gradient else M_l),  # (n, K, h, w)
+            "valid": gather(labeled["valid"]),  # (n, H, W)
+            "features": gather(describe(v_l, args.distance)),  # (n, C)
+        }
+
+        # 2 pseudo-labels: M_u-dec, decoupled from blends of x_u with its guides
+        pseudo_labels, numbers = {}, {}
+        # Open: w and the ramp-up of omega = w exp(-5 (1 - t)^2); 1.5 (Context: 0.5) and 10 % of the
+        # iterations. CCT has w = 30, of a mean over classes; Eq. 10 is a sum   --omega, --ramp
+        omega = args.omega * ramp_up((iteration - warmup) / max(1, args.ramp * args.iterations))
+        if args.omega:
+            partner = pair(args, unlabeled["position"], v_u, guides)  # Eq. 3
+            pair_images = guides["image"][partner], unlabeled["image"]  # x_l, x_u
+            # Open: whether gradient flows into the pseudo-mask; no, it is a target. But networks
+            # from scratch gained nothing from fixed targets on streets   --stop-gradient
+            with torch.set_grad_enabled(not args.stop_gradient):  # Eqs. 2, 6
+                lam, x_mix, M_mix = blend(args, learner, *pair_images, "lambda", iteration)
+            M_u_dec = decouple(M_mix, guides["mask"][partner], lam, args.decoupling)  # Eqs. 7, 8
+            pseudo_labels["pseudo_miou"] = M_u_dec.max(1).indices
+            pseudo_labels["direct_miou"] = M_u.max(1).indices
+            numbers = {"omega": omega, "lambda": lam}
+
+        # 3 losses
+        label = labeled["label"]
+        prediction = common.upsample(logits[:B], args.crop, student.align_corners)  # (B, K, H, W)
+        losses = {"loss_labeled": cross_entropy(prediction, label)}  # Eq. 1
+        if args.classifier:
+            losses["loss_cla"] = classifier_loss(present[:B], label, logits.shape[1])
+        if args.dec_weight:
+            losses["loss_dec"] = decoupling_loss(args, learner, labeled, v_l, guides, iteration)
+        if args.omega:
+            losses["loss_usup"] = mask_error(M_u_dec, M_u, unlabeled["valid"], args.masks)  # Eq. 10
+        loss_sup = losses["loss_labeled"] + args.dec_weight * losses.get("loss_dec", 0)
+        loss_sup = loss_sup + losses.get("loss_cla", 0)  # Eq. 11
+        loss = loss_sup + omega * losses.get("loss_usup", 0)  # Eq. 9
+
+        # 4 backward
+        optimizer.zero_grad()
+        scaler.scale(loss).backward()
+        lr = args.lr * (1 - iteration / args.iterations) ** 0.9  # "poly" (Sect. 4.2)
+        optimizer.param_groups[0]["lr"] = lr
+        scaler.step(optimizer)
+        scaler.update()
+        common.average_buffers([student])
+
+        # 5 EMA: none
+        # 6 log, evaluate, save
+        truth = at_size(unlabeled["truth"], M_l.shape[2:])  # for the log alone
+        run.step(iteration, losses, pseudo_labels, truth, lr=lr, **numbers)
+        if run.due():
+            run.evaluate({"student": student})
+            if args.omega:
+                draw_blends(run, guides, partner, unlabeled, x_mix, lam, M_mix, M_u_dec, M_u)
+            else:
+                draw(run, labeled, M_l)
+        run.save(iteration, keep)
 
 
-def in_full(masks, size):
-    """The most likely class of masks (B, K, h, w), at the crop's size: (B, H, W)."""
-    return at_size(masks.detach().max(1).indices, size)
+def shown(mask, valid):
+    """The most likely class of masks (B, K, h, w) at the size of valid (B, H, W), 255 elsewhere."""
+    return at_size(mask.max(1).indices, valid.shape[1:]).masked_fill(~valid, IGNORE)
 
 
-def paper_miou(args):
-    """The paper's number for this setting, or None."""
-    for miou, setting in PAPER_MIOU:
-        if set(args.changed) <= setting.keys() | {"split"} and all(getattr(args, name) == value for name, value in setting.items()):
-            return miou
+def draw(run, labeled, mask):
+    """pictures/batch_MARK.png without blends: labeled pictures, their labels, and predictions."""
+    columns = {"labeled picture": labeled["image"], "label": labeled["label"]}
+    columns["prediction"] = shown(mask, labeled["valid"])
+    run.panel(f"batch_{run.mark}", {title: cells[:4] for title, cells in columns.items()})
+
+
+def draw_blends(run, guides, partner, unlabeled, x_mix, lam, M_mix, M_u_dec, M_u):
+    """pictures/batch_MARK.png: guides, unlabeled pictures, their blends, and all masks."""
+    valid = unlabeled["valid"]
+    columns = {
+        "labeled partner": guides["image"][partner],
+        "its prediction": shown(guides["mask"][partner], guides["valid"][partner]),
+        "unlabeled picture": unlabeled["image"],
+        f"mix, lambda {lam:.2f}": (255 * x_mix).round().byte(),
+        "prediction of the mix": shown(M_mix, valid),
+        "decoupled pseudo-mask": shown(M_u_dec, valid),
+        "direct prediction": shown(M_u, valid),
+        "truth (not used)": unlabeled["truth"],
+    }
+    run.panel(f"batch_{run.mark}", {title: cells[:4] for title, cells in columns.items()})
+
+
+# ---- main ----------------------------------------------------------------------------------------
+
+
+def check(args, labeled):
+    """A UserError for values out of range, and for values that do not fit each other."""
+    check_range(args, 1e-12, 0.5, "lambda_cap")
+    check_range(args, 1e-12, math.inf, "alpha")
+    check_range(args, 0, math.inf, "omega", "dec_weight")
+    check_range(args, 0, 1, "warmup", "ramp")
+    check_range(args, 0, 180, "rotation")
+    left = args.iterations - round(args.warmup * args.iterations)
+    need(left or args.supervised or not args.iterations, f"--warmup {args.warmup:g}: leaves "
+                f"none of the {args.iterations} iterations for the method; use 0.2, for example")
+    plain = args.head == "plain" and args.aspp_branches == 4
+    need(plain, f"--head {args.head} --aspp-branches {args.aspp_branches}: are for DeepLab, "
+                "and this paper has another network; leave them out")
+    sample_lambda(args.alpha, args.lambda_cap, rng(args.seed, "check"))
+    if args.supervised:
+        return
+    for flag, number in (("--labels", len(labeled)), ("--batch-size", args.batch_size)):
+        need(number >= 2 or args.dec_weight == 0, f"{flag} {number}: L_dec blends two "
+                    f"labeled pictures of a batch; use {flag} 2 or more, or --dec-weight 0")
+    if args.dec_weight and len(labeled) < args.batch_size:
+        common.warn(f"{len(labeled)} labeled pictures, --batch-size {args.batch_size}: L_dec "
+                    "blends some of them with another view of themselves")
+    if args.omega == args.dec_weight == 0:
+        common.warn("--omega 0 --dec-weight 0: without L_usup and L_dec this is a baseline")
 
 
 def main():
@@ -498,27 +611,34 @@ def main():
         return common.check_data(args)
     if args.evaluate or args.predict:
         return common.use_checkpoint(args, device, make_network)
-    common.check_range(args, 1e-12, .5, "lambda_cap")
-    common.check_range(args, 1e-12, math.inf, "alpha")
-    common.check_range(args, 0, math.inf, "omega", "dec_weight")
-    common.check_range(args, 0, 1, "ramp")
-    if not 0 <= args.warmup < 1 or (round(args.warmup * args.iterations) >= args.iterations > 0 and not args.supervised):
-        raise common.UserError(f"--warmup {args.warmup:g}: a share of the {args.iterations} iterations, from 0 to below 1, that leaves some for the method; use .2, say")
-    common.check_range(args, 0, 180, "rotation")
-    if args.head != "plain" or args.aspp_branches != 4:
-        raise common.UserError(f"--head {args.head} --aspp-branches {args.aspp_branches}: are for DeepLab, and this paper has a network of its own; leave them out")
-    sample_lambda(args.alpha, args.lambda_cap, common.rng(args.seed, "check"))  # that there is one
     data = common.open_dataset(args)
     labeled, unlabeled = common.split(args, data)
-    if args.dec_weight and not args.supervised:
-        for flag, number in (("--labels", len(labeled)), ("--batch-size", args.batch_size)):
-            if number < 2:
-                raise common.UserError(f"{flag} {number}: L_dec blends two labeled pictures of a batch; use {flag} 2 or more, or --dec-weight 0")
-        if len(labeled) < args.batch_size:
-            common.warn(f"{len(labeled)} labeled pictures, --batch-size {args.batch_size}: L_dec blends some of them with another view of themselves")
-    if not (args.omega or args.dec_weight or args.supervised):
-        common.warn("--omega 0 --dec-weight 0: without L_usup and L_dec this is no more than a baseline")
-    train(args, data, labeled, unlabeled, device)
+    check(args, labeled)
+    cut = partial(rotate, degrees=args.rotation) if args.rotation else None
+    streams = [common.Stream(data, labeled, "labeled", args, cut=cut),
+               common.Stream(data, unlabeled, "unlabeled", args, labeled=False, cut=cut)]
+
+    present = len(data.names) - (data.names[0] == "background")
+    if args.supervised or not args.classifier:
+        present = 0
+    student = common.build_network(args, data, device, make=make_network, mitrans=args.mitrans,
+                                   present=present)
+    learner = common.parallel(student, device)
+    optimizer = common.make_optimizer(args, args.lr, student.parameters())
+    scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
+    method = "guidedmix-supervised" if args.supervised else "guidedmix"
+    stages = {1: args.iterations}
+    run = common.Run(method, args, data, labeled, unlabeled, device, stages, "student")
+    keep = {"student": student, "optimizer": optimizer, "scaler": scaler}
+    begin = run.restore(keep)
+    # Open: how long the model is "first trained on the labeled samples" (Sect. 3.2); 5 % of the
+    # iterations, and 20 % for networks from scratch   --warmup
+    warmup = args.iterations if args.supervised else round(args.warmup * args.iterations)
+    if begin < warmup:
+        train_supervised(args, run, learner, keep, streams[0], begin, stop=warmup)
+    if not args.supervised:
+        train(args, run, learner, keep, streams, warmup, max(begin, warmup))
+    run.finish({"student": student}, None if args.supervised else paper_miou(args))
 
 
 if __name__ == "__main__":
