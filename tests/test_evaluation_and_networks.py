@@ -1,4 +1,4 @@
-"""Evaluation against naive counts, the networks as the papers state them, and weights in every layout that people have."""
+"""Evaluation against naive counts, networks as the papers state them, weights in every layout."""
 
 import math
 import re
@@ -45,7 +45,7 @@ def classes(count):
     return SimpleNamespace(names=[f"class {k}" for k in range(count)])
 
 
-# ---- evaluation ------------------------------------------------------------------------------------------------------
+# ---- evaluation ----------------------------------------------------------------------------------
 
 
 def count_naively(label, prediction, K):
@@ -59,11 +59,9 @@ def count_naively(label, prediction, K):
 def iou_naively(table):
     values = []
     for k in range(len(table)):
-        hit, false_positive, false_negative = (
-            table[k, k],
-            table[:, k].sum() - table[k, k],
-            table[k].sum() - table[k, k],
-        )
+        hit = table[k, k]
+        false_positive = table[:, k].sum() - hit
+        false_negative = table[k].sum() - hit
         union = hit + false_positive + false_negative
         values.append(100 * hit / union if union else float("nan"))
     return np.array(values)
@@ -90,12 +88,8 @@ def test_confusion_matrix_leaves_out_what_a_pseudo_label_ignores():
 
 
 def test_confusion_matrix_of_ignored_pixels_alone_is_zero():
-    assert (
-        common.confusion_matrix(
-            torch.full((1, 4, 4), 255), torch.zeros(1, 4, 4, dtype=torch.int64), 3
-        ).sum()
-        == 0
-    )
+    label, prediction = torch.full((1, 4, 4), 255), torch.zeros(1, 4, 4, dtype=torch.int64)
+    assert common.confusion_matrix(label, prediction, 3).sum() == 0
 
 
 def test_iou_and_mean_iou():
@@ -105,19 +99,16 @@ def test_iou_and_mean_iou():
     assert common.mean_iou(torch.from_numpy(table)) == pytest.approx(iou_naively(table).mean())
 
 
-def test_a_class_in_no_label_and_no_prediction_is_skipped_one_that_is_only_predicted_counts_as_zero():
+def test_a_class_that_is_only_predicted_counts_as_zero_and_one_that_is_nowhere_is_skipped():
     table = torch.zeros(4, 4, dtype=torch.int64)
-    table[0, 0], table[1, 1], table[1, 2] = (
-        6,
-        3,
-        3,
-    )  # class 2 is predicted and never true, class 3 is neither
+    table[0, 0] = 6
+    table[1, 1] = table[1, 2] = 3  # class 2 is predicted and never true, class 3 is neither
     assert common.iou(table)[:3].tolist() == [100, 50, 0] and common.iou(table)[3].isnan()
     assert common.mean_iou(table) == 50
 
 
 class Colours(nn.Module):
-    """A network at stride 4 whose logits follow from the picture; not symmetric, so that a wrong flip shows."""
+    """A network at stride 4 whose logits follow from the picture; asymmetric, for wrong flips."""
 
     align_corners = False
 
@@ -242,7 +233,7 @@ def test_predict_averages_probabilities_over_scales_and_mirrored_pictures():
     assert (single - p).abs().max() > 0.05  # scales and flips do something
 
 
-# ---- networks --------------------------------------------------------------------------------------------------------
+# ---- networks ------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -259,7 +250,7 @@ def parameters(module):
     return sum(p.numel() for p in module.parameters())
 
 
-# torchvision states 25,557,032 and 44,549,160 for its ResNets; their last layer, 2048 -> 1000, goes.
+# torchvision states 25,557,032 and 44,549,160 for its ResNets, with their layer 2048 -> 1000.
 BACKBONE = {"resnet50": 25_557_032 - 2_049_000, "resnet101": 44_549_160 - 2_049_000}
 
 
@@ -277,12 +268,10 @@ def test_parameters_of_deeplab_on_resnets(resnets, name, branches):
     assert parameters(plain) == BACKBONE[name] + branches * (2048 * 19 * 9 + 19)
     bottleneck = common.DeepLabV2(backbone, 19, "bottleneck", rates)
     total = 256 * (branches + 1)
-    head = (2048 * 256 + 256 + 2 * 256) + branches * (
-        2048 * 256 * 9 + 256 + 2 * 256
-    )  # convs with biases, group norms
-    head += (total * (total // 16) + total // 16) + (
-        total // 16 * total + total
-    )  # squeeze and excitation
+    head = 2048 * 256 + 256 + 2 * 256  # a conv with biases, a group norm
+    head += branches * (2048 * 256 * 9 + 256 + 2 * 256)
+    head += total * (total // 16) + total // 16  # squeeze
+    head += total // 16 * total + total  # excitation
     head += (total * 256 * 9 + 256 + 2 * 256) + 256 * 19
     assert parameters(bottleneck) == BACKBONE[name] + head
     if branches == 4:
@@ -377,11 +366,8 @@ def test_output_stride_is_8_or_4_and_logits_are_the_classifier_of_the_features(r
         with torch.no_grad():
             features = network.features(image)
             logits = network(image)
-            assert features.shape == (2, network.feature_channels, *expected) and logits.shape == (
-                2,
-                5,
-                *expected,
-            )
+            assert features.shape == (2, network.feature_channels, *expected)
+            assert logits.shape == (2, 5, *expected)
             assert torch.equal(logits, network.classifier(features))
             assert torch.equal(logits, network(image))  # nothing random in eval mode
     assert network.feature_channels == (
@@ -393,7 +379,9 @@ def test_output_stride_is_8_or_4_and_logits_are_the_classifier_of_the_features(r
     "size, expected", [((65, 65), (9, 9)), ((64, 128), (9, 17)), ((321, 17), (41, 3))]
 )
 def test_caffe_style_rounds_up_in_max_pooling(resnets, size, expected):
-    """ceil_mode adds a cell at even sizes: 64 -> 32 -> 17 -> 9. Whatever meets these features must take their size from them."""
+    """ceil_mode adds a cell at even sizes: 64 -> 32 -> 17 -> 9.
+
+    What is combined with these features must take their size from them."""
     with torch.no_grad():
         assert resnets["resnet50", True](torch.zeros(1, 3, *size)).shape[2:] == expected
 
@@ -408,17 +396,14 @@ def test_heads_as_the_papers_have_them():
             for c in plain.branches
         )
         torch.testing.assert_close(plain.classifier(x), expected)
-    assert all(
-        abs(float(conv.weight.detach().std()) - 0.01) < 0.001 for conv in plain.branches
-    )  # N(0, .01)
+    for conv in plain.branches:  # N(0, .01)
+        assert abs(float(conv.weight.detach().std()) - 0.01) < 0.001
 
 
 def test_aspp_branches_are_all_four_or_the_first_ones(monkeypatch):
     slim_resnets(monkeypatch)
-    for head, extra in (
-        ("plain", 0),
-        ("bottleneck", 1),
-    ):  # ProDA's head has a 1x1 branch before the dilated ones
+    # ProDA's head has a 1x1 branch before the dilated ones.
+    for head, extra in (("plain", 0), ("bottleneck", 1)):
         for branches in (1, 2, 4):
             network = common.make_network(
                 spec(backbone="resnet50", head=head, aspp_branches=branches)
@@ -437,11 +422,9 @@ def test_frozen_batch_norm_never_changes_and_gets_no_gradient(monkeypatch):
     norms = [m for m in network.modules() if isinstance(m, nn.BatchNorm2d)]
     assert len(norms) == 53
     for norm in norms:
-        (
-            nn.init.uniform_(norm.running_mean, -0.1, 0.1),
-            nn.init.uniform_(norm.running_var, 0.5, 2),
-            nn.init.uniform_(norm.weight, 0.5, 1.5),
-        )
+        nn.init.uniform_(norm.running_mean, -0.1, 0.1)
+        nn.init.uniform_(norm.running_var, 0.5, 2)
+        nn.init.uniform_(norm.weight, 0.5, 1.5)
     before = {k: v.clone() for k, v in network.state_dict().items()}
     optimizer = torch.optim.SGD(
         [p for p in network.parameters() if p.requires_grad], 0.1, weight_decay=0.1
@@ -478,13 +461,12 @@ def test_a_new_frozen_batch_norm_is_frozen_before_any_call_of_train_or_eval():
 def test_every_parameter_is_the_backbones_or_the_heads():
     network = common.make_network(spec())
     groups = [id(p) for p in [*network.backbone.parameters(), *network.head_parameters()]]
-    assert sorted(groups) == sorted(id(p) for p in network.parameters()) and len(
-        set(groups)
-    ) == len(groups)
+    assert sorted(groups) == sorted(id(p) for p in network.parameters())
+    assert len(set(groups)) == len(groups)
 
 
 class Seen(nn.Module):
-    """A backbone that gives back what it is shown."""
+    """A backbone that returns its input."""
 
     channels, stride = 3, 8
 
@@ -504,27 +486,17 @@ class Seen(nn.Module):
 )
 def test_input_styles_by_content(style, expected):
     network = common.DeepLabV2(Seen(), 2, "plain", style=style)
-    image = common.to_float(
-        torch.tensor([10, 20, 200], dtype=torch.uint8).view(1, 3, 1, 1).expand(1, 3, 4, 4)
-    )  # RGB
-    torch.testing.assert_close(
-        network.features(image),
-        torch.tensor(expected).view(1, 3, 1, 1).expand(1, 3, 4, 4),
-        atol=1e-4,
-        rtol=1e-5,
-    )
+    color = torch.tensor([10, 20, 200], dtype=torch.uint8)  # RGB
+    image = common.to_float(color.view(1, 3, 1, 1).expand(1, 3, 4, 4))
+    expected = torch.tensor(expected).view(1, 3, 1, 1).expand(1, 3, 4, 4)
+    torch.testing.assert_close(network.features(image), expected, atol=1e-4, rtol=1e-5)
 
 
 def test_members_differ_and_the_same_member_of_the_same_seed_is_the_same():
     def build(seed, member):
-        return torch.cat(
-            [
-                p.detach().flatten()
-                for p in common.build_network(
-                    arguments(backbone="tiny", seed=seed), classes(10), CPU, member
-                ).parameters()
-            ]
-        )
+        args = arguments(backbone="tiny", seed=seed)
+        network = common.build_network(args, classes(10), CPU, member)
+        return torch.cat([p.detach().flatten() for p in network.parameters()])
 
     torch.manual_seed(0)
     first = build(0, 0)
@@ -532,9 +504,8 @@ def test_members_differ_and_the_same_member_of_the_same_seed_is_the_same():
     assert torch.equal(build(0, 0), first)
     for other in (build(0, 1), build(1, 0)):
         assert not torch.equal(other, first)
-        assert not torch.equal(
-            other[-640:], first[-640:]
-        )  # the last classifier, which weights do not set
+        # The last classifier, which weights do not set.
+        assert not torch.equal(other[-640:], first[-640:])
 
 
 def test_building_a_network_leaves_the_global_generator_alone():
@@ -554,11 +525,11 @@ def test_frozen_batch_norm_without_weights_is_warned_of(capsys, monkeypatch):
     assert capsys.readouterr().err == ""
 
 
-# ---- weights ---------------------------------------------------------------------------------------------------------
+# ---- weights -------------------------------------------------------------------------------------
 
 
 def slim_resnets(monkeypatch):
-    """ResNets of an eighth of the width under the same names, so that their files have the same entries and are small."""
+    """ResNets of an eighth of the width under the same names: small files, the same entries."""
     full = common.make_backbone
 
     def slim(name, batch_norm="frozen", caffe=False, deep_stem=False, output_stride=8):
@@ -584,7 +555,7 @@ def slim(monkeypatch):
 
 
 def torchvision_layout(name="resnet50", counters=True):
-    """{torchvision's key: random tensor} of a slim ResNet, as a training run would leave it, with the last layer."""
+    """{torchvision's key: random tensor} of a slim ResNet after a training, with the last layer."""
     generator = torch.Generator().manual_seed(0)
     state = {
         k: torch.rand(v.shape, generator=generator) if v.is_floating_point() else torch.tensor(17)
@@ -618,7 +589,7 @@ def with_prefix(prefix, state):
 
 
 def build(path, K=21, capsys=None, **changes):
-    """The network with the weights at path, and the counts of its report: loaded, skipped, missing."""
+    """The network with the weights at path; with capsys also (loaded, skipped, missing), line."""
     network = common.build_network(
         arguments(weights=str(path), **{"head": "plain"} | changes), classes(K), CPU
     )
@@ -660,13 +631,13 @@ def test_every_layout_loads_every_value(layout, slim, tmp_path, capsys):
     torch.save(make(), tmp_path / "weights.pth")
     network, (loaded, skipped, missing), line = build(tmp_path / "weights.pth", 21, capsys)
     counters = "torchvision" in layout and "without" not in layout
-    own, expected = network.state_dict(), torchvision_layout(counters=counters)
+    found, expected = network.state_dict(), torchvision_layout(counters=counters)
     for key, value in expected.items():
         if not key.startswith("fc."):
-            assert torch.equal(own["backbone." + key], value), key
+            assert torch.equal(found["backbone." + key], value), key
     if has_head:
         for key, value in aspp().items():
-            assert torch.equal(own[key.replace("layer5.conv2d_list", "branches")], value), key
+            assert torch.equal(found[key.replace("layer5.conv2d_list", "branches")], value), key
     assert network.spec["style"] == style
     assert network.backbone.layer2[0].conv1.stride == ((1, 1) if style == "torchvision" else (2, 2))
     assert loaded == len(expected) - 2 + 8 * has_head
@@ -755,7 +726,7 @@ def test_a_checkpoint_of_this_project_gives_its_headline_network(tmp_path, capsy
     assert torch.equal(network.backbone.conv1.weight, networks["teacher_1"].backbone.conv1.weight)
 
 
-def test_both_members_get_the_weights_and_heads_of_their_own(slim, tmp_path, capsys):
+def test_members_share_the_weights_and_have_different_heads(slim, tmp_path, capsys):
     torch.save(torchvision_layout(), tmp_path / "weights.pth")
     members = [
         common.build_network(
@@ -839,7 +810,7 @@ def test_a_bad_weights_file_is_named(kind, slim, tmp_path):
 
 @pytest.mark.parametrize("zipped", [True, False])
 def test_a_truncated_weights_file_is_named_wherever_it_ends(zipped, slim, tmp_path):
-    """Hung's file and torchvision's older ones have the format from before zip; a download can end at any byte."""
+    """Hung's file and torchvision's older ones are no zip files; a download can end anywhere."""
     whole, path = tmp_path / "whole.pth", tmp_path / "weights.pth"
     torch.save(
         {"conv1.weight": torch.rand(4, 3), "bn1.weight": torch.rand(4)},
@@ -919,7 +890,7 @@ def test_what_was_downloaded_once_is_used_again(slim, tmp_path, monkeypatch):
 
 
 def test_coco_weights_exist_for_resnet101_alone(slim, tmp_path, monkeypatch):
-    """The mistake is told before 170 MB are downloaded for nothing."""
+    """The error comes before 170 MB are downloaded for nothing."""
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     monkeypatch.setattr(
         torch.hub, "download_url_to_file", lambda *_, **__: pytest.fail("downloads")
@@ -929,23 +900,22 @@ def test_coco_weights_exist_for_resnet101_alone(slim, tmp_path, monkeypatch):
 
 
 def test_the_whole_method_runs_on_a_caffe_style_network(slim, tmp_path, monkeypatch):
-    """Their features have one row and column more than the crop's eighth; soft labels and prototypes must meet them there."""
+    """Features have one row and column more than the crop's eighth.
+
+    Soft labels and prototypes must meet them there."""
 
     class FewStreets(common.Streets):
         def __init__(self):
             super().__init__()
             self.train, self.val = self.train[:4], self.val[:1]
 
-    monkeypatch.setattr(common, "Streets", FewStreets)
-    monkeypatch.setattr(
-        sys,
-        "argv",
-        [
-            "rml.py",
-            *"--backbone resnet50 --weights none --input-style caffe-rgb --labels 2 --batch-size 2 --crop 32 64 "
-            "--stage0-iterations 1 --iterations 1 --stages 1 --stage0-lr 1e-5 --lr 1e-5 --out run".split(),
-        ],
+    flags = (
+        "--backbone resnet50 --weights none --input-style caffe-rgb --labels 2 --batch-size 2 "
+        "--crop 32 64 --stage0-iterations 1 --iterations 1 --stages 1 --stage0-lr 1e-5 --lr 1e-5 "
+        "--out run"
     )
+    monkeypatch.setattr(common, "Streets", FewStreets)
+    monkeypatch.setattr(sys, "argv", ["rml.py", *flags.split()])
     monkeypatch.chdir(tmp_path)
     rml.main()
     assert (tmp_path / "run/result.json").exists()

@@ -1,4 +1,4 @@
-"""SETR, and two students of rml.py that differ (Table 5): the network by hand, its weights, and whole runs."""
+"""SETR: the network by hand, its weights; rml.py with two different students (Table 5)."""
 
 import math
 import sys
@@ -42,7 +42,7 @@ def tiny(seeded):
     return common.ViT(*common.VITS["tiny"]).eval()
 
 
-# ---- the transformer -------------------------------------------------------------------------------------------------
+# ---- the transformer -----------------------------------------------------------------------------
 
 
 def test_positions_are_as_loaded_at_the_grid_they_belong_to(tiny):
@@ -53,41 +53,35 @@ def test_positions_are_as_loaded_at_the_grid_they_belong_to(tiny):
         mode="bicubic",
         align_corners=False,
     )
-    torch.testing.assert_close(
-        same.flatten(2).transpose(1, 2), tiny.encoder.pos_embedding[:, 1:]
-    )  # the short cut changes nothing
+    # The short cut changes nothing.
+    torch.testing.assert_close(same.flatten(2).transpose(1, 2), tiny.encoder.pos_embedding[:, 1:])
 
 
 @pytest.mark.parametrize("h, w", [(16, 32), (8, 16), (28, 14), (5, 40), (14, 13)])
 def test_positions_of_other_grids(tiny, h, w):
-    """Embeddings that grow by one per patch downwards (channel 0), to the right (channel 1) and are constant (channel 2) stay so, at the centres of the new patches."""
+    """Interpolation keeps linear functions of the place, at the centres of the new patches.
+
+    Channel 0 grows by one per patch downwards, channel 1 to the right; channel 2 is constant."""
     with torch.no_grad():
         grid = torch.zeros(14, 14, 64)
-        grid[..., 0], grid[..., 1], grid[..., 2] = (
-            torch.arange(14.0)[:, None],
-            torch.arange(14.0),
-            7,
-        )
-        tiny.encoder.pos_embedding[0, 0], tiny.encoder.pos_embedding[0, 1:] = (
-            100,
-            grid.reshape(196, 64),
-        )
+        grid[..., 0] = torch.arange(14.0)[:, None]
+        grid[..., 1] = torch.arange(14.0)
+        grid[..., 2] = 7
+        tiny.encoder.pos_embedding[0, 0] = 100
+        tiny.encoder.pos_embedding[0, 1:] = grid.reshape(196, 64)
         found = tiny.positions(h, w)
-    assert (
-        found.shape == (1, 1 + h * w, 64) and (found[0, 0] == 100).all()
-    )  # the class token's stays out of it
+    assert found.shape == (1, 1 + h * w, 64)
+    assert (found[0, 0] == 100).all()  # the class token's is not interpolated
     found, checked = found[0, 1:].reshape(h, w, 64), 0
     for y in range(h):
         for x in range(w):
-            wanted = [
-                (y + 0.5) * 14 / h - 0.5,
-                (x + 0.5) * 14 / w - 0.5,
-            ]  # the same place, counted in old patches
+            # The same place, counted in old patches.
+            wanted = [(y + 0.5) * 14 / h - 0.5, (x + 0.5) * 14 / w - 0.5]
             assert found[y, x, 2] == pytest.approx(7, abs=1e-5)
             for k in range(2):
-                if (
-                    1 <= wanted[k] <= 12
-                ):  # at the rim, points are missing; within, torch's cubic (a = -.75) swings around a line by less than this
+                # At the rim points are missing. Within, torch's cubic (a = -.75) swings around a
+                # line by less than this.
+                if 1 <= wanted[k] <= 12:
                     assert found[y, x, k] == pytest.approx(wanted[k], abs=0.06)
                     checked += 1
     assert checked > h * w
@@ -110,7 +104,7 @@ def test_it_is_torchvisions_transformer(seeded):
 
 
 def test_patches_keep_their_places(tiny):
-    """Without attention every answer depends on its own patch: row h, column w of the answer on those pixels."""
+    """Without attention a cell of the output depends on the pixels of one patch alone."""
     for layer in tiny.encoder.layers:
         nn.init.zeros_(layer.self_attention.out_proj.weight)
         nn.init.zeros_(layer.self_attention.out_proj.bias)
@@ -138,31 +132,30 @@ def test_a_side_that_patches_do_not_divide_is_padded_with_the_mean_colour(name, 
 @pytest.mark.parametrize("name", ["setr", "setr-naive"])
 @pytest.mark.parametrize("side", [321, 333, 375, 500, 512])
 def test_an_answer_stays_where_its_patch_is(name, side):
-    """A network whose tokens say where they are, upsampled to the picture: right to a pixel, at any side."""
+    """Tokens that say where they are, upsampled to the picture: right to a pixel at any side."""
 
     class Where(nn.Module):
         channels, stride = 1, 16
 
         def forward(self, x):
-            n = math.ceil(x.shape[3] / 16)
-            return (16 * torch.arange(n) + 7.5).expand(
-                1, 1, 2, n
-            )  # centres of the patches, in pixels
+            count = math.ceil(x.shape[3] / 16)
+            centres = 16 * torch.arange(count) + 7.5  # of the patches, in pixels
+            return centres.expand(1, 1, 2, count)
 
     network = common.SETR(Where(), 1, name == "setr-naive", 1, norm=lambda width: nn.Identity())
     for m in network.modules():
-        if isinstance(m, nn.Conv2d):  # each passes on what it is given
+        if isinstance(m, nn.Conv2d):  # each becomes the identity
             nn.init.zeros_(m.weight)
             m.weight.data[0, 0, m.weight.shape[2] // 2, m.weight.shape[3] // 2] = 1
     found = common.upsample(network(torch.zeros(1, 3, 32, side)), (32, side))[0, 0, 16]
-    assert (found - torch.arange(side))[
-        16:-16
-    ].abs().max() < 1.01  # at the rim there is less to interpolate from
+    error = (found - torch.arange(side)).abs()
+    assert error[16:-16].max() < 1.01  # at the rim there is less to interpolate from
 
 
+# torchvision's numbers without the classifier.
 @pytest.mark.parametrize(
     "backbone, encoder, width", [("vit_b_16", 85_798_656, 768), ("vit_l_16", 303_301_632, 1024)]
-)  # torchvision's numbers without the classifier
+)
 @pytest.mark.parametrize("name", ["setr", "setr-naive"])
 def test_parameter_counts(name, backbone, encoder, width):
     with torch.device("meta"):
@@ -180,7 +173,7 @@ def test_parameter_counts(name, backbone, encoder, width):
 
 
 def test_the_last_upsampling_may_come_after_the_classifier(seeded):
-    """PUP's fourth x 2 and the 1x1 conv may swap: logits at stride 2, scaled up, are those of features scaled up."""
+    """PUP's fourth x 2 and the 1x1 conv may swap: both are linear."""
     network = common.make_network(spec()).eval()
     with torch.no_grad():
         features = network.features(torch.rand(1, 3, 64, 128))
@@ -209,7 +202,7 @@ def test_features_and_classifier_are_the_network(seeded):
     }
 
 
-# ---- weights ---------------------------------------------------------------------------------------------------------
+# ---- weights -------------------------------------------------------------------------------------
 
 
 def arguments(**changes):
@@ -260,16 +253,12 @@ def test_torchvisions_weights_are_loaded(small_vit, old, grid, tmp_path, capsys)
         f"{len(state) - 2} loaded, skipped 2 (heads.head.weight, heads.head.bias)" in report
         and "warning" not in report
     )
-    own = network.backbone.state_dict()
+    found = network.backbone.state_dict()
     for key, value in vit_layout(old=False, grid=grid).items():
         if not key.startswith("heads"):
-            assert torch.equal(own[key], value), key
-    assert network.backbone.grid == grid and network(torch.rand(1, 3, 64, 32)).shape == (
-        1,
-        19,
-        32,
-        16,
-    )
+            assert torch.equal(found[key], value), key
+    assert network.backbone.grid == grid
+    assert network(torch.rand(1, 3, 64, 32)).shape == (1, 19, 32, 16)
     again = common.make_network(network.spec)  # from a checkpoint's description
     again.load_state_dict(network.state_dict())
 
@@ -307,7 +296,7 @@ def test_weights_of_another_backbone_are_refused(small_vit, tmp_path):
         )
 
 
-# ---- what rml.py does with it ----------------------------------------------------------------------------------------
+# ---- what rml.py does with it --------------------------------------------------------------------
 
 
 def test_stochastic_depth_drops_both_branches_of_a_block(seeded):
@@ -374,24 +363,20 @@ def parse(*argv):
         ),
     ],
 )
-def test_each_student_has_arguments_of_its_own(argv, expected):
-    assert [
-        (own.network, own.backbone, own.rate) for own in rml.each_student(parse(*argv.split()))
-    ] == expected
+def test_each_student_has_different_arguments(argv, expected):
+    students = rml.each_student(parse(*argv.split()))
+    assert [(args.network, args.backbone, args.rate) for args in students] == expected
 
 
-def test_each_student_has_weights_of_its_own(tmp_path):
-    assert [own.weights for own in rml.each_student(parse("--weights", "a.pth,b.pth"))] == [
-        "a.pth",
-        "b.pth",
-    ]
+def test_each_student_has_different_weights(tmp_path):
+    students = rml.each_student(parse("--weights", "a.pth,b.pth"))
+    assert [args.weights for args in students] == ["a.pth", "b.pth"]
     (tmp_path / "a,b.pth").touch()
-    assert [
-        own.weights for own in rml.each_student(parse("--weights", str(tmp_path / "a,b.pth")))
-    ] == [str(tmp_path / "a,b.pth")] * 2
+    students = rml.each_student(parse("--weights", str(tmp_path / "a,b.pth")))
+    assert [args.weights for args in students] == [str(tmp_path / "a,b.pth")] * 2
 
 
-def test_what_each_student_loads_is_told(small_vit, tmp_path, capsys):
+def test_what_each_student_loads_is_printed(small_vit, tmp_path, capsys):
     torch.save(vit_layout(), tmp_path / "one.pth")
     torch.save(vit_layout(grid=10), tmp_path / "two.pth")
     for member, name in enumerate(("one", "two", "two")):
@@ -403,6 +388,9 @@ def test_what_each_student_loads_is_told(small_vit, tmp_path, capsys):
         )
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("weights")]
     assert len(said) == 2 and "one.pth" in said[0] and "two.pth" in said[1]
+
+
+PLAIN = "--stages 1 --no-rectify --no-photometric --no-cutmix --dropout 0 --drop-path 0"
 
 
 @pytest.mark.parametrize(
@@ -427,24 +415,12 @@ def test_what_each_student_loads_is_told(small_vit, tmp_path, capsys):
         ("--stages 1 --no-rectify --no-photometric --no-cutmix", 60.51),
         ("--stages 1 --no-rectify --no-photometric", None),
         ("--weights none", None),
-        ("--stages 1 --no-rectify --no-photometric --no-cutmix --dropout 0 --drop-path 0", 60.09),
+        (PLAIN, 60.09),
         ("--network setr", None),
-        (
-            "--stages 1 --no-rectify --no-photometric --no-cutmix --dropout 0 --drop-path 0 --mutual direct",
-            None,
-        ),
-        (
-            "--stages 1 --no-rectify --no-photometric --no-cutmix --dropout 0 --drop-path 0 --network setr",
-            64.15,
-        ),
-        (
-            "--stages 1 --no-rectify --no-photometric --no-cutmix --dropout 0 --drop-path 0 --network deeplabv2,setr",
-            63.96,
-        ),
-        (
-            "--stages 1 --no-rectify --no-photometric --no-cutmix --dropout 0 --drop-path 0 --network setr,deeplabv2",
-            64.35,
-        ),
+        (f"{PLAIN} --mutual direct", None),
+        (f"{PLAIN} --network setr", 64.15),
+        (f"{PLAIN} --network deeplabv2,setr", 63.96),
+        (f"{PLAIN} --network setr,deeplabv2", 64.35),
         ("--dataset voc", 70.34),
         ("--dataset voc --labels 106 --weights coco", 63.60),
         ("--dataset vocaug --labels 529 --supervised", 55.92),
@@ -458,28 +434,12 @@ def test_the_papers_number_is_that_of_the_setting(argv, expected):
     assert rml.paper_miou(args) == expected
 
 
-# ---- whole runs ------------------------------------------------------------------------------------------------------
+# ---- whole runs ----------------------------------------------------------------------------------
 
-SHORT = [
-    "--network",
-    "deeplabv2,setr",
-    "--labels",
-    "4",
-    "--batch-size",
-    "2",
-    "--stage0-iterations",
-    "2",
-    "--iterations",
-    "3",
-    "--stages",
-    "1",
-    "--log-every",
-    "1",
-    "--save-every",
-    "1",
-    "--eval-every",
-    "100",
-]
+SHORT = (
+    "--network deeplabv2,setr --labels 4 --batch-size 2 --stage0-iterations 2 --iterations 3 "
+    "--stages 1 --log-every 1 --save-every 1 --eval-every 100"
+).split()
 
 
 def start(*argv):
@@ -488,16 +448,16 @@ def start(*argv):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """Two students that differ, from beginning to end: the folder, and the shapes of p^0 on disk."""
-    folder, shapes, real = tmp_path_factory.mktemp("whole") / "run", {}, common.write_soft_label
+    """A whole run of two different students: its folder, and the shapes of p^0 on disk."""
+    folder, shapes = tmp_path_factory.mktemp("whole") / "run", {}
+    write = common.write_soft_label
+
+    def note(folder, id, prob):
+        shapes.setdefault(folder.name, set()).add(tuple(prob.shape))
+        write(folder, id, prob)
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            common,
-            "write_soft_label",
-            lambda folder, id, p: (
-                shapes.setdefault(folder.name, set()).add(tuple(p.shape)) or real(folder, id, p)
-            ),
-        )
+        patch.setattr(common, "write_soft_label", note)
         start("--out", folder)
     return folder, shapes
 
@@ -505,7 +465,7 @@ def whole(tmp_path_factory):
 def test_two_students_that_differ(whole):
     folder, shapes = whole
     state, result = last(folder), strict((folder / "result.json").read_text())
-    assert {name: own["network"] for name, own in state["networks"].items()} == {
+    assert {name: network["network"] for name, network in state["networks"].items()} == {
         "student_1": "deeplabv2",
         "student_2": "setr",
         "teacher_1": "deeplabv2",
@@ -516,17 +476,15 @@ def test_two_students_that_differ(whole):
         and result["backbone"] == "tiny"
         and set(result["miou"]) == set(state["networks"])
     )
+    # At stride 4, though SETR's features are at 2.
     assert shapes == {
         "stage_1_model_1": {(10, 16, 32)},
         "stage_1_model_2": {(10, 16, 32)},
-    }  # at stride 4, though SETR's features are at 2
+    }
     (eta_1, seen_1), (eta_2, seen_2) = state["prototypes"]
-    assert (
-        eta_1.shape == eta_2.shape == (10, 32)
-        and seen_1.any()
-        and seen_2.any()
-        and not torch.allclose(eta_1, eta_2)
-    )  # in each one's own feature space
+    assert eta_1.shape == eta_2.shape == (10, 32)
+    assert seen_1.any() and seen_2.any()
+    assert not torch.allclose(eta_1, eta_2)  # each in the feature space of its network
     assert terms(folder) == {f"loss_labeled_{j}" for j in (1, 2)} | {
         f"loss_pseudo_{j}_from_{i}" for j in (1, 2) for i in (1, 2)
     }
