@@ -911,39 +911,34 @@ def weak_view(image, label, generator, crop, scale=(1.0, 1.0), cut=None):
     """The weak augmentation: random scale, crop and horizontal flip, the same for image and label.
 
     image (H, W, 3) uint8, label (H, W) uint8; crop (h, w); scale: the range of the random factor.
-    cut(image (3, H, W), label (H, W), top, left, crop, generator) -> image, label: takes the crop
-    out of the scaled picture in a method's own way. If it turns the picture, it returns a third
-    result, valid, which is False wherever the crop shows nothing of the picture.
-
-    Returns image (3, h, w) uint8, label (h, w) uint8, valid (h, w) bool and view.
-    valid is False where the crop reaches beyond the picture: there label is 255, never 0.
-    view = (top, left, bottom, right, flip): the crop in fractions of the picture."""
-    image = to_tensor(image)
-    label = torch.from_numpy(np.ascontiguousarray(label))[None]
+    cut(image (3, H, W), label (H, W), top, left, crop, generator) -> image, label: a method's way
+    to take the crop out of the scaled picture; a third result replaces valid.
+    Returns image (3, h, w) uint8, label (h, w) uint8, valid (h, w) bool, and for crop_map()
+    view = (top, left, bottom, right, flip), the crop in fractions of the picture.
+    valid is False where the crop reaches beyond the picture: there label is 255, never 0."""
+    image, label = to_tensor(image), torch.from_numpy(np.ascontiguousarray(label))[None]
     factor = generator.uniform(*scale)
     height, width = (max(1, round(side * factor)) for side in image.shape[1:])
     image = v2.functional.resize(image, [height, width], antialias=True)
-    nearest = v2.InterpolationMode.NEAREST_EXACT
-    label = v2.functional.resize(label, [height, width], nearest)
+    label = v2.functional.resize(label, [height, width], v2.InterpolationMode.NEAREST_EXACT)
     top = generator.randint(max(height - crop[0], 0) + 1)
     left = generator.randint(max(width - crop[1], 0) + 1)
     flip = generator.uniform() < 0.5
     valid = torch.zeros(*crop, dtype=torch.bool)
     valid[: height - top, : width - left] = True
-    if cut is None:
-        image = v2.functional.crop(image, top, left, *crop)
-        label = v2.functional.crop(label, top, left, *crop)[0]
-    else:
+    if cut:
         image, label, *inside = cut(image, label[0], top, left, crop, generator)
         valid = inside[0] if inside else valid
+    else:
+        image = v2.functional.crop(image, top, left, *crop)
+        label = v2.functional.crop(label, top, left, *crop)[0]
     if not valid.all():
-        mean_color = torch.tensor(MEAN_COLOR, dtype=torch.uint8)[:, None, None]
-        image = image.where(valid, mean_color)
+        image = image.where(valid, torch.tensor(MEAN_COLOR, dtype=torch.uint8).view(3, 1, 1))
         label = label.masked_fill(~valid, IGNORE)
     if flip:
         image, label, valid = image.flip(-1), label.flip(-1), valid.flip(-1)
-    view = (top / height, left / width, (top + crop[0]) / height, (left + crop[1]) / width, flip)
-    return image.contiguous(), label.contiguous(), valid.contiguous(), view
+    bottom, right = top + crop[0], left + crop[1]
+    return image, label, valid, (top / height, left / width, bottom / height, right / width, flip)
 
 
 def crop_map(soft, view, size):
@@ -957,60 +952,50 @@ def crop_map(soft, view, size):
     y = top + (torch.arange(size[0]) + 0.5) / size[0] * (bottom - top)
     x = left + (torch.arange(size[1]) + 0.5) / size[1] * (right - left)
     y, x = torch.meshgrid(y, x.flip(0) if flip else x, indexing="ij")
-    grid = (torch.stack([x, y], -1) * 2 - 1).float()
-    options = dict(mode="bilinear", padding_mode="border", align_corners=False)
-    return F.grid_sample(soft[None].float(), grid[None], **options)[0]
+    grid = torch.stack([x, y], -1)[None] * 2 - 1
+    return F.grid_sample(soft[None].float(), grid, padding_mode="border", align_corners=False)[0]
 
 
 class Stream(torch.utils.data.Dataset):
     """An endless, seeded sequence of weak views. Position p is a function of (seed, name, p) alone.
 
-    name: tells streams apart; two names never share an order.
-    labeled: False reads no mask for training; "truth" is for the log alone.
+    name: two streams of one name have one order.  scale, cut: see weak_view().
+    labeled: False reads no mask to learn from; the sample's "truth" is for the log alone.
     soft_labels: folders with a map of each picture, which is cropped with it at this stride.
     pseudo_labels: a folder whose pseudo-labels take the place of the masks.
-    scale: of the weak view, instead of --scale.  cut: see weak_view().
-
-    A sample is a dict: "image" (3, h, w) uint8, "label" or "truth" (h, w) uint8,
-    "valid" (h, w) bool, "position", and "soft_0", "soft_1", .. (K, h / stride, w / stride) float32.
-    A UserError names a file that cannot be read, or a pseudo-label of a wrong size."""
+    A sample is a dict: "image" (3, h, w) uint8, "label" or "truth" (h, w) uint8, "valid" (h, w)
+    bool, "position", and "soft_0", "soft_1", .. (K, h / stride, w / stride) float32.
+    A UserError names a file that cannot be read."""
 
     def __init__(self, data, ids, name, args, labeled=True, soft_labels=(), stride=8,
                  pseudo_labels=None, scale=None, cut=None):
-        self.data, self.ids, self.name = data, ids, name
+        self.data, self.ids, self.name, self.seed = data, ids, name, args.seed
         self.labeled, self.soft_labels, self.pseudo_labels = labeled, soft_labels, pseudo_labels
-        self.seed, self.crop, self.scale, self.cut = args.seed, args.crop, scale or args.scale, cut
+        self.crop, self.scale, self.cut = args.crop, scale or args.scale, cut
         self.map_size = [math.ceil(side / stride) for side in args.crop]
 
     def __getitem__(self, position):
         epoch, place = divmod(position, len(self.ids))
         id = self.ids[picture_order(self.seed, self.name, epoch, len(self.ids))[place]]
         image = self.data.image(id)
-        label = self.read_label(id, image.shape[:2])
+        if self.pseudo_labels:
+            label = read_pseudo_label(self.pseudo_labels, id, image.shape[:2])
+        elif self.labeled:
+            label = self.data.label(id)
+        else:
+            label = truth_for_the_log(self.data, id, image.shape[:2])
         generator = rng(self.seed, self.name, "view", position)
-        image, label, valid, view = weak_view(
-            image, label, generator, self.crop, self.scale, self.cut
-        )
-        kind = "label" if self.labeled else "truth"
-        sample = {"image": image, kind: label, "valid": valid, "position": position}
+        *parts, view = weak_view(image, label, generator, self.crop, self.scale, self.cut)
+        keys = ("image", "label" if self.labeled else "truth", "valid")
+        sample = dict(zip(keys, parts), position=position)
         for i, folder in enumerate(self.soft_labels):
             soft = torch.from_numpy(read_soft_label(folder, id))
             sample[f"soft_{i}"] = crop_map(soft, view, self.map_size)
         return sample
 
-    def read_label(self, id, size):
-        """The label (H, W) uint8 of a picture of this size."""
-        if self.pseudo_labels:
-            return read_pseudo_label(self.pseudo_labels, id, size)
-        if self.labeled:
-            return self.data.label(id)
-        return truth_for_the_log(self.data, id, size)
-
 
 def truth_for_the_log(data, id, size):
-    """The mask (H, W) uint8 of an unlabeled picture, which nothing may learn from.
-
-    It is 255 everywhere where there is no mask, or a broken one."""
+    """The mask (H, W) uint8 of an unlabeled picture: 255 if there is none, or a broken one."""
     if data.files[id][1]:
         with contextlib.suppress(UserError):
             return data.label(id)
@@ -1023,10 +1008,6 @@ def picture_order(seed, name, epoch, count):
     return rng(seed, name, "order", epoch).permutation(count)
 
 
-def soft_label_path(folder, id):
-    return Path(folder, f"{id}.npy")
-
-
 def pseudo_label_path(folder, id):
     return Path(folder, f"{id}.png")
 
@@ -1034,16 +1015,15 @@ def pseudo_label_path(folder, id):
 def write_soft_label(folder, id, prob):
     """Write class probabilities (K, h, w) of a picture in fp16. A UserError if the disk is full."""
     array = prob.half().cpu().numpy()
-    write_for_later(soft_label_path(folder, id), partial(np.save, arr=array))
+    write_for_later(Path(folder, f"{id}.npy"), partial(np.save, arr=array))
 
 
 def write_pseudo_label(folder, id, label, colors):
     """Write a whole picture's pseudo-label (H, W) uint8 as a palette PNG; 255 is white.
 
     colors (K, 3) uint8: of the classes. A UserError if the disk is full."""
-    white = np.full((256 - len(colors), 3), 255, np.uint8)
     picture = Image.fromarray(label)
-    picture.putpalette(np.concatenate([colors, white]).flatten().tolist())
+    picture.putpalette(colorize(np.arange(256), colors).tobytes())
     save = partial(picture.save, format="PNG", compress_level=1)
     write_for_later(pseudo_label_path(folder, id), save)
 
@@ -1058,7 +1038,7 @@ def write_for_later(path, write):
 
 def read_soft_label(folder, id):
     """The class probabilities (K, h, w) float16 of a picture. A UserError if unreadable."""
-    path = soft_label_path(folder, id)
+    path = Path(folder, f"{id}.npy")
     try:
         return np.load(path)
     except (OSError, ValueError) as error:
@@ -1067,20 +1047,17 @@ def read_soft_label(folder, id):
 
 
 def read_pseudo_label(folder, id, size=None):
-    """The pseudo-label (H, W) uint8 of a picture.
-
-    A UserError names a file that cannot be read or, where size is given, has another size."""
+    """The pseudo-label (H, W) uint8 of a picture. A UserError if unreadable or of another size."""
     path = pseudo_label_path(folder, id)
+    again = "delete it, then the same command makes it again"
     try:
         with open_picture(path) as picture:
             label = np.array(picture)
     except UserError:
-        raise UserError(f"{path}: cannot be read; "
-                        "delete it, then the same command makes it again") from None
-    if size is not None and label.shape != size:
+        raise UserError(f"{path}: cannot be read; {again}") from None
+    if size not in (None, label.shape):
         raise UserError(f"{path}: is {label.shape[1]}x{label.shape[0]}, "
-                        f"its picture {size[1]}x{size[0]}; "
-                        "delete it, then the same command makes it again")
+                        f"its picture {size[1]}x{size[0]}; {again}")
     return label
 
 
@@ -1095,18 +1072,17 @@ def batches(stream, args, device, start, stop, batch_size=None, overlap=False):
     overlap: with several processes, a share has one picture more, the first of the next share:
     a method that mixes neighbours then mixes the same ones.
     label and truth become int64; "position" is a list of numbers, for augmentations."""
-    batch_size = batch_size or args.batch_size
-    first, last = (math.ceil(r * batch_size / world_size()) for r in (rank(), rank() + 1))
+    size = batch_size or args.batch_size
+    first, last = (math.ceil(r * size / world_size()) for r in (rank(), rank() + 1))
     if first == last:
         sample = torch.utils.data.default_collate([stream[0]])
         loader = [{key: value[:0] for key, value in sample.items()}] * (stop - start)
     else:
         share = range(first, last + (overlap and world_size() > 1))
-        positions = ([t * batch_size + j % batch_size for j in share] for t in range(start, stop))
+        positions = ([t * size + i % size for i in share] for t in range(start, stop))
         loader = torch.utils.data.DataLoader(
             stream, batch_sampler=positions, num_workers=args.workers,
-            pin_memory=device.type == "cuda", persistent_workers=args.workers > 0,
-        )
+            pin_memory=device.type == "cuda", persistent_workers=args.workers > 0)
     loader = iter(loader)
     while True:
         began = time.perf_counter()
@@ -1114,8 +1090,7 @@ def batches(stream, args, device, start, stop, batch_size=None, overlap=False):
         WAITED[0] += time.perf_counter() - began
         if batch is None:
             return
-        batch = dict(batch)
-        position = batch.pop("position").tolist()
+        position = batch["position"].tolist()
         batch = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
         for key in batch.keys() & {"label", "truth"}:
             batch[key] = batch[key].long()
@@ -1137,9 +1112,9 @@ def to_float(image):
 # ---- evaluation ----------------------------------------------------------------------------------
 
 def confusion_matrix(label, prediction, classes):
-    """(K, K) int64 counts on the device: rows are labels, columns predictions; 255 is left out.
+    """(K, K) int64 counts: rows are labels, columns predictions, 255 is left out. Without a sync.
 
-    label, prediction: int64 of one shape, class ids or 255. Without a sync."""
+    label, prediction: int64 of one shape, class ids or 255."""
     side = classes + 1  # the last row and column take what is left out
     index = label.clamp(max=classes) * side + prediction.clamp(max=classes)
     table = torch.zeros(side * side, dtype=torch.int64, device=label.device)
@@ -1165,9 +1140,8 @@ def predict(network, image, args, size, logits=False,
             scales=None, flip=None, base_size=None, precision=None):
     """Class probabilities of whole pictures: (B, 3, H, W) uint8 -> (B, K, *size) float32.
 
-    They are the mean over --scales and, with --flip, over the picture and its mirror image.
-    With --base-size the picture is resized until its longer side has that length, and the network
-    sees it window by window (slide).
+    They are the mean over --scales and, with --flip, over the picture and its mirror image. With
+    --base-size the longer side is resized to that length, and the network sees windows (slide).
     logits: the mean of the logits instead.
     scales, flip, base_size, precision: used instead of the arguments' values."""
     scales = args.scales if scales is None else scales
@@ -1185,19 +1159,17 @@ def predict(network, image, args, size, logits=False,
             output = (output + mirrored.flip(-1)) / 2
         return output
 
-    bilinear = dict(mode="bilinear", align_corners=False)
     total = 0
     for scale in scales:
         x = to_float(image)
         if base_size:
             scale = scale * base_size / max(image.shape[2:])
         if scale != 1:
-            x = F.interpolate(x, [round(side * scale) for side in image.shape[2:]], **bilinear)
+            x = upsample(x, [round(side * scale) for side in image.shape[2:]])
         if base_size:
-            output = F.interpolate(slide(predict_once, x, args.crop), size, **bilinear)
+            total = total + upsample(slide(predict_once, x, args.crop), size)
         else:
-            output = predict_once(x, size)
-        total = total + output
+            total = total + predict_once(x, size)
     return total / len(scales)
 
 
@@ -1206,10 +1178,9 @@ def upsample(logits, size, align_corners=False):
 
     align_corners holds only where H = (h - 1) stride + 1, as in crops of 361 or 713: there
     corners lie on corners. Elsewhere it would stretch the map."""
-    def fits(side, cells):
-        return any(side - 1 == stride * (cells - 1) for stride in (1, 2, 4, 8, 16))
-
-    align_corners = align_corners and all(map(fits, size, logits.shape[2:]))
+    for side, cells in zip(size, logits.shape[2:]):
+        fits = [stride * (cells - 1) + 1 for stride in (1, 2, 4, 8, 16)]
+        align_corners = align_corners and side in fits
     return F.interpolate(logits.float(), size, mode="bilinear", align_corners=align_corners)
 
 
@@ -1220,7 +1191,7 @@ def slide(predict_window, image, window):
     Windows lie two thirds of a window apart, the last ones at the edge. A picture smaller than a
     window is padded with the mean colour."""
     (height, width), (h, w) = image.shape[2:], window
-    mean = image.new_tensor(MEAN_COLOR)[:, None, None] / 255
+    mean = image.new_tensor(MEAN_COLOR).view(3, 1, 1) / 255
     image = F.pad(image - mean, (0, max(w - width, 0), 0, max(h - height, 0))) + mean
     total, count = None, image.new_zeros(image.shape[2:])
     step = [math.ceil(side * 2 / 3) for side in window]
@@ -1235,7 +1206,7 @@ def slide(predict_window, image, window):
 
 
 def windows(size, window, step):
-    """Walk over a picture of size (H, W) in windows (h, w), row by row: top, left, bottom, right.
+    """Walk over a picture of size (H, W) in windows (h, w), by rows: top, left, bottom, right.
 
     Windows begin at multiples of step; the last one of a row or column is cut off at the edge."""
     for top in range(0, size[0] - window[0] + step[0], step[0]):
@@ -1309,27 +1280,23 @@ class ResNet(resnet.ResNet):
     semseg's PSPNet, 64 as in MMSegmentation's ResNetV1c."""
 
     def __init__(self, block, depths, norm, slim=1, caffe=False, deep_stem=False, output_stride=8):
-        self.slim = slim
-        self.stem = 128 if deep_stem is True else deep_stem
+        self.slim, self.stem = slim, 128 if deep_stem is True else deep_stem
         super().__init__(block, depths, norm_layer=norm)
         del self.avgpool, self.fc
-        self.channels = 512 * block.expansion // slim
-        self.stride = output_stride
+        self.channels, self.stride = 512 * block.expansion // slim, output_stride
         if deep_stem:
-            width = self.stem // 2
-            conv = partial(ConvNormReLU, norm_layer=norm)
+            conv, width = partial(ConvNormReLU, norm_layer=norm), self.stem // 2
             stem = [*conv(3, width, stride=2), *conv(width, width)]
-            stem.append(nn.Conv2d(width, self.stem, 3, padding=1, bias=False))
-            self.conv1 = nn.Sequential(*stem)
-            self.bn1 = norm(self.stem)
+            last = nn.Conv2d(width, self.stem, 3, padding=1, bias=False)
+            self.conv1, self.bn1 = nn.Sequential(*stem, last), norm(self.stem)
         if caffe:
             self.maxpool.ceil_mode = True
             self.layer2[0].conv1.stride, self.layer2[0].conv2.stride = (2, 2), (1, 1)
-        if output_stride == 16:
-            self.dilate(self.layer4, 2, first=1)
-        else:
+        if output_stride == 8:
             self.dilate(self.layer3, 2, first=2)
             self.dilate(self.layer4, 4, first=4)
+        else:
+            self.dilate(self.layer4, 2, first=1)
 
     def _make_layer(self, block, planes, blocks, stride=1, dilate=False):
         if planes == 64 and self.stem:
@@ -1337,7 +1304,7 @@ class ResNet(resnet.ResNet):
         return super()._make_layer(block, planes // self.slim, blocks, stride, dilate)
 
     def dilate(self, layer, dilation, first):
-        """Replace the stride of a layer by this dilation; the first block has one of its own."""
+        """Replace a layer's stride by this dilation, and the one of the first block."""
         for index, block in enumerate(layer):
             rate = dilation if index else first
             for conv in block.modules():
@@ -1369,8 +1336,7 @@ def make_backbone(name, batch_norm="frozen", caffe=False, deep_stem=False, outpu
     if name == "tiny":
         tiny = ResNet(resnet.BasicBlock, [2, 2, 2, 2], group_norm, slim=8)
         tiny.conv1 = nn.Conv2d(3, 64, 3, stride=2, padding=1, bias=False)
-        tiny.maxpool = nn.Identity()
-        tiny.stride = 4
+        tiny.maxpool, tiny.stride = nn.Identity(), 4
         return tiny
     depths = {"resnet50": [3, 4, 6, 3], "resnet101": [3, 4, 23, 3]}[name]
     norm = FrozenBatchNorm if batch_norm == "frozen" else nn.BatchNorm2d
@@ -1406,12 +1372,11 @@ class ViT(vision_transformer.VisionTransformer):
     def forward(self, x):
         """(B, 3, H, W), normalised -> (B, C, h, w); h and w are the patches, rounded up."""
         x = F.pad(x, (0, -x.shape[3] % self.stride, 0, -x.shape[2] % self.stride))
-        x = self.conv_proj(x)
-        h, w = x.shape[2:]
+        patches = self.conv_proj(x)
+        h, w = patches.shape[2:]
         token = self.class_token.expand(len(x), -1, -1)
-        tokens = torch.cat([token, x.flatten(2).transpose(1, 2)], 1)  # (B, 1 + hw, C)
-        tokens = tokens + self.positions(h, w)
-        tokens = self.encoder.ln(self.encoder.layers(tokens))
+        tokens = torch.cat([token, patches.flatten(2).transpose(1, 2)], 1)  # (B, 1 + hw, C)
+        tokens = self.encoder.ln(self.encoder.layers(tokens + self.positions(h, w)))
         return tokens[:, 1:].transpose(1, 2).unflatten(2, (h, w))
 
 
@@ -1443,7 +1408,6 @@ class SegmentationNetwork(nn.Module):
         return (logits,) if aux else logits
 
     def classifier(self, features):
-        """features -> logits."""
         return self.last(self.dropout(features))
 
     def head_parameters(self):
@@ -1463,28 +1427,24 @@ class DeepLabV2(SegmentationNetwork):
     def __init__(self, backbone, classes, head="bottleneck", rates=(6, 12, 18, 24), width=256,
                  style="torchvision"):
         super().__init__(backbone, style)
-        self.head, self.dropout = head, nn.Identity()
-        channels = backbone.channels
+        self.head, self.dropout, channels = head, nn.Identity(), backbone.channels
         if head == "plain":
             self.feature_channels = channels
-            self.branches = nn.ModuleList(
-                nn.Conv2d(channels, classes, 3, padding=rate, dilation=rate) for rate in rates
-            )
-            for conv in self.branches:
+            convs = [nn.Conv2d(channels, classes, 3, padding=r, dilation=r) for r in rates]
+            self.branches = nn.ModuleList(convs)
+            for conv in convs:
                 nn.init.normal_(conv.weight, 0, 0.01)
             return
         self.feature_channels = width
         conv = partial(ConvNormReLU, channels, width, norm_layer=group_norm, bias=True)
-        branches = [conv(kernel_size=1)] + [conv(dilation=rate) for rate in rates]
-        self.branches = nn.ModuleList(branches)
-        total = width * len(branches)
+        self.branches = nn.ModuleList([conv(kernel_size=1), *(conv(dilation=r) for r in rates)])
+        total = width * len(self.branches)
         self.attention = torchvision.ops.SqueezeExcitation(total, total // 16)
         self.bottleneck = nn.Sequential(nn.Conv2d(total, width, 3, padding=1), group_norm(width))
         self.last = nn.Conv2d(width, classes, 1, bias=False)
         nn.init.normal_(self.last.weight, 0, 0.01)
 
     def features(self, image):
-        """image -> features."""
         x = self.backbone(self.normalize(image))
         if self.head == "plain":
             return x
@@ -1492,11 +1452,10 @@ class DeepLabV2(SegmentationNetwork):
         return self.bottleneck(self.attention(x))
 
     def classifier(self, features):
-        """features -> logits."""
-        if self.head == "bottleneck":
-            return super().classifier(features)
         features = self.dropout(features)
-        return sum(branch(features) for branch in self.branches)
+        if self.head == "plain":
+            return sum(branch(features) for branch in self.branches)
+        return self.last(features)
 
 
 class DeepLabV3Plus(SegmentationNetwork):
@@ -1520,7 +1479,7 @@ class DeepLabV3Plus(SegmentationNetwork):
 
         channels = backbone.channels
         self.pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), conv(channels, width, 1))
-        branches = [conv(channels, width, 1)] + [separable(channels, rate) for rate in rates]
+        branches = [conv(channels, width, 1), *(separable(channels, rate) for rate in rates)]
         self.branches = nn.ModuleList(branches)
         self.bottleneck = conv(width * (len(branches) + 1), width)
         self.low = conv(channels // 8, low_width, 1)
@@ -1528,11 +1487,10 @@ class DeepLabV3Plus(SegmentationNetwork):
         self.last = last_conv(width, classes)
 
     def features(self, image):
-        """image -> features."""
         layer1, _, _, layer4 = self.backbone.layers(self.normalize(image))
         context = self.pool(layer4).expand(-1, -1, *layer4.shape[2:])
-        x = self.bottleneck(torch.cat([context] + [branch(layer4) for branch in self.branches], 1))
-        x = F.interpolate(x, layer1.shape[2:], mode="bilinear", align_corners=False)
+        x = torch.cat([context, *(branch(layer4) for branch in self.branches)], 1)
+        x = F.interpolate(self.bottleneck(x), layer1.shape[2:], mode="bilinear")
         return self.decoder(torch.cat([x, self.low(layer1)], 1))
 
 
@@ -1552,15 +1510,15 @@ class PyramidPooling(nn.Module):
     def __init__(self, channels, width=512, norm=nn.BatchNorm2d):
         super().__init__()
         conv = partial(ConvNormReLU, norm_layer=norm)
-        self.levels = nn.ModuleList(
-            nn.Sequential(nn.AdaptiveAvgPool2d(bins), *conv(channels, channels // 4, 1))
-            for bins in (1, 2, 3, 6)
-        )
+        self.levels = nn.ModuleList()
+        for bins in (1, 2, 3, 6):
+            level = nn.Sequential(nn.AdaptiveAvgPool2d(bins), *conv(channels, channels // 4, 1))
+            self.levels.append(level)
         self.bottleneck = conv(2 * channels, width)
 
     def forward(self, x):
         resize = partial(F.interpolate, size=x.shape[2:], mode="bilinear", align_corners=True)
-        return self.bottleneck(torch.cat([x] + [resize(level(x)) for level in self.levels], 1))
+        return self.bottleneck(torch.cat([x, *(resize(level(x)) for level in self.levels)], 1))
 
 
 class PSPNet(SegmentationNetwork):
@@ -1582,7 +1540,6 @@ class PSPNet(SegmentationNetwork):
         self.auxiliary = nn.Sequential(*conv, nn.Dropout2d(0.1), nn.Conv2d(half, classes, 1))
 
     def features(self, image):
-        """image -> features."""
         return self.pyramid(self.backbone(self.normalize(image)))
 
     def forward(self, image, aux=False):
@@ -1609,11 +1566,10 @@ class SETR(SegmentationNetwork):
         self.stride, self.feature_channels, self.dropout = 2, width, nn.Identity()
         conv = partial(ConvNormReLU, norm_layer=norm)
         enlarge = partial(nn.Upsample, mode="bilinear")
+        layers = [*conv(backbone.channels, width, 1 if naive else 3)]
         if naive:
-            layers = [*conv(backbone.channels, width, 1)]
             layers.append(enlarge(scale_factor=backbone.stride // 2))
         else:
-            layers = [*conv(backbone.channels, width)]
             for _ in range(int(math.log2(backbone.stride)) - 1):
                 layers += [enlarge(scale_factor=2), *conv(width, width)]
         self.decoder = nn.Sequential(*layers)
@@ -1641,12 +1597,9 @@ def make_network(spec):
     options = dict(style=style, norm=group_norm if tiny else nn.BatchNorm2d)
     if name in TRANSFORMERS:
         backbone = ViT(*VITS[spec["backbone"]], spec["grid"])
-        width = 32 if tiny else 256
-        return SETR(backbone, classes, name == "setr-naive", width, **options)
-    backbone = make_backbone(
-        spec["backbone"], spec["batch_norm"], STYLES[style]["caffe"], spec.get("deep_stem", False),
-        output_stride=16 if name == "deeplabv3plus" else 8,
-    )
+        return SETR(backbone, classes, name == "setr-naive", 32 if tiny else 256, **options)
+    backbone = make_backbone(spec["backbone"], spec["batch_norm"], STYLES[style]["caffe"],
+                             spec.get("deep_stem", False), 16 if name == "deeplabv3plus" else 8)
     if name == "pspnet":
         return PSPNet(backbone, classes, 64 if tiny else 512, **options)
     if name == "deeplabv3plus":
@@ -1665,21 +1618,20 @@ def build_network(args, data, device, member=0, make=make_network, **more):
     A UserError if network and backbone, or backbone and weights, do not fit."""
     transformer = args.network in TRANSFORMERS
     names = list(VITS) if transformer else RESNETS
-    if args.backbone not in names:
-        raise UserError(f"--backbone {args.backbone}: {args.network} sits on "
-                        f"{', '.join(names[:-1])} or {names[-1]}")
+    need(args.backbone in names, f"--backbone {args.backbone}: {args.network} sits on "
+                                 f"{', '.join(names[:-1])} or {names[-1]}")
     weights, style, source = read_weights(args)
     found = weights or {}
-    spec = dict(
-        network=args.network, backbone=args.backbone, head=args.head,
-        aspp_branches=args.aspp_branches, batch_norm=args.batch_norm,
-        style=args.input_style or style, classes=len(data.names), deep_stem=False, **more,
-    )
+    same = ("network", "backbone", "head", "aspp_branches", "batch_norm")
+    spec = {name: getattr(args, name) for name in same} | more
+    spec |= dict(style=args.input_style or style, classes=len(data.names), deep_stem=False)
     if "backbone.conv1.0.weight" in found:
         spec["deep_stem"] = found["backbone.bn1.weight"].numel()
-    if transformer:  # the grid of the file's position embeddings; one of them is the class token's
-        positions = found.get("backbone.encoder.pos_embedding")
-        spec["grid"] = 14 if positions is None else math.isqrt(positions.shape[1] - 1)
+    if transformer:
+        spec["grid"] = 14
+        if "backbone.encoder.pos_embedding" in found:  # (1, 1 + grid * grid, C)
+            count = found["backbone.encoder.pos_embedding"].shape[1]
+            spec["grid"] = math.isqrt(count - 1)
     with torch.random.fork_rng(devices=[]):
         seed_torch(args.seed, "network", member)
         network = make(spec)
@@ -1691,9 +1643,9 @@ def build_network(args, data, device, member=0, make=make_network, **more):
     elif args.batch_norm == "frozen" and args.backbone != "tiny" and not transformer:
         warn("--weights none with --batch-norm frozen: nothing normalises this network; "
              "it is for timing, not for training")
-    cuda = device.type == "cuda"
-    memory_format = torch.channels_last if cuda else torch.contiguous_format
-    return network.to(device, memory_format=memory_format)
+    if device.type == "cuda":
+        network = network.to(memory_format=torch.channels_last)
+    return network.to(device)
 
 
 # ---- weights -------------------------------------------------------------------------------------
@@ -1756,28 +1708,23 @@ def download_weights(name, backbone):
     return path
 
 
-# What torch.load() raises for a truncated file.
-BROKEN = (OSError, RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError,
-          struct.error, pickle.UnpicklingError)
-
-
 def load_torch(path):
     """The dict in a file of tensors and plain values. A UserError names any other file."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except BROKEN as error:
+    except Exception as error:  # it raises ten kinds of them, as a truncated file happens to end
         raise UserError(f"{path}: not a checkpoint, or a truncated one ({type(error).__name__}); "
                         "download or copy it again") from None
-    if not isinstance(state, dict):
-        raise UserError(f"{path}: holds a {type(state).__name__}, not a dict of weights")
+    need(isinstance(state, dict),
+         f"{path}: holds a {type(state).__name__}, not a dict of weights")
     return state
 
 
-# Modules of a stem of three convs: MMSegmentation's names and semseg's, in ours.
-STEM_OF_MMSEGMENTATION = {"stem.0": "conv1.0", "stem.1": "conv1.1", "stem.3": "conv1.3",
-                          "stem.4": "conv1.4", "stem.6": "conv1.6", "stem.7": "bn1"}
-STEM_OF_SEMSEG = {"conv1": "conv1.0", "bn1": "conv1.1", "conv2": "conv1.3",
-                  "bn2": "conv1.4", "conv3": "conv1.6", "bn3": "bn1"}
+# Modules of a stem of three convs: the names of semseg and MMSegmentation in ours.
+SEMSEG = {"conv1": "conv1.0", "bn1": "conv1.1", "conv2": "conv1.3", "bn2": "conv1.4",
+          "conv3": "conv1.6", "bn3": "bn1"}
+MMSEGMENTATION = {"stem.0": "conv1.0", "stem.1": "conv1.1", "stem.3": "conv1.3",
+                  "stem.4": "conv1.4", "stem.6": "conv1.6", "stem.7": "bn1"}
 
 
 def convert_weights(state):
@@ -1789,14 +1736,10 @@ def convert_weights(state):
     torchvision ViT conv_proj.weight, encoder.pos_embedding, heads.*              torchvision
     Hung            the same names, layer5.conv2d_list.0.weight                   caffe-rgb
     The prefix module. (DataParallel) is dropped from any."""
-    state = {re.sub(r"^(module\.)+", "", key): value for key, value in state.items()
-             if isinstance(key, str) and torch.is_tensor(value)}
-    stem = {}
-    if "stem.6.weight" in state:
-        stem = STEM_OF_MMSEGMENTATION
-    elif "conv3.weight" in state:
-        stem = STEM_OF_SEMSEG
     style, converted = "torchvision", {}
+    state = {re.sub(r"^(module\.)+", "", str(key)): value for key, value in state.items()
+             if torch.is_tensor(value)}
+    stem = SEMSEG if "conv3.weight" in state else MMSEGMENTATION
     for key, value in state.items():
         module, _, parameter = key.rpartition(".")
         if module in stem:
@@ -1810,8 +1753,8 @@ def convert_weights(state):
             style = "caffe-rgb"
         else:
             converted["skipped." + key] = value
-    known = {"conv1.weight", "conv1.0.weight", "conv_proj.weight"}
-    if not any(f"backbone.{key}" in converted for key in known):
+    known = {f"backbone.{key}.weight" for key in ("conv1", "conv1.0", "conv_proj")}
+    if not known & converted.keys():
         converted = {}
     return converted, style
 
@@ -1823,23 +1766,19 @@ def load_weights(network, weights, source):
     state = network.state_dict()
     fits = {key: value for key, value in weights.items()
             if key in state and state[key].shape == value.shape}
-    wrong = [key for key in weights if key in state and key not in fits]
-    unknown = [key for key in weights if key not in state and not key.endswith(COUNTER)]
+    skipped = [key for key in weights if key not in fits and not key.endswith(COUNTER)]
     missing = [key for key in state if key not in fits and not key.endswith(COUNTER)]
-    skipped = [key.removeprefix("skipped.") for key in unknown] + wrong
-    lost = [key for key in missing + wrong if key.startswith("backbone.")]
-    extra = [key for key in skipped if key.startswith("backbone.")]
-    if lost or extra:
-        raise UserError(f"{source}: is not for --backbone {network.spec['backbone']} ({len(lost)} "
-                        "of its entries are missing or of another shape, "
-                        f"{len(extra)} are unknown; first: {(lost + extra)[0]})")
+    wrong = [key for key in missing + skipped if key.startswith("backbone.")]
+    if wrong:
+        raise UserError(f"{source}: is not for --backbone {network.spec['backbone']} "
+                        f"({len(set(wrong))} entries are missing, unknown or of another shape; "
+                        f"first: {wrong[0]})")
     network.load_state_dict(fits, strict=False)
 
     def few(keys):
-        if not keys:
-            return "0"
-        names = keys[:4] + [".."] if len(keys) > 4 else keys
-        return f"{len(keys)} ({', '.join(names)})"
+        names = [key.removeprefix("skipped.") for key in keys[:4]]
+        names += [".."] if len(keys) > 4 else []
+        return f"{len(keys)} ({', '.join(names)})" if keys else "0"
 
     return (f"weights   {source}: {len(fits)} loaded, skipped {few(skipped)}, "
             f"missing {few(missing)}")
@@ -3353,7 +3292,12 @@ def use_checkpoint(args, device, make=make_network):
         if is_main():
             report(tables, state["headline"], data, args)
     elif is_main():
-        predict_pictures(networks[state["headline"]], state, args, device)
+        args.out = args.out or "predictions"
+        try:
+            predict_pictures(networks[state["headline"]], state, args, device)
+        except OSError as error:  # a picture that cannot be read is a UserError
+            reason = error.strerror or error
+            raise UserError(f"--out {args.out}: cannot be written ({reason})") from None
 
 
 def open_val(state, args, path):
@@ -3378,18 +3322,16 @@ def predict_pictures(network, state, args, device):
     """Predict the picture --predict, or every picture in and below that folder, into --out.
 
     For each: NAME.png (class ids, as a palette picture), NAME_color.png, NAME_overlay.png and
-    NAME_confidence.png (the largest probability, 0 black, 1 white). And overview.jpg: the first
-    five with a legend. After training on Cityscapes, see plan_predictions().
-    The network sees a picture at shown_size(), a large one tile by tile; the results have the
-    picture's own size. A picture that cannot be read does not stop the others: it is named at the
-    end, with exit status 1. A UserError if nothing can be read or written."""
+    NAME_confidence.png (the largest probability, 0 black, 1 white); and overview.jpg, the first
+    five with a legend. The results have the picture's own size, whatever shown_size() is.
+    A picture that cannot be read does not stop the others: it is named at the end, with exit
+    status 1. A UserError if a single picture cannot be read, an OSError if none can be written."""
     Image.MAX_IMAGE_PIXELS = None  # any size
-    source, out = Path(args.predict), Path(args.out or "predictions")
+    source, out = Path(args.predict), Path(args.out)
     jobs = plan_predictions(source, out, state["dataset"])
     names, colors = list(state["classes"]), np.array(list(state["classes"].values()), np.uint8)
     rows, unreadable = [], []
-    with writing(out):
-        out.mkdir(parents=True, exist_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
     for number, (path, files, label_ids) in enumerate(jobs, 1):
         progress(f"predict   {path.name}", number, len(jobs))
         try:
@@ -3403,20 +3345,18 @@ def predict_pictures(network, state, args, device):
         size = shown_size(args.size, args.base_size, picture)
         label, confidence = predict_tiled(network, picture, size, args, device)
         drawn = draw_prediction(picture, label, confidence, colors, label_ids)
-        with writing(out):
-            for file, result in zip(files, drawn):
-                result.save(file)
+        for file, result in zip(files, drawn):
+            result.save(file)
         if len(rows) < 5:
             rows.append(overview_row(picture, *drawn[1:]))
     if rows:
         titles = ("picture", "prediction", "overlay", "confidence (white: 1)")
         panel = draw_panel(dict(zip(titles, zip(*rows))), names, colors)
-        with writing(out):
-            panel.save(out / "overview.jpg")
+        panel.save(out / "overview.jpg")
     say_predictions(jobs, out, names, unreadable)
 
 
-CITYSCAPES_PICTURE = r".+_\d{6}_\d{6}_leftImg8bit\.png"
+CITYSCAPES_PICTURE = re.compile(r".+_\d{6}_\d{6}_leftImg8bit\.png")
 
 
 def plan_predictions(source, out, dataset):
@@ -3432,14 +3372,13 @@ def plan_predictions(source, out, dataset):
     if source.is_dir():
         files = sorted(path for path in source.rglob("*") if path.is_file())
         paths = [path for path in files if path.suffix.lower() in (".png", ".jpg", ".jpeg")]
-        others = {path.name for path in set(files) - set(paths) if not path.name.startswith(".")}
-        warn_of_others(source, sorted(others))
+        others = {path.name for path in set(files) - set(paths)}
+        warn_of_others(source, sorted(name for name in others if not name.startswith(".")))
     need(paths, f"--predict {source}: no .png, .jpg or .jpeg in this folder")
     need(out.resolve() not in {path.parent.resolve() for path in paths},
          f"--out {out}: is the folder of the pictures themselves, which would be overwritten; "
          "choose another")
-    within = source.resolve() in (out.resolve(), *out.resolve().parents)
-    need(not within or not source.is_dir(),
+    need(not source.is_dir() or not out.resolve().is_relative_to(source.resolve()),
          f"--out {out}: lies within --predict {source}, "
          "where the next call would take results for pictures; choose another")
     stems, jobs = Counter(path.stem for path in paths), []
@@ -3447,11 +3386,11 @@ def plan_predictions(source, out, dataset):
         name = path.stem
         if stems[name] > 1:  # a.jpg and a.png do not share a result
             name = "_".join(path.relative_to(source).parts)
-        label_ids, ids, suffix = False, name, "png"
-        if dataset == "cityscapes" and re.fullmatch(CITYSCAPES_PICTURE, path.name):
-            label_ids, ids, suffix = True, name.replace("_leftImg8bit", "_labelIds"), "jpg"
+        label_ids = dataset == "cityscapes" and CITYSCAPES_PICTURE.fullmatch(path.name)
+        ids = name.replace("_leftImg8bit", "_labelIds") if label_ids else name
+        suffix = "jpg" if label_ids else "png"
         kinds = [out / f"{name}_{kind}.{suffix}" for kind in ("color", "overlay", "confidence")]
-        jobs.append((path, [out / f"{ids}.png", *kinds], label_ids))
+        jobs.append((path, [out / f"{ids}.png", *kinds], bool(label_ids)))
     written = Counter(file for _, files, _ in jobs for file in files)
     written[out / "overview.jpg"] += 1
     file, times = written.most_common(1)[0]
@@ -3479,27 +3418,26 @@ def predict_tiled(network, picture, size, args, device, tile=1024, margin=128, b
     The network sees the picture at size (h, w), more than two million pixels in tiles with a margin
     around each that does not count. Probabilities are scaled up in bands: never more than a tile
     and a band are in memory with all their classes."""
-    (h, w), (H, W) = size, (picture.height, picture.width)
-    small = to_tensor(np.asarray(picture.resize((w, h), Image.Resampling.BILINEAR)))
-    label, confidence = np.zeros((H, W), np.uint8), np.zeros((H, W), np.uint8)
+    small = to_tensor(np.asarray(picture.resize(size[::-1], Image.Resampling.BILINEAR)))
+    full = np.array([picture.height, picture.width])
+    label, confidence = np.zeros(full, np.uint8), np.zeros(full, np.uint8)
     window = size
-    if h * w > 2**21 and not args.base_size:  # with --base-size predict() has windows of its own
+    if math.prod(size) > 2**21 and not args.base_size:  # with it predict() sees windows anyway
         window = [math.ceil(side / math.ceil(side / tile)) for side in size]  # tiles, alike
-    for inner in windows(size, window, window):
-        top, left = (max(begin - margin, 0) for begin in inner[:2])
-        bottom, right = (min(end + margin, side) for end, side in zip(inner[2:], size))
-        height, width = bottom - top, right - left
-        image = small[None, :, top:bottom, left:right].to(device)
-        prob = predict(network, image, args, (height, width))[0].cpu()  # (K, height, width)
-        scales = (H / h, W / w, H / h, W / w)  # to the picture's own pixels, which are Y and X
-        Y, X, Y_end, X_end = (round(place * scale) for place, scale in zip(inner, scales))
-        for begin in range(Y, Y_end, band):
-            end = min(begin + band, Y_end)
-            view = ((begin * h / H - top) / height, (X * w / W - left) / width,
-                    (end * h / H - top) / height, (X_end * w / W - left) / width, False)
-            best, index = crop_map(prob, view, (end - begin, X_end - X)).max(0)
-            label[begin:end, X:X_end] = index.numpy()
-            confidence[begin:end, X:X_end] = (255 * best).round().clamp(0, 255).numpy()
+    for box in windows(size, window, window):
+        inner = np.reshape(box, (2, 2))  # top, left; bottom, right
+        start, stop = np.maximum(inner[0] - margin, 0), np.minimum(inner[1] + margin, size)
+        image = small[None, :, start[0] : stop[0], start[1] : stop[1]].to(device)
+        prob = predict(network, image, args, tuple(image.shape[2:]))[0].cpu()  # (K, h', w')
+        # The inner part in the picture's own pixels, band by band.
+        (top, left), (bottom, right) = (inner * (full / size)).round().astype(int).tolist()
+        for begin in range(top, bottom, band):
+            end = min(begin + band, bottom)
+            seen = np.array([[begin, left], [end, right]]) * size / full
+            view = ((seen - start) / (stop - start)).flatten().tolist()
+            best, index = crop_map(prob, (*view, False), (end - begin, right - left)).max(0)
+            label[begin:end, left:right] = index.numpy()
+            confidence[begin:end, left:right] = (255 * best).round().clamp(0, 255).numpy()
     return label, confidence
 
 
@@ -3512,17 +3450,8 @@ def draw_prediction(picture, label, confidence, colors, label_ids):
         palette = np.zeros((256, 3), np.uint8)
         palette[CITYSCAPES_IDS] = list(CITYSCAPES.values())
     ids = Image.fromarray(label)
-    ids.putpalette(palette.flatten().tolist())
+    ids.putpalette(palette.tobytes())
     return ids, color, Image.blend(picture, color, 0.5), Image.fromarray(confidence)
-
-
-@contextlib.contextmanager
-def writing(out):
-    """Make a UserError of what cannot be written."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"--out {out}: cannot be written ({error.strerror or error})") from None
 
 
 def overview_row(*pictures):
@@ -3544,8 +3473,7 @@ def say_predictions(jobs, out, names, unreadable):
     if True in kinds:
         classes = ", ".join(f"{k} {name}" for k, name in zip(CITYSCAPES_IDS, names))
         print("CITY_000000_000000_labelIds.png, for Cityscapes' evaluation server, and "
-              ".._leftImg8bit_color.jpg, _overlay.jpg, _confidence.jpg; "
-              f"label ids: {classes}")
+              f".._leftImg8bit_color.jpg, _overlay.jpg, _confidence.jpg; label ids: {classes}")
     if unreadable:
         print(f"error: {len(unreadable)} of {len(jobs)} could not be predicted:",
               *unreadable, sep="\n", file=sys.stderr, flush=True)
