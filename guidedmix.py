@@ -41,44 +41,44 @@ from common import IGNORE, all_reduce, check_range, need, rng, to_float, world_s
 
 # ---- arguments -----------------------------------------------------------------------------------
 
-# By dataset, preset and labels: the value of each argument (Sects. 4.1, 4.2).
-# Open: what the batch size counts; 12 labeled and 12 unlabeled pictures   --batch-size
-PAPER = {
-    "vocaug": dict(
-        labels="1/8", size=None, crop=(321, 321), scale=(0.5, 2.0), rotation=10.0, batch_size=12,
-        network="guidedmix", head="plain", backbone="resnet101",
-        weights="imagenet", batch_norm="sync",
-        optimizer="sgd", lr=1e-3, weight_decay=1e-4, iterations=40_000, warmup=0.05,
-        lambda_cap=0.5, pairs="similar", classifier=True,
-        labeled_decoupling="hard", stop_gradient=True, omega=1.5,
-        workers=4, log_every=50, eval_every=5000, save_every=1000),
-    # Drawn scenes and a small network from scratch: minutes on a CPU.
-    "streets": dict(
-        labels="8", size=(64, 128), crop=(64, 64), scale=(0.75, 1.5), rotation=0.0, batch_size=4,
-        network="guidedmix", head="plain", backbone="tiny", weights="none", batch_norm="frozen",
-        optimizer="adamw", lr=3e-3, weight_decay=1e-2, iterations=3000, warmup=0.2,
-        lambda_cap=0.5, pairs="similar", classifier=False,
-        labeled_decoupling="soft", stop_gradient=False, omega=1.5,
-        workers=0, log_every=50, eval_every=1000, save_every=100),
-}  # fmt: skip
+# By dataset, preset and labels: data, network, optimizer, method, run (Sects. 4.1, 4.2).
+PAPER = {}
+# Open: batch size and batch norm; 12 labeled and 12 unlabeled pictures, and batch norm is trained
+# over all GPUs   --batch-size, --batch-norm
+PAPER["vocaug"] = dict(
+    labels="1/8", size=None, crop=(321, 321), scale=(0.5, 2.0), rotation=10.0, batch_size=12,
+    network="guidedmix", head="plain", backbone="resnet101", weights="imagenet", batch_norm="sync",
+    optimizer="sgd", lr=1e-3, weight_decay=1e-4, iterations=40_000, warmup=0.05,
+    lambda_cap=0.5, pairs="similar", classifier=True,
+    labeled_decoupling="hard", stop_gradient=True, omega=1.5,
+    workers=4, log_every=50, eval_every=5000, save_every=1000,
+)
 PAPER["voc"] = PAPER["vocaug"]
 # Open: where the 500 and 1000 labels of Table 4 come from; all 10,582, CCT's are of 1464   --split
 for count in ("500", "1000", "1464"):  # Tables 1 to 4
     PAPER[f"vocaug/{count}"] = PAPER["vocaug"] | dict(labels=count, backbone="resnet50")
-# Sect. 4.4: random pairs, no classifier.
+# Open: random pairs have no classifier on Cityscapes (Sect. 4.4); on VOC they do   --classifier
 # Open: the size of Cityscapes' pictures; the full one, since half of it is below 513   --size
 PAPER["cityscapes"] = PAPER["vocaug"] | dict(
     size=(1024, 2048), crop=(513, 513), batch_size=8,
-    lambda_cap=0.3, pairs="random", classifier=False)  # fmt: skip
+    lambda_cap=0.3, pairs="random", classifier=False)
 PAPER["context"] = PAPER["vocaug"] | dict(crop=(480, 480), batch_size=8, lambda_cap=0.4, omega=0.5)
+# Drawn scenes and a small network from scratch: minutes on a CPU.
+PAPER["streets"] = PAPER["vocaug"] | dict(
+    labels="8", size=(64, 128), crop=(64, 64), scale=(0.75, 1.5), rotation=0.0, batch_size=4,
+    backbone="tiny", weights="none", batch_norm="frozen",
+    optimizer="adamw", lr=3e-3, weight_decay=1e-2, iterations=3000, warmup=0.2,
+    classifier=False, labeled_decoupling="soft", stop_gradient=False,
+    workers=0, eval_every=1000, save_every=100,
+)
 PAPER["camvid-cpu"] = PAPER["streets"] | dict(
-    labels="1/8", size=(180, 240), crop=(96, 128), lr=2e-3, iterations=4000)  # fmt: skip
+    labels="1/8", size=(180, 240), crop=(96, 128), lr=2e-3, iterations=4000)
 PAPER["camvid-gpu"] = PAPER["cityscapes"] | dict(
-    size=(360, 480), crop=(257, 353), iterations=20_000, eval_every=2000)  # fmt: skip
-# Pictures of a user: no larger than size, square crops; all of images/ is labeled.
+    size=(360, 480), crop=(257, 353), iterations=20_000, eval_every=2000)
+# Your own pictures: shrunk to size, square crops; all of images/ is labeled.
 PAPER["folder-cpu"] = PAPER["camvid-cpu"] | dict(labels="1/1", size=(256,), crop=(129, 129))
 PAPER["folder-gpu"] = PAPER["camvid-gpu"] | dict(
-    labels="1/1", size=(640,), crop=(321, 321), scale=(0.5, 1.5), iterations=10_000)  # fmt: skip
+    labels="1/1", size=(640,), crop=(321, 321), scale=(0.5, 1.5), iterations=10_000)
 
 # The paper's mIoU: a setting, one more argument, and the mIoU for each value of this argument.
 VOC50 = dict(dataset="vocaug", backbone="resnet50")
@@ -112,8 +112,8 @@ def paper_miou(args):
     """The mIoU that the paper reports for these arguments; None if it reports none."""
     for setting, name, values in PAPER_MIOU:
         same = all(getattr(args, key) == value for key, value in setting.items())
-        others = set(args.changed) - {*setting, name, "split"}
-        if same and not others and getattr(args, name) in values:
+        known = set(args.changed) <= {*setting, name, "split"}
+        if same and known and getattr(args, name) in values:
             return values[getattr(args, name)]
     return None
 
@@ -146,16 +146,16 @@ def get_parser():
     add("--ramp", **number, default=0.1, help="share in which omega rises then (default: 0.1)")
     add("--rotation", **number, help="rotate pictures by up to X degrees (Sect. 4.1)")
     common.add_arguments(parser, ["guidedmix"])
-    return parser  # fmt: skip
+    return parser
 
 
 # ---- perturbations -------------------------------------------------------------------------------
 
 
 def rotate(image, label, top, left, crop, generator, degrees):
-    """A cut for common.weak_view(): the crop of a picture, rotated by up to so many degrees."""
-    # Open: how far "slight rotation" goes (Sect. 4.1), and about what; 10 degrees, about the center
-    # of the crop; beyond the picture are the mean color and label 255   --rotation
+    """Take the crop out of a picture (3, H, W) and label (H, W), rotated by up to so many degrees.
+    Returns image (3, h, w), label (h, w), valid (h, w) bool, False beyond the picture."""
+    # Open: "slight rotation" (Sect. 4.1); by up to 10 degrees about the center   --rotation
     angle = generator.uniform(-degrees, degrees)
     h, w = crop
     margin = math.ceil((math.hypot(h, w) - min(h, w)) / 2)  # the window holds the crop at any angle
@@ -171,15 +171,14 @@ def rotate(image, label, top, left, crop, generator, degrees):
 
 def sample_lambda(alpha, cap, generator):
     """lambda ~ Beta(alpha, alpha), then min(lambda, 1 - lambda): the labeled picture's part."""
-    # Open: alpha, and how lambda stays below its cap (Table 1); Beta(1, 1), drawn until it is below
-    # the cap, once for a batch   --alpha
+    # Open: alpha, and how to stay below the cap; Beta(1, 1), drawn again, once a batch   --alpha
     for _ in range(100):
         draws = generator.beta(alpha, alpha, 1000)
         draws = np.minimum(draws, 1 - draws)
         if (draws < cap).any():
             return float(draws[draws < cap][0])
     raise common.UserError(f"--alpha {alpha} --lambda-cap {cap}: none of 100,000 draws was below "
-                           "the cap; use a smaller --alpha or a larger --lambda-cap")  # fmt: skip
+                           "the cap; use a smaller --alpha or a larger --lambda-cap")
 
 
 def describe(v, distance="pooled"):
@@ -190,30 +189,31 @@ def describe(v, distance="pooled"):
     return v.flatten(1) if distance == "places" else v.mean((2, 3))
 
 
-def distances(a, b):
-    """d(x_l, x_u) = sqrt(sum (Gamma_enc(x_l) - Gamma_enc(x_u))^2): (A, D), (B, D) -> (A, B)."""
+def distances(features, guides):
+    """d(x_l, x_u) = sqrt(sum (Gamma_enc(x_l) - Gamma_enc(x_u))^2): (B, D), (n, D) -> (B, n)."""
     exact = "donot_use_mm_for_euclid_dist"  # the fast mode cancels where pictures are alike
-    return torch.cdist(a, b, compute_mode=exact)  # Eq. 3
+    return torch.cdist(features, guides, compute_mode=exact)  # Eq. 3
 
 
-def pair(args, positions, v, guides, first=None):
-    """The guide of each picture, an index (B,) of guides. positions: of the pictures in their
-    stream; v: their features (B, C, h, w); first: they are themselves guides, from this one on."""
+def pair(args, positions, v, guides, labeled):
+    """The guide of each picture, as an index of guides: (B,). positions: of the pictures in their
+    stream; v: their features (B, C, h, w); labeled: they are guides, and take another one."""
     # Open: Sect. 3.1.1 looks for a labeled picture for each unlabeled one, Sect. 4.3.1 the reverse;
     # we do the former, among those of all processes, and one may serve several pictures   --pairs
+    first = common.rank() * len(positions)  # where labeled pictures of this process begin
     if args.pairs == "similar":
         distance = distances(describe(v, args.distance), guides["features"])
-        if first is not None:  # no picture is its own guide
+        if labeled:
             distance[:, first : first + len(distance)].fill_diagonal_(math.inf)
         return distance.argmin(1)
     count = len(guides["image"])
     partners = []
-    for i, position in enumerate(positions):
-        if first is None:
-            partners.append(rng(args.seed, "pair", position).randint(count))
-        else:
+    for i, position in enumerate(positions, first):
+        if labeled:
             shift = rng(args.seed, "pair labeled", position).randint(1, count)
-            partners.append((first + i + shift) % count)
+            partners.append((i + shift) % count)
+        else:
+            partners.append(rng(args.seed, "pair", position).randint(count))
     return torch.tensor(partners).to(v.device, non_blocking=True)
 
 
@@ -239,7 +239,7 @@ def gather(x):
 
 
 # ---- EMA -----------------------------------------------------------------------------------------
-# None: the student makes its pseudo-masks itself.
+# None: the student makes the pseudo-masks.
 
 
 # ---- pseudo-labels -------------------------------------------------------------------------------
@@ -257,8 +257,8 @@ def blend(args, learner, guide, image, *key):
     guide: x_l, image: x_u (B, 3, H, W) uint8; key: of the random lambda."""
     lam = sample_lambda(args.alpha, args.lambda_cap, rng(args.seed, *key))
     x_mix = lam * to_float(guide) + (1 - lam) * to_float(image)  # Eq. 2
-    # Open: batch norm of blends; they have less contrast than pictures, so their statistics
-    # normalize them, but do not enter the running statistics   --batch-norm
+    # Open: batch norm of blends; their batch normalizes them, but the running statistics are those
+    # of pictures alone, since blends have less contrast   --batch-norm
     kinds = nn.BatchNorm2d, nn.SyncBatchNorm
     norms = [module for module in learner.modules() if isinstance(module, kinds)]
     for norm in norms:
@@ -270,9 +270,9 @@ def blend(args, learner, guide, image, *key):
     return lam, x_mix, to_mask(logits, args.masks)  # Eq. 6
 
 
-def decouple(M_mix, M_l, lam, how="soft"):
+def decouple(M_mix, M_l, lam, decoupling="soft"):
     """M_u-dec = M_mix - M_l (hard), or M_mix - lambda M_l (soft), of any shape."""
-    if how == "hard":
+    if decoupling == "hard":
         return M_mix - M_l  # Eq. 7
     return M_mix - lam * M_l  # Eq. 8
 
@@ -294,13 +294,13 @@ class NonLocal(nn.Module):
         B, C, h, w = v.shape
         # The library's attention never holds the hw x hw map, but wants values as wide as queries:
         # the halves of V are two heads, which share Q and K. (B, 2, hw, C/2) each
-        shared = self.query(v).flatten(2), self.key(v).flatten(2)  # (B, C/2, hw) each
-        shared = [x.transpose(1, 2).contiguous()[:, None].expand(-1, 2, -1, -1) for x in shared]
+        maps = self.query(v).flatten(2), self.key(v).flatten(2)  # (B, C/2, hw) each
+        query, key = [x.transpose(1, 2).contiguous()[:, None].expand(-1, 2, -1, -1) for x in maps]
         value = self.value(v).view(B, 2, C // 2, h * w).transpose(2, 3).contiguous()
         # Open: the text has a softmax "over the channel dimension"; as C(x) in Eq. 5, ours is over
         # positions, of scores without a scale
-        found = F.scaled_dot_product_attention(*shared, value, scale=1.0)  # (B, 2, hw, C/2)
-        return v + found.transpose(2, 3).reshape(B, C, h, w)  # Eq. 5
+        context = F.scaled_dot_product_attention(query, key, value, scale=1.0)
+        return v + context.transpose(2, 3).reshape(B, C, h, w)  # Eq. 5
 
 
 class MITrans(nn.Module):
@@ -313,7 +313,7 @@ class MITrans(nn.Module):
         self.shuffle = nn.Sequential(nn.Conv2d(channels, 4 * width, 1), nn.PixelShuffle(2))
         self.fuse = nn.Sequential(
             nn.Conv2d(width + skip, width, 3, padding=1, bias=False), norm(width), nn.ReLU(),
-            nn.Conv2d(width, width, 3, padding=1, bias=False), norm(width), nn.ReLU())  # fmt: skip
+            nn.Conv2d(width, width, 3, padding=1, bias=False), norm(width), nn.ReLU())
 
     def forward(self, v, skip):
         h, w = skip.shape[2:]
@@ -331,9 +331,11 @@ class GuidedMixNet(common.SegmentationNetwork):
     def __init__(self, backbone, spec):
         super().__init__(backbone, spec["style"])
         self.stride = 2
-        width, norm = 512, nn.BatchNorm2d
+        width = 512
+        norm = nn.BatchNorm2d
         if spec["backbone"] == "tiny":
-            width, norm = 64, common.group_norm
+            width = 64
+            norm = common.group_norm
             backbone.maxpool = nn.MaxPool2d(3, 2, 1)  # stride 8, as in the others
         self.psp = common.PyramidPooling(backbone.channels, width, norm)
         # Open: where the skips come from; layer1 and the stem
@@ -371,7 +373,8 @@ def make_network(spec):
 
 def cross_entropy(logits, label):
     """L_ce = - sum_i y_i log(y^_i), the mean over known pixels, or 0 if there are none.
-    logits (B, K, H, W), label (B, H, W) with 255."""
+    logits (B, K, h, w), label (B, H, W) with 255."""
+    logits = common.upsample(logits, label.shape[1:], align_corners=True)  # (B, K, H, W)
     # Gradients are averaged over processes: each returns its share times their number.
     known = all_reduce((label != IGNORE).sum())
     total = F.cross_entropy(logits, label, ignore_index=IGNORE, reduction="sum")
@@ -380,23 +383,23 @@ def cross_entropy(logits, label):
 
 def classifier_loss(logits, label, classes):
     """L_cla, of logits (B, K') of the last K' classes, and label (B, H, W) with 255."""
-    # Open: the loss; binary cross-entropies of all classes but background. Random pairs on VOC
-    # (Table 2) do not need the classifier, but keep it   --classifier
+    # Open: the loss; binary cross-entropies of all classes but background   --classifier
     present = torch.zeros(len(label), 256, device=label.device)
     present.scatter_(1, label.flatten(1), 1.0)  # 1 for each class in the label
     target = present[:, classes - logits.shape[1] : classes]
     return F.binary_cross_entropy_with_logits(logits.float(), target)
 
 
-def mask_error(a, b, valid, masks="logits"):
-    """1 / (H W) sum sum (a - b)^2, with a = M_u-dec, b = M_u (Eq. 10) or a = M_dec, b = M^_l
-    (Eq. 12): the sum over classes, the mean over the valid pixels of pictures.
-    a, b (B, K, h, w); valid (B, H, W) bool; masks: as --masks."""
+def mask_error(M_dec, M, valid, masks="logits"):
+    """1 / (H W) sum sum (M_dec - M)^2, of M_u-dec, M_u (Eq. 10) or M_dec, M^_l (Eq. 12): the sum
+    over classes, the mean over the valid pixels of pictures.
+    M_dec, M (B, K, h, w); valid (B, H, W) bool; masks: as --masks."""
     if masks == "softmax":
-        a, b = a.softmax(1), b.softmax(1)
-    valid = at_size(valid, a.shape[2:])
+        M_dec = M_dec.softmax(1)
+        M = M.softmax(1)
+    valid = at_size(valid, M.shape[2:])
     count = all_reduce(valid.sum())
-    total = ((a - b).square() * valid[:, None]).sum()
+    total = ((M_dec - M).square() * valid[:, None]).sum()
     return total * world_size() / count.clamp(min=1)  # Eqs. 10, 12
 
 
@@ -405,17 +408,13 @@ def at_size(x, size):
     return F.interpolate(x[:, None].float(), size, mode="nearest-exact")[:, 0].to(x.dtype)
 
 
-def decoupling_loss(args, learner, labeled, v, guides, iteration):
-    """L_dec = 1 / (H W) sum sum (M_dec - M^_l)^2, with M_dec = M_mix - M_l, of a labeled batch.
-    v: its features (B, C, h, w). x^_l, M^_l: other labeled pictures, and their masks."""
-    image = labeled["image"]  # x_l (B, 3, H, W)
-    first = common.rank() * len(image)  # where these pictures stand among the guides
-    partner = pair(args, labeled["position"], v, guides, first)  # Eq. 3
-    key = "lambda labeled", iteration
-    lam, _, M_mix = blend(args, learner, image, guides["image"][partner], *key)  # Eqs. 2, 6
-    M_l = guides["mask"][first : first + len(image)]
-    # Open: Eq. 12 is hard also where Eq. 8 is soft; so is ours, but for networks from scratch
-    #   --labeled-decoupling
+def decoupling_loss(args, learner, labeled, M_l, v_l, guides, iteration):
+    """L_dec = 1 / (H W) sum sum (M_dec - M^_l)^2, with M_dec = M_mix - M_l, of a labeled batch with
+    masks M_l and features v_l. x^_l, M^_l: other labeled pictures, and their masks."""
+    partner = pair(args, labeled["position"], v_l, guides, labeled=True)  # Eq. 3
+    pictures = labeled["image"], guides["image"][partner]  # x_l, x^_l
+    lam, _, M_mix = blend(args, learner, *pictures, "lambda labeled", iteration)  # Eqs. 2, 6
+    # Open: Eq. 12 is hard, Eq. 8 soft; so are ours, but on streets both soft   --labeled-decoupling
     M_dec = decouple(M_mix, M_l, lam, args.labeled_decoupling)
     valid = guides["valid"][partner]
     return mask_error(M_dec, guides["mask"][partner], valid, args.masks)  # Eq. 12
@@ -445,8 +444,7 @@ def train_supervised(args, run, learner, keep, stream, begin, stop):
         # Open: the losses of the baseline; L_ce alone, without the classifier   --supervised
         with common.autocast(args, run.device):
             logits, v, present = learner(to_float(labeled["image"]), aux=True)
-        prediction = common.upsample(logits, args.crop, student.align_corners)  # (B, K, H, W)
-        losses = {"loss_labeled": cross_entropy(prediction, label)}  # Eq. 1
+        losses = {"loss_labeled": cross_entropy(logits, label)}  # Eq. 1
         if student.presence:
             losses["loss_cla"] = classifier_loss(present, label, logits.shape[1])
         loss = sum(losses.values())
@@ -478,7 +476,7 @@ def train(args, run, learner, keep, streams, warmup, begin):
     stop = args.iterations
     batches = [common.batches(stream, args, run.device, begin, stop) for stream in streams]
     for iteration, (labeled, unlabeled) in enumerate(zip(*batches), begin):
-        # 1 batch: labeled and unlabeled pictures, in one pass; blends take passes of their own
+        # 1 batch: labeled and unlabeled pictures, in one pass; blends are passed later
         image = labeled["image"]  # x_l (B, 3, H, W)
         B = len(image)
         if args.omega:
@@ -486,41 +484,42 @@ def train(args, run, learner, keep, streams, warmup, begin):
         with common.autocast(args, run.device):
             logits, v, present = learner(to_float(image), aux=True)
         M_l, M_u = to_mask(logits, args.masks).tensor_split([B])  # (B, K, h, w) each
+        if args.stop_gradient:
+            M_l = M_l.detach()
         v_l, v_u = v.tensor_split([B])  # (B, C, h', w') each
         guides = {
             "image": gather(labeled["image"]),  # x_l of all processes (n, 3, H, W)
-            "mask": gather(M_l.detach() if args.stop_gradient else M_l),  # (n, K, h, w)
+            "mask": gather(M_l),  # (n, K, h, w)
             "valid": gather(labeled["valid"]),  # (n, H, W)
             "features": gather(describe(v_l, args.distance)),  # (n, C)
         }
 
         # 2 pseudo-labels: M_u-dec, decoupled from blends of x_u with its guides
-        pseudo_labels, numbers = {}, {}
-        # Open: w and the ramp-up of omega = w exp(-5 (1 - t)^2); 1.5 (Context: 0.5) and 10 % of the
-        # iterations. CCT has w = 30, of a mean over classes; Eq. 10 is a sum   --omega, --ramp
-        omega = args.omega * ramp_up((iteration - warmup) / max(1, args.ramp * args.iterations))
+        pseudo_labels = {}
         if args.omega:
-            partner = pair(args, unlabeled["position"], v_u, guides)  # Eq. 3
-            pair_images = guides["image"][partner], unlabeled["image"]  # x_l, x_u
+            partner = pair(args, unlabeled["position"], v_u, guides, labeled=False)  # Eq. 3
+            pictures = guides["image"][partner], unlabeled["image"]  # x_l, x_u
             # Open: whether gradient flows into the pseudo-mask; no, it is a target. But networks
             # from scratch gained nothing from fixed targets on streets   --stop-gradient
             with torch.set_grad_enabled(not args.stop_gradient):  # Eqs. 2, 6
-                lam, x_mix, M_mix = blend(args, learner, *pair_images, "lambda", iteration)
+                lam, x_mix, M_mix = blend(args, learner, *pictures, "lambda", iteration)
             M_u_dec = decouple(M_mix, guides["mask"][partner], lam, args.decoupling)  # Eqs. 7, 8
             pseudo_labels["pseudo_miou"] = M_u_dec.max(1).indices
             pseudo_labels["direct_miou"] = M_u.max(1).indices
-            numbers = {"omega": omega, "lambda": lam}
 
         # 3 losses
         label = labeled["label"]
-        prediction = common.upsample(logits[:B], args.crop, student.align_corners)  # (B, K, H, W)
-        losses = {"loss_labeled": cross_entropy(prediction, label)}  # Eq. 1
+        losses = {"loss_labeled": cross_entropy(logits[:B], label)}  # Eq. 1
         if args.classifier:
             losses["loss_cla"] = classifier_loss(present[:B], label, logits.shape[1])
         if args.dec_weight:
-            losses["loss_dec"] = decoupling_loss(args, learner, labeled, v_l, guides, iteration)
+            losses["loss_dec"] = decoupling_loss(
+                args, learner, labeled, M_l, v_l, guides, iteration)  # Eq. 12
         if args.omega:
             losses["loss_usup"] = mask_error(M_u_dec, M_u, unlabeled["valid"], args.masks)  # Eq. 10
+        # Open: w and the ramp-up of omega = w exp(-5 (1 - t)^2); 1.5 (Context: 0.5) and 10 % of the
+        # iterations. CCT has w = 30, of a mean over classes; Eq. 10 is a sum   --omega, --ramp
+        omega = args.omega * ramp_up((iteration - warmup) / max(1, args.ramp * args.iterations))
         loss_sup = losses["loss_labeled"] + args.dec_weight * losses.get("loss_dec", 0)
         loss_sup = loss_sup + losses.get("loss_cla", 0)  # Eq. 11
         loss = loss_sup + omega * losses.get("loss_usup", 0)  # Eq. 9
@@ -537,6 +536,7 @@ def train(args, run, learner, keep, streams, warmup, begin):
         # 5 EMA: none
         # 6 log, evaluate, save
         truth = at_size(unlabeled["truth"], M_l.shape[2:])  # for the log alone
+        numbers = {"omega": omega, "lambda": lam} if args.omega else {}
         run.step(iteration, losses, pseudo_labels, truth, lr=lr, **numbers)
         if run.due():
             run.evaluate({"student": student})
@@ -585,18 +585,18 @@ def check(args, labeled):
     check_range(args, 0, math.inf, "omega", "dec_weight")
     check_range(args, 0, 1, "warmup", "ramp")
     check_range(args, 0, 180, "rotation")
-    left = args.iterations - round(args.warmup * args.iterations)
-    need(left or args.supervised or not args.iterations, f"--warmup {args.warmup:g}: leaves "
-                f"none of the {args.iterations} iterations for the method; use 0.2, for example")
-    plain = args.head == "plain" and args.aspp_branches == 4
-    need(plain, f"--head {args.head} --aspp-branches {args.aspp_branches}: are for DeepLab, "
-                "and this paper has another network; leave them out")
     sample_lambda(args.alpha, args.lambda_cap, rng(args.seed, "check"))
+    plain = args.head == "plain" and args.aspp_branches == 4
+    need(plain, f"--head {args.head} --aspp-branches {args.aspp_branches}: are for DeepLab, and "
+         "this paper has another network; leave them out")
     if args.supervised:
         return
-    for flag, number in (("--labels", len(labeled)), ("--batch-size", args.batch_size)):
-        need(number >= 2 or args.dec_weight == 0, f"{flag} {number}: L_dec blends two "
-                    f"labeled pictures of a batch; use {flag} 2 or more, or --dec-weight 0")
+    warmup = round(args.warmup * args.iterations)
+    need(warmup < max(1, args.iterations), f"--warmup {args.warmup:g}: leaves none of the "
+         f"{args.iterations} iterations for the method; use 0.2, for example")
+    for flag, count in (("--labels", len(labeled)), ("--batch-size", args.batch_size)):
+        need(count > 1 or args.dec_weight == 0, f"{flag} {count}: L_dec blends two labeled "
+             f"pictures of a batch; use {flag} 2 or more, or --dec-weight 0")
     if args.dec_weight and len(labeled) < args.batch_size:
         common.warn(f"{len(labeled)} labeled pictures, --batch-size {args.batch_size}: L_dec "
                     "blends some of them with another view of themselves")
@@ -618,11 +618,11 @@ def main():
     streams = [common.Stream(data, labeled, "labeled", args, cut=cut),
                common.Stream(data, unlabeled, "unlabeled", args, labeled=False, cut=cut)]
 
-    present = len(data.names) - (data.names[0] == "background")
-    if args.supervised or not args.classifier:
-        present = 0
-    student = common.build_network(args, data, device, make=make_network, mitrans=args.mitrans,
-                                   present=present)
+    present = 0  # outputs of the classifier
+    if args.classifier and not args.supervised:
+        present = len(data.names) - (data.names[0] == "background")
+    more = dict(make=make_network, mitrans=args.mitrans, present=present)
+    student = common.build_network(args, data, device, **more)
     learner = common.parallel(student, device)
     optimizer = common.make_optimizer(args, args.lr, student.parameters())
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
@@ -631,8 +631,7 @@ def main():
     run = common.Run(method, args, data, labeled, unlabeled, device, stages, "student")
     keep = {"student": student, "optimizer": optimizer, "scaler": scaler}
     begin = run.restore(keep)
-    # Open: how long the model is "first trained on the labeled samples" (Sect. 3.2); 5 % of the
-    # iterations, and 20 % for networks from scratch   --warmup
+    # Open: how long labels come "first" (Sect. 3.2); 5 % of the steps, on streets 20 %   --warmup
     warmup = args.iterations if args.supervised else round(args.warmup * args.iterations)
     if begin < warmup:
         train_supervised(args, run, learner, keep, streams[0], begin, stop=warmup)

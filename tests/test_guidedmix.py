@@ -157,32 +157,33 @@ def test_distances_of_features_that_are_almost_alike_are_not_lost_in_rounding():
     assert guidedmix.distances(a, b)[0].tolist() == pytest.approx(expected, abs=2e-3)
 
 
-def pairs(v, guides, first=None, kind="similar", seed=0):
+def pairs(v, guides, labeled=False, kind="similar", seed=0):
     """The guide of each of the values v among these values, as features of one channel."""
     args = SimpleNamespace(pairs=kind, distance="pooled", seed=seed)
     v, guides = torch.tensor(v).view(-1, 1, 1, 1), torch.tensor(guides).view(-1, 1, 1, 1)
     guides = {"image": guides, "features": guidedmix.describe(guides)}
-    return guidedmix.pair(args, list(range(len(v))), v, guides, first).tolist()
+    return guidedmix.pair(args, list(range(len(v))), v, guides, labeled).tolist()
 
 
 def test_the_most_similar_picture_is_chosen_and_may_serve_several():
     assert pairs([3.0, 11.0, 9.0, -5.0], [0.0, 10.0, 4.0]) == [2, 1, 1, 0]
 
 
-def test_the_partner_of_a_labeled_picture_is_another_one():
+def test_the_partner_of_a_labeled_picture_is_another_one(monkeypatch):
     v = [0.0, 10.0, 4.0, 11.0]
-    assert pairs(v, v, 0) == [2, 3, 0, 1]
-    assert pairs(v[2:], v, 2) == [0, 1]  # the two pictures of the second process
-    assert pairs([0.0, 0.0], [0.0, 0.0], 0) == [1, 0]  # the same picture twice
+    assert pairs(v, v, labeled=True) == [2, 3, 0, 1]
+    assert pairs([0.0, 0.0], [0.0, 0.0], labeled=True) == [1, 0]  # the same picture twice
+    monkeypatch.setattr(common, "rank", lambda: 1)
+    assert pairs(v[2:], v, labeled=True) == [0, 1]
 
 
-def test_random_pairs_take_all_pictures_and_never_the_picture_itself():
+def test_random_pairs_take_all_pictures_and_never_the_picture_itself(monkeypatch):
     v = [0.0, 10.0, 4.0, 11.0]
-    unlabeled = [pairs(v, v, kind="random", seed=seed) for seed in range(40)]
-    labeled = [pairs(v[2:], v, 2, kind="random", seed=seed) for seed in range(40)]
-    for i in range(4):
-        assert {partners[i] for partners in unlabeled} == {0, 1, 2, 3}
+    monkeypatch.setattr(common, "rank", lambda: 1)
+    unlabeled = [pairs(v[2:], v, kind="random", seed=seed) for seed in range(40)]
+    labeled = [pairs(v[2:], v, True, "random", seed) for seed in range(40)]
     for i in range(2):
+        assert {partners[i] for partners in unlabeled} == {0, 1, 2, 3}
         assert {partners[i] for partners in labeled} == {0, 1, 2, 3} - {2 + i}
 
 
