@@ -1794,16 +1794,15 @@ COUNTER = "num_batches_tracked"  # of batch norm; older files have none
 DATASETS = ["streets", "camvid", "cityscapes", "voc", "vocaug", "context", "folder", "mnist"]
 
 # Arguments that change neither the setting nor the result of a run.
-HARMLESS = {"out", "overwrite", "workers", "cache", "data_root", "download"}
-HARMLESS |= {"log_every", "eval_every", "save_every"}
+HARMLESS = {"out", "overwrite", "workers", "cache", "data_root", "download",
+            "log_every", "eval_every", "save_every"}
 
 
 def add_arguments(parser, networks=NETWORKS, several=False):
     """Add the arguments that all methods share. The method's table PAPER fills those left out.
 
     networks: the choices of --network. several: --network, --backbone and --weights may name two
-    things divided by a comma, one for each student.
-    """
+    things divided by a comma, one for each student."""
     add = parser.add_argument_group("data").add_argument
     add("--dataset", default="streets", choices=DATASETS,
         help="default: streets, drawn without a download; folder: your own pictures")
@@ -1906,8 +1905,7 @@ def parse_args(parser, paper, argv=None):
 
     Adds to the arguments: given, the names on the command line; changed, the names whose values
     make another setting than the row's; table_preset, the row's preset or None.
-    Raises a UserError for a value out of range.
-    """
+    Raises a UserError for a value out of range."""
     def complain(message):
         raise UserError(f"{message}; --help lists the arguments")
 
@@ -1943,8 +1941,7 @@ def parse_args(parser, paper, argv=None):
 def find_row(args, paper):
     """The row of PAPER for the arguments (a dict), and its preset or None.
 
-    A row is called DATASET or DATASET-PRESET; a row with /LABELS in addition goes first.
-    """
+    A row is called DATASET or DATASET-PRESET; a row with /LABELS in addition goes first."""
     dataset = args.dataset
     presets = [name.split("/")[0] for name in paper if name.startswith(f"{dataset}-")]
     presets = sorted({name.removeprefix(f"{dataset}-") for name in presets})
@@ -1952,11 +1949,8 @@ def find_row(args, paper):
     need(presets or dataset in paper, f"--dataset {dataset}: this paper has no numbers for "
          f"{dataset}; choose among {', '.join(datasets)}")
     if args.preset and args.preset not in presets:
-        suffix = f"-{args.preset}"
-        others = sorted(name.removesuffix(suffix) for name in paper if name.endswith(suffix))
         advice = f"choose {' or '.join(presets)}" if presets else "leave it out"
-        found = f" (there is one for {', '.join(others)})" if others else ""
-        raise UserError(f"--preset {args.preset}: {dataset} has no such preset; {advice}{found}")
+        raise UserError(f"--preset {args.preset}: {dataset} has no such preset; {advice}")
     preset = args.preset or ("gpu" if torch.cuda.is_available() else "cpu")
     if f"{dataset}-{preset}" not in paper:
         preset = None
@@ -2004,8 +1998,7 @@ def check_range(args, low, high, *names):
 def setup(args, uneven=False):
     """Join the process group if torchrun started this process; return the device.
 
-    uneven: a batch may be divided unevenly among processes; otherwise that is a UserError.
-    """
+    uneven: a batch may be divided unevenly among processes; otherwise that is a UserError."""
     cuda = torch.cuda.is_available()
     need(cuda or args.precision != "fp16", "--precision fp16 needs a GPU; use fp32 or bf16")
     device = torch.device("cpu")
@@ -2028,8 +2021,7 @@ def join_processes(device):
 
     torchrun keeps its store over restarts, with the addresses of processes that are gone. On one
     machine each start uses a prefix of its own. Several machines count restarts each for itself:
-    there TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 helps, see README.
-    """
+    there TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 helps, see README."""
     store, number, total = next(dist.rendezvous("env://"))
     if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
         start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
@@ -2102,8 +2094,7 @@ def one_after_another():
 def autocast(args, device, precision=None):
     """bf16 or fp16 for the network passes; losses, softmax, distances and EMA stay in float32.
 
-    precision: instead of --precision.
-    """
+    precision: instead of --precision."""
     dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
     dtype = dtypes.get(precision or args.precision)
     return torch.autocast(device.type, dtype) if dtype else contextlib.nullcontext()
@@ -2342,8 +2333,7 @@ class Run:
         """Load last.pt, if it is of this stage, into keep; the iteration to go on from, or 0.
 
         keep: {name: a network, another object with state_dict(), or a plain dict}. Where there is
-        no checkpoint yet, the first one is written: a full disk is found before the training.
-        """
+        no checkpoint yet, the first one is written: a full disk is found before the training."""
         if not (self.folder / "last.pt").exists():
             barrier()
             self._write_checkpoint(0, keep)
@@ -2427,8 +2417,7 @@ class Run:
         learns from, their mIoU is logged under the name. numbers: more floats for the record.
         record: write one now, as a warm-up must at its end: other loss terms follow.
         No sync: loss terms travel to the host while the device works, and are read one iteration
-        later.
-        """
+        later."""
         self._check_losses()
         values = torch.stack([value.detach().float() for value in losses.values()])
         host = values.to("cpu", non_blocking=True)
@@ -2551,8 +2540,7 @@ class Run:
         """Evaluate networks {name: module} on val, log their mIoU, and draw some predictions.
 
         shown: the networks to draw, if others. note(tables): a dict of more numbers for the record.
-        Returns {name: confusion matrix (K, K)}.
-        """
+        Returns {name: confusion matrix (K, K)}."""
         self.tables = evaluate(networks, self.data, self.args, self.device)
         self._watch_health(self.tables)
         record = {"val": {name: mean_iou(table) for name, table in self.tables.items()}}
@@ -2660,8 +2648,7 @@ class Run:
         """pictures/NAME.png with a row for each picture and a legend.
 
         columns: {title: (3, H, W) uint8 pictures or (H, W) labels}. A column "truth .." without any
-        known pixel is left out, as for your own unlabeled pictures. No rows: no file.
-        """
+        known pixel is left out, as for your own unlabeled pictures. No rows: no file."""
         shown = {}
         for title, cells in columns.items():
             unknown = title.startswith("truth") and all((cell == IGNORE).all() for cell in cells)
@@ -2694,8 +2681,7 @@ class Run:
         """Write result.json and print the report.
 
         tables: {name: confusion matrix}, if others than those of the last evaluation. paper: the
-        paper's mIoU for this setting. extra: more entries for result.json.
-        """
+        paper's mIoU for this setting. extra: more entries for result.json."""
         tables = tables or self.tables
         if tables is None:  # resumed after the last checkpoint
             tables = evaluate(networks, self.data, self.args, self.device)
@@ -2823,8 +2809,7 @@ def colorize(label, colors):
 def draw_panel(columns, names, colors, font=ImageFont.load_default(15)):
     """A PIL picture: a column for each title, a row for each picture, the classes' colours below.
 
-    columns: {title: (3, H, W) uint8 pictures or (H, W) labels}, on any device.
-    """
+    columns: {title: (3, H, W) uint8 pictures or (H, W) labels}, on any device."""
     rows = [[draw_cell(cell, colors) for cell in cells] for cells in zip(*columns.values())]
     gap = 4
     width = max(row[0].width for row in rows) + gap
