@@ -39,12 +39,13 @@ import torch.nn.functional as F
 from PIL import Image, ImageFilter
 
 import common
-from common import IGNORE
+from common import IGNORE, all_reduce, check_range, is_main, need, rank, to_tensor, world_size
 
 # ---- arguments -----------------------------------------------------------------------------------
 
-# By dataset, preset and labels: the arguments. alpha, beta_min, beta_max: of rounds 1, 2, ..
+# By dataset, preset and labels. alpha, beta_min, beta_max: one value for each round after round 0.
 PAPER = {
+    # Sect. 4.1: crops of 361, of pictures at 1/4 to 1 of their size; windows on pictures at 1/2.
     "cityscapes": dict(
         labels="372", size=(1024, 2048), crop=(361, 361), base_size=1024, scale=(0.25, 1.0),
         network="pspnet", backbone="resnet50", head="plain", weights="imagenet", batch_norm="sync",
@@ -53,7 +54,8 @@ PAPER = {
         batch_size=8, round0_batch_size=16, epochs=200,
         flip=True, workers=4, log_every=50, eval_every=20_000, save_every=1000,
     ),
-    # Open: alpha for other data; larger ones trained better, but left little to align   --alpha
+    # Drawn scenes and a small network from scratch: minutes on a CPU.
+    # Open: alpha for these; larger ones trained better, but left too little to align   --alpha
     "streets": dict(
         labels="16", size=(64, 128), crop=(64, 64), base_size=128, scale=(0.5, 1.5),
         network="pspnet", backbone="tiny", head="plain", weights="none", batch_norm="frozen",
@@ -63,44 +65,43 @@ PAPER = {
         flip=True, workers=0, log_every=50, eval_every=1000, save_every=100,
     ),
 }  # fmt: skip
-# Open: alpha, beta beyond Table 6; the authors' code's for 372 and 744, others as 372   --alpha
+# Open: alpha and beta where Table 6 has none; those of the authors' code. Other numbers of labels
+# than 372 and 744 have the values of 372   --alpha, --beta-min, --beta-max
 PAPER["cityscapes/744"] = PAPER["cityscapes"] | dict(labels="744", alpha=(0.4, 0.6))
 PAPER["cityscapes/1/4"] = PAPER["cityscapes/744"]
 PAPER["cityscapes-713"] = PAPER["cityscapes"] | dict(
-    crop=(713, 713), base_size=2048, scale=(0.5, 2.0), alpha=(0.4, 0.65), beta_min=(0.0, 0.0)
-)
+    crop=(713, 713), base_size=2048, scale=(0.5, 2.0),
+    alpha=(0.4, 0.65), beta_min=(0.0, 0.0),
+)  # fmt: skip
 PAPER["cityscapes-713/744"] = PAPER["cityscapes-713"] | dict(
-    labels="744", beta_min=(0.0, 0.2), beta_max=(0.0, 0.25)
-)
+    labels="744", beta_min=(0.0, 0.2), beta_max=(0.0, 0.25),
+)  # fmt: skip
 PAPER["cityscapes-713/1/4"] = PAPER["cityscapes-713/744"]
 PAPER["cityscapes-deeplabv2"] = PAPER["cityscapes"] | dict(
-    network="deeplabv2", backbone="resnet101", weights="coco", batch_norm="frozen",
-    lr=0.002,
-    alpha=(0.2, 0.45), beta_min=(0.0, 0.0), beta_max=(0.0, 0.0),
-    batch_size=4,
+    network="deeplabv2", backbone="resnet101", weights="coco", batch_norm="frozen", lr=0.002,
+    alpha=(0.2, 0.45), beta_min=(0.0, 0.0), beta_max=(0.0, 0.0), batch_size=4,
 )  # fmt: skip
 PAPER["vocaug"] = PAPER["cityscapes"] | dict(
     labels="1464", size=None, crop=(321, 321), base_size=400, scale=(0.5, 1.5),
-    alpha=(0.4, 0.5), beta_min=(0.0, 0.0), beta_max=(0.0, 1 / 3),
-    epochs=50,
+    alpha=(0.4, 0.5), beta_min=(0.0, 0.0), beta_max=(0.0, 1 / 3), epochs=50,
 )  # fmt: skip
 PAPER["voc"] = PAPER["vocaug"] | dict(labels="1/8")
 PAPER["camvid-cpu"] = PAPER["streets"] | dict(
     labels="1/8", size=(180, 240), crop=(96, 128), base_size=240,
-    lr=2e-3,
-    iterations=1000, round0_iterations=2000,
+    lr=2e-3, iterations=1000, round0_iterations=2000,
 )  # fmt: skip
 PAPER["camvid-gpu"] = PAPER["cityscapes"] | dict(
-    labels="1/8", size=(360, 480), crop=(241, 321), base_size=480, scale=(0.5, 2.0)
-)
+    labels="1/8", size=(360, 480), crop=(241, 321), base_size=480, scale=(0.5, 2.0),
+)  # fmt: skip
+# Pictures of a user: no larger than size, square crops; all of images/ is labeled.
 PAPER["folder-cpu"] = PAPER["camvid-cpu"] | dict(
-    labels="1/1", size=(256,), crop=(128, 128), base_size=256
-)
+    labels="1/1", size=(256,), crop=(128, 128), base_size=256,
+)  # fmt: skip
 PAPER["folder-gpu"] = PAPER["camvid-gpu"] | dict(
-    labels="1/1", size=(640,), crop=(321, 321), base_size=640
-)
+    labels="1/1", size=(640,), crop=(321, 321), base_size=640,
+)  # fmt: skip
 
-# By dataset and preset, and labels: mIoU of DARS and of the baseline (Tables 1, 2, 3).
+# By dataset and preset, and labels: mIoU of DARS, and of the baseline (Tables 1, 2, 3).
 PAPER_MIOU = {
     ("cityscapes", None): {372: (69.64, 60.75), 744: (71.30, 66.54), 2975: (None, 73.80)},
     ("cityscapes", "713"): {372: (72.78, 65.54), 744: (74.32, 69.22), 2975: (None, 76.60)},
@@ -161,8 +162,7 @@ def rotate_and_blur(image, label, top, left, crop, generator):
     """Rotation by up to 10 degrees, the crop, and Gaussian blur of a scaled picture (Sect. 4.1).
 
     image (3, H, W) uint8, label (H, W) uint8 -> image (3, h, w), label (h, w); beyond the picture
-    the mean color and 255. Only the crop is computed, with a margin of 2 pixels for the blur.
-    """
+    the mean color and 255. Only the crop is computed, with a margin of 2 pixels for the blur."""
     # Open: order and strength; scale, then rotation and 5 x 5 blur with probability .5 each, crop
     # and flip, for labeled and unlabeled pictures (authors' code)   --scale
     rotate = generator.uniform() < 0.5
@@ -175,7 +175,7 @@ def rotate_and_blur(image, label, top, left, crop, generator):
     center = np.array(label.shape[::-1]) / 2  # x, y
     corner = np.array([left, top]) - 2 - center  # of the crop
     offset = (rotation * corner).sum(1) + center
-    matrix = np.column_stack([rotation, offset]).flatten().tolist()  # of a pixel in the picture
+    matrix = np.column_stack([rotation, offset]).flatten().tolist()  # from the crop to the picture
     transform = (crop[1] + 4, crop[0] + 4), Image.AFFINE, matrix
     picture = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
     picture = picture.transform(*transform, Image.BILINEAR, fillcolor=common.MEAN_COLOR)
@@ -184,7 +184,7 @@ def rotate_and_blur(image, label, top, left, crop, generator):
     if blur:
         picture = picture.filter(BLUR)
     image, label = (np.array(x)[2:-2, 2:-2] for x in (picture, mask))
-    return common.to_tensor(image), torch.from_numpy(label.copy())
+    return to_tensor(image), torch.from_numpy(label.copy())
 
 
 # ---- EMA -----------------------------------------------------------------------------------------
@@ -192,21 +192,23 @@ def rotate_and_blur(image, label, top, left, crop, generator):
 
 # ---- pseudo-labels -------------------------------------------------------------------------------
 
-CODES = 15_361  # 16-bit floats from 0 to 1, read as integers: a larger code is a larger float
+CODES = 15_361  # the 16-bit floats from 0 to 1, read as integers
 
 
 @torch.no_grad()
 def predict_picture(teacher, image, args):
-    """Class and code of the confidence of each pixel: (3, H, W) uint8 -> (H, W) uint8, int16."""
-    # Open: the mean over windows and mirrored pictures; of logits, where validation has the mean of
-    # probabilities (authors' code). Without them: --base-size 0 --no-flip
-    # Open: precision; fp32, since the logits of bf16 would make confidences overlap
+    """Class and code of the confidence of each pixel: (3, H, W) uint8 -> (H, W) uint8, int16.
+
+    confidence_values() has the confidence of each code; a larger code is a larger confidence."""
+    # Open: windows and mirrored pictures; the mean of logits in fp32, since bf16 would make
+    # confidences overlap. (Validation: of probabilities, as the authors' code)   --base-size --flip
     size = image.shape[1:]
     logits = common.predict(teacher, image[None], args, size, logits=True, precision="fp32")[0]
     logits = logits / args.temperature  # (K, H, W)
     highest, label = logits.max(0)
     ratio = (logits - highest).exp_()  # of each class's probability to the highest one
     others = ratio.scatter_(0, label[None], 0.0).sum(0)  # (H, W)
+    need(not others.isnan().any(), "the teacher's predictions are not finite; try a lower --lr")
     # Open: precision of stored confidences; 16-bit floats, so all above 1 - 2^-12 are 1 (authors'
     # code). "fine" stores 1 - confidence as one: hardly any two pixels overlap   --confidence
     if args.confidence == "fp16":
@@ -244,8 +246,7 @@ def align(table, labels, alpha, method):
 
     table (K, 15361) int64: predicted pixels by class and code; labels (K,) int64: labeled pixels by
     class; alpha in (0, 1]. Returns (K,) int64 each: threshold: the code of t_j; kept: n~_j, the
-    pixels of class j from t_j on; wanted: n_j, at most n~_j (without sampling: n~_j).
-    """
+    pixels of class j from t_j on; wanted: n_j, at most n~_j (without sampling: n~_j)."""
     at_least = table.flip(1).cumsum(1).flip(1)  # pixels whose code is this or a larger one
     predicted = at_least[:, 0]
     pixels = int(predicted.sum())  # N_u H W
@@ -253,8 +254,8 @@ def align(table, labels, alpha, method):
     # all it has, and no other class gets more (authors' code)
     if method == "st":  # one threshold for all classes
         wanted = torch.full_like(predicted.double(), alpha * pixels)
-    elif method == "cbst":  # the same share of each predicted class. Code: one pixel more
-        wanted = alpha * predicted.double()
+    elif method == "cbst":  # the same share of each predicted class
+        wanted = alpha * predicted.double()  # Code: the threshold is the (n_j + 1)-th largest
     else:
         wanted = alpha * pixels * labels.double() / labels.sum().clamp(min=1)  # Eq. 4
     wanted = wanted.floor().long()
@@ -271,8 +272,7 @@ def select(label, code, threshold, kept, wanted, generator):
     """Algorithm 1, lines 3 to 6: the pseudo-label of one picture, in numpy.
 
     label: argmax p (H, W) uint8; code (H, W) int16; threshold: t_j, kept: n~_j, wanted: n_j, from
-    align() -> y~ (H, W) uint8, 255 where ignored.
-    """
+    align() -> y~ (H, W) uint8, 255 where ignored."""
     pseudo_label = np.where(code >= threshold[label], label, IGNORE).astype(np.uint8)  # line 3
     # Open: what is sampled; of each picture's pixels of class j the share 1 - s_j, rounded down,
     # any of them and not only those with confidence t_j (authors' code)
@@ -288,41 +288,40 @@ def select(label, code, threshold, kept, wanted, generator):
 def count_pixels(data, ids, device):
     """Labeled pixels of each class, (K,) int64. Each process counts its share of the pictures."""
     counts = torch.zeros(256, dtype=torch.int64)
-    for id in ids[common.rank() :: common.world_size()]:
-        counts += common.to_tensor(data.label(id)).flatten().bincount(minlength=256)
-    return common.all_reduce(counts[: len(data.names)].to(device)).cpu()
+    for id in ids[rank() :: world_size()]:
+        counts += to_tensor(data.label(id)).flatten().bincount(minlength=256)
+    return all_reduce(counts[: len(data.names)].to(device)).cpu()
 
 
 def make_pseudo_labels(folder, teacher, data, unlabeled, labels, alpha, number, run, args):
     """Write pseudo-labels (PNG) and report.json of a round to a folder, if they are missing.
 
-    labels (K,) int64: labeled pixels by class. Each process takes its share of the pictures.
-    """
+    labels (K,) int64: labeled pixels by class. Each process takes its share of the pictures."""
     drafts = run.folder / "predictions" / folder.name
     run.claim(folder)
     files = [folder / "report.json", *(common.pseudo_label_path(folder, id) for id in unlabeled)]
-    complete = common.is_main() and all(path.exists() for path in files)
+    complete = is_main() and all(path.exists() for path in files)
     complete = torch.tensor(int(complete), device=run.device)
-    if common.all_reduce(complete):  # the main process decides
+    if all_reduce(complete):  # the main process decides
         return
-    if common.is_main():
-        files[0].unlink(missing_ok=True)  # a report of files that are made again
+    if is_main():
+        files[0].unlink(missing_ok=True)  # its files are made again
 
     # Predictions go to disk, 3 bytes a pixel, and are read again once the thresholds are known: one
     # pass of the network. The size of the table of counts does not depend on the pictures' number.
-    share = unlabeled[common.rank() :: common.world_size()]
+    share = unlabeled[rank() :: world_size()]
     classes = len(data.names)
     table = torch.zeros(classes * CODES, dtype=torch.int64, device=run.device)
     for done, id in enumerate(share, 1):
         draft = read_draft(drafts, id)  # of a pass that was interrupted after this picture
         if draft is None:
-            image = common.to_tensor(data.image(id)).to(run.device)
+            image = to_tensor(data.image(id)).to(run.device)
             draft = [x.cpu().numpy() for x in predict_picture(teacher, image, args)]
             write_draft(drafts, id, *draft)
         label, code = (torch.from_numpy(x).to(run.device).long().flatten() for x in draft)
         table += torch.bincount(label * CODES + code, minlength=classes * CODES)
         common.progress(f"round {number}, predictions", done, len(share))
-    table = common.all_reduce(table).view(classes, CODES).cpu()
+    table = all_reduce(table).view(classes, CODES).cpu()
 
     threshold, kept, wanted = (x.numpy() for x in align(table, labels, alpha, args.pseudo))
     counts = torch.zeros(256, dtype=torch.int64)
@@ -332,13 +331,13 @@ def make_pseudo_labels(folder, teacher, data, unlabeled, labels, alpha, number, 
         generator = common.rng(args.seed, "sampling", number, id)
         pseudo_label = select(label, code, threshold, kept, wanted, generator)
         common.write_pseudo_label(folder, id, pseudo_label, data.colors)
-        truth = common.to_tensor(common.truth_for_the_log(data, id, label.shape))  # nothing learns
-        pseudo_label = common.to_tensor(pseudo_label)
+        truth = to_tensor(common.truth_for_the_log(data, id, label.shape))  # for the log alone
+        pseudo_label = to_tensor(pseudo_label)
         counts += pseudo_label.flatten().bincount(minlength=256)
         matrix += common.confusion_matrix(truth, pseudo_label, classes)
         common.progress(f"round {number}, pseudo-labels", done, len(share))
-    counts = common.all_reduce(counts[:classes].to(run.device)).cpu()
-    matrix = common.all_reduce(matrix.to(run.device)).cpu()
+    counts = all_reduce(counts[:classes].to(run.device)).cpu()
+    matrix = all_reduce(matrix.to(run.device)).cpu()
 
     pixels = int(table.sum())
     confidences = [*confidence_values(args), None]  # None: no pixel is kept
@@ -353,7 +352,7 @@ def make_pseudo_labels(folder, teacher, data, unlabeled, labels, alpha, number, 
         "kept": kept.tolist(), "wanted": wanted.tolist(),
         "pseudo_miou": common.mean_iou(matrix), **summarize(counts, labels, pixels),
     }  # fmt: skip
-    if common.is_main():
+    if is_main():
         run.write_json(files[0].relative_to(run.folder), report)
     absent = [data.names[j] for j in range(classes) if counts[j] == 0]
     if absent:
@@ -375,9 +374,8 @@ def write_draft(folder, id, label, code):
     try:
         common.write_atomically(path, lambda file: np.savez(file, label=label, code=code))
     except OSError as error:
-        raise common.UserError(
-            f"{path}: cannot be written ({error}); free some space, then the same command goes on"
-        ) from None
+        raise common.UserError(f"{path}: cannot be written ({error}); free some space, then the "
+                               "same command goes on") from None
 
 
 def read_draft(folder, id):
@@ -398,18 +396,17 @@ HEADS = {"": 1.0, "_aux": 0.4}  # suffix in the log and weight of each head
 def cross_entropy(logits, label):
     """L of Eqs. 1, 2: mean over valid pixels, or 0. (B, K, H, W), (B, H, W) with 255 -> 0-dim.
 
-    Gradients are averaged over processes, so each one returns its share times their number.
-    """
-    valid = common.all_reduce((label != IGNORE).sum())
+    Gradients are averaged over processes, so each one returns its share times their number."""
+    valid = all_reduce((label != IGNORE).sum())
     total = F.cross_entropy(logits, label, ignore_index=IGNORE, reduction="sum")
-    return total * common.world_size() / valid.clamp(min=1)
+    return total * world_size() / valid.clamp(min=1)
 
 
 # ---- training ------------------------------------------------------------------------------------
 
 def set_learning_rate(optimizer, progress, number, args):
-    """lr ((1 - t) / (k + 1))^.9, t from 0 to 1: progress of round k; the heads: times head_lr."""
-    # Open: the schedule over rounds; it goes on as in the authors' code   --restart-schedule
+    """lr ((1 - t) / (k + 1))^.9; t: progress of round k = number, 0 to 1. Heads: times head_lr."""
+    # Open: the schedule over rounds; one for all, as in the authors' code   --restart-schedule
     # Open: learning rate of the heads; ten times the backbone's (authors' code)   --head-lr
     decay = 1 - progress
     if not args.restart_schedule:
@@ -419,7 +416,10 @@ def set_learning_rate(optimizer, progress, number, args):
 
 
 def train_supervised(args, iterations, scale, data, labeled_ids, keep, learner, run, note):
-    """Round 0, and the baseline: learn from the labels alone. keep: what last.pt holds."""
+    """Round 0, and the baseline: learn from the labels alone.
+
+    scale: range of random scales; keep: what last.pt holds; learner: the student, over all
+    processes; note(tables): more numbers for the log of an evaluation."""
     student, optimizer, scaler = keep["student"], keep["optimizer"], keep["scaler"]
     begin = run.restore(keep)
     stream = common.Stream(data, labeled_ids, "labeled, round 0", args, scale=scale,
@@ -434,7 +434,7 @@ def train_supervised(args, iterations, scale, data, labeled_ids, keep, learner, 
         # 2 pseudo-labels: none
 
         # 3 losses
-        common.seed_torch(args.seed, "noise", 0, iteration, common.rank())  # dropout
+        common.seed_torch(args.seed, "noise", 0, iteration, rank())  # dropout
         with common.autocast(args, run.device):
             outputs = learner(common.to_float(image), aux=True)  # (B, K, h, w) of each head
         losses = {}
@@ -463,7 +463,9 @@ def train_supervised(args, iterations, scale, data, labeled_ids, keep, learner, 
 
 def train(args, number, iterations, alpha, scale, data, labeled_ids, unlabeled_ids, labels,
           keep, learner, run, note):
-    """Round k = number: make pseudo-labels of the share alpha, then learn from both halves."""
+    """Round k = number: make pseudo-labels, then learn from labels and pseudo-labels.
+
+    alpha: labeling ratio; labels (K,): labeled pixels by class; others as in train_supervised()."""
     student, teacher = keep["student"], keep["teacher"]
     optimizer, scaler = keep["optimizer"], keep["scaler"]
     begin = run.restore(keep)
@@ -491,7 +493,7 @@ def train(args, number, iterations, alpha, scale, data, labeled_ids, unlabeled_i
         pseudo_label = unlabeled["label"]  # (B, H, W)
 
         # 3 losses
-        common.seed_torch(args.seed, "noise", number, iteration, common.rank())  # dropout
+        common.seed_torch(args.seed, "noise", number, iteration, rank())  # dropout
         with common.autocast(args, run.device):
             outputs = learner(common.to_float(image), aux=True)  # (2B, K, h, w) of each head
         losses = {}
@@ -545,20 +547,19 @@ def tail_miou(table, tail):
 
 def check(args):
     """A UserError for values out of range, and for values that do not fit each other."""
-    common.check_range(args, 1e-12, 1, "alpha")
-    common.check_range(args, 0, 0.99, "beta_min")
-    common.check_range(args, 0, math.inf, "beta_max", "rounds", "round0_iterations")
-    common.check_range(args, 1, math.inf, "epochs", "round0_batch_size")
-    common.check_range(args, 1e-12, math.inf, "temperature", "head_lr")
+    check_range(args, 1e-12, 1, "alpha")
+    check_range(args, 0, 0.99, "beta_min")
+    check_range(args, 0, math.inf, "beta_max", "rounds", "round0_iterations")
+    check_range(args, 1, math.inf, "epochs", "round0_batch_size")
+    check_range(args, 1e-12, math.inf, "temperature", "head_lr")
     for name in ("alpha", "beta_min", "beta_max"):
-        count = len(getattr(args, name))
+        count, flag = len(getattr(args, name)), name.replace("_", "-")
         enough = count == args.rounds or (count > args.rounds and name not in args.given)
-        flag = name.replace("_", "-")
-        common.need(enough, f"--{flag} has {count} values, but there are --rounds {args.rounds}: "
-                    "give one for each")
-    processes = common.world_size()
-    common.need(args.round0_batch_size % processes == 0, f"--round0-batch-size "
-                f"{args.round0_batch_size} is not divisible by the {processes} processes")
+        need(enough, f"--{flag} has {count} values, but there are --rounds {args.rounds}: "
+             "give one for each")
+    processes = world_size()
+    need(args.round0_batch_size % processes == 0, f"--round0-batch-size "
+         f"{args.round0_batch_size} is not divisible by the {processes} processes")
 
 
 def make_rounds(args, labeled, unlabeled):
@@ -597,7 +598,6 @@ def main():
     labeled, unlabeled = common.split(args, data)
     rounds = make_rounds(args, labeled, unlabeled)
     common.say(f"rounds: number, iterations, alpha, scale {rounds}")
-
     student = common.build_network(args, data, device)
     teacher = copy.deepcopy(student).requires_grad_(False).eval()
     method = "dars-supervised" if args.supervised else "dars"

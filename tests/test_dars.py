@@ -1315,8 +1315,8 @@ def test_the_mean_of_the_processes_losses_is_the_loss_of_the_whole_batch(monkeyp
     label[0, :2] = 255
     valid = (label != 255).sum()
     whole = dars.cross_entropy(logits, label)
-    monkeypatch.setattr(common, "world_size", lambda: 2)
-    monkeypatch.setattr(common, "all_reduce", lambda count: valid)
+    monkeypatch.setattr(dars, "world_size", lambda: 2)
+    monkeypatch.setattr(dars, "all_reduce", lambda count: valid)
     losses = [dars.cross_entropy(logits[i : i + 1], label[i : i + 1]) for i in range(2)]
     assert sum(losses) / 2 == pytest.approx(whole.item(), abs=1e-6)
 

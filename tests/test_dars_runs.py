@@ -760,7 +760,7 @@ def test_an_unknown_preset(error):
 
 
 def test_a_batch_of_round_0_that_processes_cannot_share(error, monkeypatch):
-    monkeypatch.setattr(common, "world_size", lambda: 2)
+    monkeypatch.setattr(dars, "world_size", lambda: 2)
     message = error("--round0-batch-size", "3")
     assert "--round0-batch-size 3" in message and "2 processes" in message
 
