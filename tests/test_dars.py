@@ -331,11 +331,9 @@ def make(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("method", dars.METHODS)
 def test_pseudo_labels_of_whole_pictures(make, tmp_path, method, capsys):
-    pictures, labels, alpha = (
-        draw(1, [14_000, 15_000, 15_360], sizes=[(6, 7)] * 4),
-        [400, 300, 200, 70, 30],
-        0.4,
-    )
+    pictures = draw(1, [14_000, 15_000, 15_360], sizes=[(6, 7)] * 4)
+    labels = [400, 300, 200, 70, 30]
+    alpha = 0.4
     report, result = make(pictures, labels, alpha, pseudo=method)
     t, kept, wanted, initial = naive_dars(pictures, labels, alpha, method)
     assert (
@@ -960,7 +958,7 @@ def test_the_auxiliary_loss_reaches_layer3_and_not_layer4():
 
 
 def numbered(shapes):
-    """A state dict in which each entry has a value of its own."""
+    """A state dict in which each entry has another value."""
     return {
         key: torch.full(shape, i / 7 + 0.1) if shape else torch.tensor(i)
         for i, (key, shape) in enumerate(shapes.items())
@@ -1010,7 +1008,8 @@ def test_every_value_of_public_weights_is_loaded(layout, tmp_path, capsys):
         network = common.make_network(SPEC | dict(deep_stem=deep))
     network.backbone.to_empty(device="cpu")
     network.spec = SPEC
-    own, loaded = network.state_dict(), {}
+    keys = network.state_dict().keys()
+    loaded = {}
     network.load_state_dict = lambda fits, strict: loaded.update(fits)
     report = common.load_weights(network, converted, "x.pth")
     stem = (
@@ -1037,7 +1036,7 @@ def test_every_value_of_public_weights_is_loaded(layout, tmp_path, capsys):
     )
     assert {
         key
-        for key in own
+        for key in keys
         if key.startswith("backbone.") and not key.endswith("num_batches_tracked")
     } <= loaded.keys()
     assert "skipped 2 (fc.weight, fc.bias" in report
@@ -1097,14 +1096,13 @@ def rotate_whole(image, label, generator):
 
 def test_rotation_and_blur_by_content():
     image, label = coded_picture()
-    kernel = torch.tensor(
-        [math.exp(-x * x / (2 * 1.1**2)) for x in range(-2, 3)]
-    )  # 5 x 5, sigma .3 ((5 - 1) / 2 - 1) + .8
+    # 5 x 5, sigma .3 ((5 - 1) / 2 - 1) + .8
+    kernel = torch.tensor([math.exp(-x * x / (2 * 1.1**2)) for x in range(-2, 3)])
     kernel = torch.outer(kernel, kernel) / kernel.sum() ** 2
 
     mean = torch.tensor(common.MEAN_COLOR, dtype=torch.uint8)[:, None, None]
 
-    def naive_blur(image):  # beyond the picture the mean colour
+    def naive_blur(image):  # beyond the picture the mean color
         wide = mean.repeat(1, image.shape[1] + 4, image.shape[2] + 4)
         wide[:, 2:-2, 2:-2] = image
         return F.conv2d(wide[:, None].float(), kernel[None, None])[:, 0].round().to(torch.uint8)
@@ -1123,21 +1121,14 @@ def test_rotation_and_blur_by_content():
         )
         assert set(new_label.flatten().tolist()) <= {*range(K), 255}
         middle = inside(new_label)
-        colors = torch.cat(
-            [
-                COLORS,
-                torch.zeros(250, 3, dtype=torch.uint8),
-                torch.tensor([common.MEAN_COLOR], dtype=torch.uint8),
-            ]
-        )  # 255: the mean colour
+        colors = torch.zeros(256, 3, dtype=torch.uint8)
+        colors[:K] = COLORS
+        colors[255] = torch.tensor(common.MEAN_COLOR)
         expected = colors[new_label.long()].permute(2, 0, 1)
-        assert (new_image.int() - expected.int())[
-            :, middle
-        ].abs().max() <= 1  # the label moved with its picture
-        turned, soft = (
-            not torch.equal(new_label, label),
-            steepest(new_image) < 0.6 * steepest(image),
-        )
+        # The label moved with its picture.
+        assert (new_image.int() - expected.int())[:, middle].abs().max() <= 1
+        turned = not torch.equal(new_label, label)
+        soft = steepest(new_image) < 0.6 * steepest(image)
         assert soft or not torch.equal(new_image, naive_blur(image))
         assert not soft or not torch.equal(new_image, image)
         if turned:
@@ -1147,20 +1138,17 @@ def test_rotation_and_blur_by_content():
             assert (new_label == 255).float().mean() < 0.2
         blurred += torch.equal(new_image, naive_blur(image))
         neither += torch.equal(new_image, image)
-        rotated, both = rotated + turned, both + (turned and soft)
+        rotated += turned
+        both += turned and soft
     assert 40 < rotated < 80 and 15 < blurred < 48 and 15 < neither < 48 and 15 < both < 48
     again = [rotate_whole(image, label, common.rng("rotate", 3)) for _ in range(2)]
     assert torch.equal(again[0][0], again[1][0]) and torch.equal(again[0][1], again[1][1])
-    assert torch.equal(image, coded_picture()[0]) and torch.equal(
-        label, coded_picture()[1]
-    )  # the originals are as they were
+    assert all(map(torch.equal, (image, label), coded_picture()))  # the originals have not changed
 
 
 def test_rotation_is_by_up_to_ten_degrees():
-    image, label = (
-        torch.zeros(3, 101, 101, dtype=torch.uint8),
-        torch.zeros(101, 101, dtype=torch.uint8),
-    )
+    image = torch.zeros(3, 101, 101, dtype=torch.uint8)
+    label = torch.zeros(101, 101, dtype=torch.uint8)
     label[50, 51:] = 1  # a ray to the right
     angles = []
     for seed in range(150):
@@ -1175,51 +1163,31 @@ def test_rotation_is_by_up_to_ten_degrees():
 
 def test_the_crop_is_that_of_the_whole_picture_rotated_and_blurred():
     """Against PIL's rotate() and a naive blur of the whole, at the border of the crop too."""
-    r, kernel = (
-        np.random.RandomState(0),
-        np.array([math.exp(-x * x / (2 * 1.1**2)) for x in range(-2, 3)]),
-    )
+    r = np.random.RandomState(0)
+    kernel = np.array([math.exp(-x * x / (2 * 1.1**2)) for x in range(-2, 3)])
     kernel = torch.from_numpy(np.outer(kernel, kernel) / kernel.sum() ** 2)[None, None]
     seen = set()
     for seed in range(80):
-        (height, width), crop = ((60, 80), (61, 79))[seed % 2], (20, 31)
-        image, label = (
-            r.randint(0, 256, (height, width, 3)).astype(np.uint8),
-            r.randint(0, 19, (height, width)).astype(np.uint8),
-        )
+        height, width = ((60, 80), (61, 79))[seed % 2]
+        crop = 20, 31
+        image = r.randint(0, 256, (height, width, 3)).astype(np.uint8)
+        label = r.randint(0, 19, (height, width)).astype(np.uint8)
         top, left = r.randint(2, height - crop[0] - 1), r.randint(2, width - crop[1] - 1)
         generator = common.rng("crop", seed)
-        rotate, angle, blur = (
-            generator.uniform() < 0.5,
-            generator.uniform(-10, 10),
-            generator.uniform() < 0.5,
-        )
+        rotate = generator.uniform() < 0.5
+        angle = generator.uniform(-10, 10)
+        blur = generator.uniform() < 0.5
         angle = angle if rotate else 0
-        whole = (
-            torch.from_numpy(
-                np.array(
-                    Image.fromarray(image).rotate(
-                        angle, Image.Resampling.BILINEAR, fillcolor=common.MEAN_COLOR
-                    )
-                )
-            )
-            .permute(2, 0, 1)
-            .double()
-        )
-        masks = np.array(
-            Image.fromarray(label).rotate(angle, Image.Resampling.NEAREST, fillcolor=255)
-        )
+        picture = Image.fromarray(image)
+        picture = picture.rotate(angle, Image.BILINEAR, fillcolor=common.MEAN_COLOR)
+        whole = common.to_tensor(np.array(picture)).double()
+        masks = np.array(Image.fromarray(label).rotate(angle, Image.NEAREST, fillcolor=255))
         if blur:
             whole[:, 2:-2, 2:-2] = F.conv2d(whole[:, None], kernel)[:, 0]
         window = slice(top, top + crop[0]), slice(left, left + crop[1])
-        x, y = dars.rotate_and_blur(
-            torch.from_numpy(image).permute(2, 0, 1).contiguous(),
-            torch.from_numpy(label),
-            top,
-            left,
-            crop,
-            common.rng("crop", seed),
-        )
+        generator = common.rng("crop", seed)
+        inputs = common.to_tensor(image), torch.from_numpy(label)
+        x, y = dars.rotate_and_blur(*inputs, top, left, crop, generator)
         assert x.shape == (3, *crop) and y.shape == crop and x.is_contiguous() and y.is_contiguous()
         assert (x - whole[:, window[0], window[1]]).abs().max() <= 1
         assert (y.numpy() != masks[window]).sum() <= 1  # where the nearest pixel is a tie
@@ -1227,25 +1195,24 @@ def test_the_crop_is_that_of_the_whole_picture_rotated_and_blurred():
     assert len(seen) == 4
 
 
-def test_a_cut_of_ones_own_draws_after_the_weak_view():
+def test_the_cut_of_a_method_draws_after_the_weak_view():
     """Scale, place and flip are those of the view without it, however many numbers it draws."""
     image, label = coded_picture()
     image = image.permute(1, 2, 0).numpy()
 
     def cut(image, label, top, left, crop, generator):
         generator.uniform(size=int(generator.uniform(1, 9)))
-        return image[:, top : top + crop[0], left : left + crop[1]], label[
-            top : top + crop[0], left : left + crop[1]
-        ]
+        rows, columns = slice(top, top + crop[0]), slice(left, left + crop[1])
+        return image[:, rows, columns], label[rows, columns]
+
+    def view(seed, *more):
+        generator = common.rng("cut", seed)
+        return common.weak_view(image, label.numpy(), generator, (24, 30), (0.6, 1.4), *more)
 
     for seed in range(20):
-        plain, own = (
-            common.weak_view(
-                image, label.numpy(), common.rng("cut", seed), (24, 30), (0.6, 1.4), *more
-            )
-            for more in ((), (cut,))
-        )
-        assert all(map(torch.equal, plain[:3], own[:3])) and plain[3] == own[3]
+        plain = view(seed)
+        with_cut = view(seed, cut)
+        assert all(map(torch.equal, plain[:3], with_cut[:3])) and plain[3] == with_cut[3]
 
 
 def test_the_weak_view_rotates_and_pads():

@@ -164,25 +164,22 @@ def test_result_and_log_are_complete(whole):
             set(r["expected"]) == set(dars.METHODS)
             and r["expected"]["st"]["coverage"] >= r["alpha"] - 1e-3
         )
-        assert (
-            0 < r["coverage"] <= r["alpha"] + 10 * 4 / r["pixels"]
-        )  # rounded up once per picture and class
+        # Rounded up once for each picture and class.
+        assert 0 < r["coverage"] <= r["alpha"] + 10 * 4 / r["pixels"]
         assert r["share"] == pytest.approx(r["expected"]["dars"]["share"], abs=0.005)
         assert r["d_kl"] is None or np.isfinite(r["d_kl"])
         assert (r["d_kl"] is None) == any(
             x > 0 and y == 0 for x, y in zip(r["labeled_share"], r["share"])
         )
-        assert sum(x > 0.1 for x in r["predicted_share"]) == 3 and any(
-            0 < n < m for n, m in zip(r["wanted"], r["kept"])
-        )  # there is something to do
+        # There is something to align and to sample.
+        assert sum(x > 0.1 for x in r["predicted_share"]) == 3
+        assert any(0 < n < m for n, m in zip(r["wanted"], r["kept"]))
 
 
 def test_every_unlabeled_picture_has_a_pseudo_label(whole):
-    args, result, data = (
-        json.loads((whole / "args.json").read_text()),
-        json.loads((whole / "result.json").read_text()),
-        common.Streets(),
-    )
+    args = json.loads((whole / "args.json").read_text())
+    result = json.loads((whole / "result.json").read_text())
+    data = common.Streets()
     assert len(args["unlabeled"]) == 4 and not set(args["unlabeled"]) & set(args["labeled"])
     for report in result["rounds"]:
         folder = whole / "pseudo_labels" / f"round_{report['round']}"
@@ -465,7 +462,7 @@ def nth(n):
 
 
 def at(stage, iteration):
-    """For Run.step()."""
+    """A condition on the arguments of Run.step()."""
     return lambda run, i, *rest: (run.stage, i) == (stage, iteration)
 
 
@@ -484,14 +481,12 @@ def test_interrupted_at_many_points_and_resumed_ends_with_the_same_bits(
     before = [path.stat().st_mtime_ns for path in drafts]
     assert len(drafts) == 2
     kill(common, "write_pseudo_label", nth(3))  # in the pass of selection
-    assert [
-        path.stat().st_mtime_ns for path in drafts
-    ] == before  # what was predicted was not predicted again
+    after = [path.stat().st_mtime_ns for path in drafts]
+    assert after == before  # what was predicted is not predicted again
     assert len(pseudo_labels(folder)) == 2
     drafts[0].write_bytes(drafts[0].read_bytes()[:100])  # as a disk may leave it: made again
-    kill(
-        common, "write_atomically", lambda path, _: path.name == "report.json"
-    )  # all there, but not told yet
+    # All pseudo-labels are there, but not their report.
+    kill(common, "write_atomically", lambda path, _: path.name == "report.json")
     kill(common.Run, "step", at(1, 3))
     kill(dars, "predict_picture", nth(1))  # of round 2
     kill(common, "write_pseudo_label", nth(4))
@@ -574,7 +569,7 @@ def launch(folder, code, *argv, **env):
 
 
 def test_kill_9_while_pseudo_labels_are_made(main, whole, tmp_path, capsys):
-    """In the pass of selection, which is slowed down, so that it is met."""
+    """During the selection, which is slowed down."""
     code = (
         "import time\n"
         "real = t.common.write_pseudo_label\n"
@@ -583,19 +578,16 @@ def test_kill_9_while_pseudo_labels_are_made(main, whole, tmp_path, capsys):
         "t.torch.set_num_threads(1)\n"
         "t.dars.main()"
     )
-    folder, process, deadline = (
-        tmp_path / "run",
-        launch(tmp_path, code, "--out", "run", *ONCE),
-        time.time() + 120,
-    )
+    folder = tmp_path / "run"
+    process = launch(tmp_path, code, "--out", "run", *ONCE)
+    deadline = time.time() + 120
     while len(list(folder.glob("pseudo_labels/round_1/*.png"))) < 2:
         assert process.poll() is None and time.time() < deadline, process.communicate()[0]
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
-    assert (folder / "predictions/round_1").exists() and not (
-        folder / "pseudo_labels/round_1/report.json"
-    ).exists()
+    assert (folder / "predictions/round_1").exists()
+    assert not (folder / "pseudo_labels/round_1/report.json").exists()
     main("--out", "run")
     assert same_end(folder, whole)
 
@@ -741,7 +733,7 @@ def test_pseudo_labels_of_another_run_are_refused(main, tmp_path, whole, monkeyp
         "--base-size -5",
     ],
 )
-def test_a_value_out_of_range_is_told_before_the_training(error, argv, tmp_path):
+def test_a_value_out_of_range_is_an_error_before_the_training(error, argv, tmp_path):
     message = error(*BRIEF[:-2], *argv.split())
     assert argv.split()[0] in message and not (tmp_path / "runs").exists()
 
@@ -776,9 +768,8 @@ def test_an_unfinished_run_of_another_configuration_names_the_argument(
     ):
         message = error(*BRIEF, *flags)
         assert f"{name} = " in message and "--overwrite" in message
-    main(
-        *BRIEF, "--pseudo", "st", "--overwrite"
-    )  # begins anew: no drafts and pseudo-labels of before
+    # This begins anew, without the drafts and pseudo-labels of before.
+    main(*BRIEF, "--pseudo", "st", "--overwrite")
     main(*BRIEF, "--pseudo", "st", "--out", "clean")
     assert pseudo_labels(tmp_path / "run") == pseudo_labels(tmp_path / "clean")
     assert same_bits(tmp_path / "run", tmp_path / "clean")
@@ -789,7 +780,7 @@ def no_space(*_, **__):
 
 
 @pytest.mark.parametrize("file", ["pseudo-label", "draft", "report.json"])
-def test_a_full_disk_is_told_and_the_same_command_goes_on(
+def test_a_full_disk_is_an_error_and_the_same_command_goes_on(
     error, main, file, tmp_path, monkeypatch, capsys
 ):
     real = common.write_atomically
