@@ -1,7 +1,6 @@
-"""rml.py --dataset mnist (Fig. 2) and --compare (Fig. 4): total variation against a loop, who teaches whom, digits, pictures, and what is refused."""
+"""tests/figure_rml.py: total variation against a loop, digits, learners, pictures, and errors."""
 
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,54 +9,38 @@ import torch
 from PIL import Image
 
 import common
+import figure_rml
 import rml
 from helpers import run_on_few_streets, strict
-from test_data import arguments
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-SHORT = [
-    "--dataset",
-    "mnist",
-    "--iterations",
-    "4",
-    "--stage0-iterations",
-    "3",
-    "--log-every",
-    "2",
-    "--seeds",
-    "2",
-    "--ema-decay",
-    ".5",
-    "--out",
-    "run",
-]
+SHORT = "coupling --iterations 4 --stage0-iterations 3 --log-every 2 --seeds 2 --ema-decay .5"
+SHORT = [*SHORT.split(), "--out", "run"]
 
 
 @pytest.fixture
 def main(tmp_path, monkeypatch):
     """main(..) in tmp_path, with few drawn digits."""
     monkeypatch.chdir(tmp_path)
-    draw = rml.draw_digits
-    monkeypatch.setattr(rml, "draw_digits", lambda seed, n: draw(seed, n // 100))
-
-    def go(*argv):
-        monkeypatch.setattr(sys, "argv", ["rml.py", *map(str, argv)])
-        rml.main()
-
-    return go
+    draw = figure_rml.draw_digits
+    monkeypatch.setattr(figure_rml, "draw_digits", lambda seed, n: draw(seed, n // 100))
+    return lambda *argv: figure_rml.main(list(map(str, argv)))
 
 
 def test_total_variation():
     p, q = torch.rand(5, 4).softmax(1), torch.rand(5, 4).softmax(1)
     rows = [sum(abs(float(p[i, k]) - float(q[i, k])) for k in range(4)) / 2 for i in range(5)]
-    assert float(rml.total_variation(p, q)) == pytest.approx(sum(rows) / 5, rel=1e-5)
+    assert float(figure_rml.total_variation(p, q)) == pytest.approx(sum(rows) / 5, rel=1e-5)
     one = torch.eye(4)[torch.tensor([0, 1])]
-    assert rml.total_variation(one, one) == 0 and rml.total_variation(one, one.flip(0)) == 1
+    assert (
+        figure_rml.total_variation(one, one) == 0
+        and figure_rml.total_variation(one, one.flip(0)) == 1
+    )
 
 
 def test_drawn_digits_are_seeded_varied_and_legible():
-    images, labels = rml.draw_digits("train", 1500)
-    again = rml.draw_digits("train", 10)
+    images, labels = figure_rml.draw_digits("train", 1500)
+    again = figure_rml.draw_digits("train", 10)
     assert (
         images.shape == (1500, 28, 28)
         and images.dtype == np.uint8
@@ -67,11 +50,11 @@ def test_drawn_digits_are_seeded_varied_and_legible():
     assert (
         set(labels) == set(range(10))
         and min(np.bincount(labels)) > 100
-        and not (rml.draw_digits("held out", 10)[0] == images[:10]).all()
+        and not (figure_rml.draw_digits("held out", 10)[0] == images[:10]).all()
     )
     x, y = torch.from_numpy(images).flatten(1).float() / 255, torch.from_numpy(labels)
     torch.manual_seed(0)
-    network = rml.make_mlp(0.0)
+    network = figure_rml.make_mlp(0.0)
     optimizer = torch.optim.SGD(network.parameters(), lr=0.05, momentum=0.9)
     for _ in range(150):
         optimizer.zero_grad()
@@ -82,9 +65,10 @@ def test_drawn_digits_are_seeded_varied_and_legible():
 
 def test_the_mlp_has_three_layers_and_dropout_between():
     assert (
-        sum(p.numel() for p in rml.make_mlp(0.5).parameters()) == 785 * 256 + 257 * 256 + 257 * 10
+        sum(p.numel() for p in figure_rml.make_mlp(0.5).parameters())
+        == 785 * 256 + 257 * 256 + 257 * 10
     )
-    network, x = rml.make_mlp(0.5), torch.rand(3, 784)
+    network, x = figure_rml.make_mlp(0.5), torch.rand(3, 784)
     assert torch.equal(network.eval()(x), network(x)) and not torch.equal(
         network.train()(x), network(x)
     )
@@ -101,7 +85,7 @@ def test_a_run_writes_curves_log_and_numbers(main, tmp_path, capsys):
         "coupling_students.png",
     }
     assert [(r["seed"], r["mode"], r["iteration"]) for r in records] == [
-        (s, m, t) for s in (0, 1) for m in rml.COUPLING for t in (0, 2, 4)
+        (s, m, t) for s in (0, 1) for m in figure_rml.COUPLING for t in (0, 2, 4)
     ]
     assert (
         result["labels"] == 2
@@ -110,9 +94,9 @@ def test_a_run_writes_curves_log_and_numbers(main, tmp_path, capsys):
         and result["dataset"] == "drawn digits"
     )
     for key in ("tv_teachers", "tv_students"):
-        assert all(np.array(result[key][mode]).shape == (2, 3) for mode in rml.COUPLING) and all(
-            0 < r[key] < 1 for r in records
-        )
+        assert all(
+            np.array(result[key][mode]).shape == (2, 3) for mode in figure_rml.COUPLING
+        ) and all(0 < r[key] < 1 for r in records)
         for s in (0, 1):  # all modes begin with the same two learners, seeds with others
             assert len({r[key] for r in records if r["seed"] == s and r["iteration"] == 0}) == 1
         assert result[key]["direct"][0][0] != result[key]["direct"][1][0]
@@ -134,8 +118,8 @@ def test_a_run_writes_curves_log_and_numbers(main, tmp_path, capsys):
 
 
 def test_who_teaches_and_who_has_noise(main, monkeypatch):
-    """Direct: students teach. Indirect: mean teachers. Dropout in the third mode alone. A learner never learns from itself."""
-    seen, make = [], rml.make_mlp
+    """Direct: students teach; indirect: mean teachers. Dropout is on in the third mode alone."""
+    seen, make = [], figure_rml.make_mlp
 
     def watched(dropout):
         network = make(dropout)
@@ -151,7 +135,7 @@ def test_who_teaches_and_who_has_noise(main, monkeypatch):
         )
         return network
 
-    monkeypatch.setattr(rml, "make_mlp", watched)
+    monkeypatch.setattr(figure_rml, "make_mlp", watched)
     main(*SHORT, "--seeds", 1, "--log-every", 100, "--batch-size", 7)
     learning = [(training, size) for training, grad, _, size in seen if grad and size == 14]
     assert learning == [(mode == 2, 14) for mode in range(3) for _ in range(5) for _ in range(2)]
@@ -198,7 +182,7 @@ def test_a_finished_run_is_kept(main, tmp_path):
     main(*SHORT, "--overwrite")
 
 
-# ---- Fig. 4 ----------------------------------------------------------------------------------------------------------
+# ---- Fig. 4 --------------------------------------------------------------------------------------
 
 
 def write_log(folder, values, begin=40):
@@ -222,7 +206,7 @@ def test_pseudo_labels_of_runs_as_one_picture(main, tmp_path, capsys, monkeypatc
     write_log(tmp_path / "rml", [20.0, 30.0, 50.0, 60.0], begin=400)
     drawn, draw = [], common.draw_curves
     monkeypatch.setattr(common, "draw_curves", lambda *args: drawn.append(args) or draw(*args))
-    main("--compare", "mt", "rml", "--out", "fig4.png")
+    main("compare", "mt", "rml", "--out", "fig4.png")
     ((_, series, (_, steps)),) = drawn
     assert steps == [10, 20, 30] and {name: curves.tolist() for name, curves in series.items()} == {
         "mt": [[11.0, 21.0, 31.0]],
@@ -234,11 +218,11 @@ def test_pseudo_labels_of_runs_as_one_picture(main, tmp_path, capsys, monkeypatc
     )
 
 
-def test_compare_a_run_that_was_made(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    short = "--iterations 4 --stage0-iterations 2 --stages 1 --batch-size 2 --labels 4 --log-every 2 --eval-every 100".split()
-    run_on_few_streets(rml, *short, "--out", "one")
-    run_on_few_streets(rml, "--compare", "one")
+def test_compare_a_run_that_was_made(main, tmp_path):
+    length = "--iterations 4 --stage0-iterations 2 --stages 1 --batch-size 2 --labels 4"
+    often = "--log-every 2 --eval-every 100"
+    run_on_few_streets(rml, *length.split(), *often.split(), "--out", "one")
+    main("compare", "one")
     assert (tmp_path / "pseudo_miou.png").exists()
 
 
@@ -253,27 +237,22 @@ def test_compare_a_run_that_was_made(tmp_path, monkeypatch):
 def test_compare_names_what_is_missing(main, make, word):
     make()
     with pytest.raises(common.UserError, match=word):
-        main("--compare", "run")
+        main("compare", "run")
 
 
 def test_compare_more_than_four_runs_or_into_a_folder(main, tmp_path):
     write_log(tmp_path / "run", [1.0, 2.0])
     with pytest.raises(common.UserError, match="5 runs are too many"):
-        main("--compare", *["run"] * 5)
+        main("compare", *["run"] * 5)
     (tmp_path / "pictures").mkdir()
     with pytest.raises(common.UserError, match="--out pictures: cannot be written"):
-        main("--compare", "run", "--out", "pictures")
+        main("compare", "run", "--out", "pictures")
 
 
 def test_a_folder_that_cannot_be_written_is_told_before_the_work(main, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(common.UserError, match="file/run: cannot be written"):
         main(*SHORT, "--out", "file/run")
-
-
-def test_mnist_has_nothing_to_segment(tmp_path):
-    with pytest.raises(common.UserError, match="experiment of rml.py"):
-        common.open_dataset(arguments(dataset="mnist"))
 
 
 def test_curves_are_drawn_where_their_numbers_are():

@@ -1,4 +1,4 @@
-"""Whole runs of rml.py: that the work happened, that nothing is lost, that processes and restarts do not change the result."""
+"""Whole runs of rml.py: the work happens, and restarts and processes do not change the result."""
 
 import json
 import os
@@ -21,32 +21,10 @@ import rml
 from helpers import losses, records, same_checkpoint
 
 ROOT = Path(__file__).parent.parent
-SHORT = [
-    "--dataset",
-    "camvid",
-    "--labels",
-    "4",
-    "--size",
-    "64",
-    "96",
-    "--crop",
-    "48",
-    "64",
-    "--preset",
-    "cpu",
-    "--iterations",
-    "9",
-    "--stage0-iterations",
-    "7",
-    "--log-every",
-    "1",
-    "--eval-every",
-    "100",
-    "--save-every",
-    "2",
-    "--batch-size",
-    "2",
-]
+SHORT = "--dataset camvid --labels 4 --size 64 96 --crop 48 64 --preset cpu --iterations 9 "
+SHORT += "--stage0-iterations 7 --log-every 1 --eval-every 100 --save-every 2 --batch-size 2"
+SHORT = SHORT.split()
+KEYS = ("models", "optimizer_1", "optimizer_2", "prototypes", "step", "stage", "iteration")
 QUIET = ["--dropout", "0", "--drop-path", "0"]  # model noise depends on the process, by design
 
 
@@ -82,7 +60,7 @@ def command(camvid, out, *more, torchrun=()):
 
 
 def launch(tmp_path, *args, **options):
-    """One thread, so that CI's two cores serve two processes; runs happen in a folder of the test's own."""
+    """Start a run in the folder tmp_path, with one thread: two cores serve two processes."""
     return subprocess.Popen(
         command(*args, **options),
         cwd=tmp_path,
@@ -105,10 +83,8 @@ def run(tmp_path, *args, **options):
 
 
 def same_bits(a, b):
-    """Weights, optimizer states and prototypes of two checkpoints are equal, bit for bit."""
-    return same_checkpoint(
-        a, b, ("models", "optimizers", "prototypes", "step", "stage", "iteration")
-    )
+    """Two checkpoints are equal, bit for bit: weights, optimizer states, prototypes, place."""
+    return same_checkpoint(a, b, KEYS)
 
 
 @pytest.fixture(scope="session")
@@ -121,80 +97,62 @@ def whole(camvid, tmp_path_factory):
 def test_the_work_happened(whole, camvid):
     folder, output = whole
     log = records(folder)
-    assert {r["stage"] for r in log} == {0, 1, 2}
-    terms = {key for r in log for key in r if key.startswith("loss")}
-    assert terms == {f"loss_labeled_{j}" for j in "12"} | {
-        f"loss_pseudo_{j}_from_{i}" for j in "12" for i in "12"
-    }
+    assert {record["stage"] for record in log} == {0, 1, 2}
+    terms = {key for record in log for key in record if key.startswith("loss")}
+    labeled = {f"loss_labeled_{j}" for j in "12"}
+    assert terms == labeled | {f"loss_pseudo_{j}_from_{i}" for j in "12" for i in "12"}
     for term in terms:
-        values = [r[term] for r in log if term in r]
-        assert all(np.isfinite(values)) and max(values) > 0
-    rates = [r["lr"] for r in log if r["stage"] == 1 and "lr" in r]
-    assert rates == pytest.approx(
-        [rml.PAPER["camvid-cpu"]["lr"] * (1 - t / 9) ** 0.9 for t in range(9)]
-    )
-    assert all(
-        0 < r["pseudo_miou_1"] <= 100 and r["pseudo_coverage"] == 1
-        for r in log
-        if r["stage"] and "pseudo_miou_1" in r
-    )
-    state = torch.load(folder / "last.pt", weights_only=True)
+        values = [record[term] for record in log if term in record]
+        assert all(np.isfinite(values))
+        assert max(values) > 0
+    rates = [record["lr"] for record in log if record["stage"] == 1 and "lr" in record]
+    lr = rml.PAPER["camvid-cpu"]["lr"]
+    assert rates == pytest.approx([lr * (1 - t / 9) ** 0.9 for t in range(9)])
+    for record in log:
+        if "pseudo_miou_1" in record:
+            assert record["stage"] > 0
+            assert 0 < record["pseudo_miou_1"] <= 100
+            assert record["pseudo_coverage"] == 1
+
+
+def test_every_network_learned(whole):
+    state = torch.load(whole[0] / "last.pt", weights_only=True)
     names = ["student_1", "student_2", "teacher_1", "teacher_2"]
     assert list(state["models"]) == names
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(int(common.rng(0, "network", 0).randint(2**31)))
+        common.seed_torch(0, "network", 0)
         start = common.make_network(state["networks"]["student_1"]).state_dict()
     for name in ("student_1", "teacher_1"):  # every parameter moved from its start
-        assert all(
-            not torch.equal(start[key], value) for key, value in state["models"][name].items()
-        )
+        for key, value in state["models"][name].items():
+            assert not torch.equal(start[key], value)
     for key in start:  # four different networks
         values = [state["models"][name][key] for name in names]
         assert all(not torch.equal(a, b) for i, a in enumerate(values) for b in values[:i])
+
+
+def test_the_run_folder_is_complete(whole):
+    folder, output = whole
     result = json.loads((folder / "result.json").read_text())
-    assert set(result) >= {
-        "method",
-        "dataset",
-        "labels",
-        "seed",
-        "network",
-        "miou",
-        "headline",
-        "per_class",
-        "paper",
-        "iterations",
-        "seconds",
-        "peak_memory_mb",
-        "device",
-        "torch",
-        "commit",
-    }
-    assert (
-        result["headline"] == "teacher_1"
-        and list(result["miou"]) == names
-        and result["iterations"] == 7 + 2 * 9
-        and result["labels"] == 4
-    )
-    assert len(result["per_class"]) == 11 and 0 < result["miou"]["teacher_1"] < 100
-    last = [r for r in log if "val" in r][-1]
+    expected = "method dataset labels seed network miou headline per_class paper iterations seconds"
+    assert set(result) >= {*expected.split(), "peak_memory_mb", "device", "torch", "commit"}
+    assert result["headline"] == "teacher_1"
+    assert list(result["miou"]) == ["student_1", "student_2", "teacher_1", "teacher_2"]
+    assert result["iterations"] == 7 + 2 * 9
+    assert result["labels"] == 4
+    assert len(result["per_class"]) == 11
+    assert 0 < result["miou"]["teacher_1"] < 100
+    last = [record for record in records(folder) if "val" in record][-1]
     assert last["val"] == result["miou"]  # the last one, not the best
     args = json.loads((folder / "args.json").read_text())
-    assert (
-        len(args["labeled"]) == 4
-        and len(args["unlabeled"]) == 8
-        and len(args["split_sha256"]) == 64
-    )
-    assert args["arguments"]["ema_decay"] == 0.99 and args["versions"]["torch"] == torch.__version__
-    pictures = sorted(path.name for path in (folder / "pictures").iterdir())
-    assert {
-        "pseudo_stage_2_000009.png",
-        "strong_stage_2_000009.png",
-        "val_stage_2_000009.png",
-    } <= set(pictures)
+    assert (len(args["labeled"]), len(args["unlabeled"])) == (4, 8)
+    assert len(args["split_sha256"]) == 64
+    assert args["arguments"]["ema_decay"] == 0.99
+    assert args["versions"]["torch"] == torch.__version__
+    pictures = {path.name for path in (folder / "pictures").iterdir()}
+    assert {f"{name}_stage_2_000009.png" for name in ("pseudo", "strong", "val")} <= pictures
     assert not (folder / "soft_labels").exists()
-    assert (
-        f"{result['miou']['teacher_1']:.2f} mIoU (teacher_1" in output and "result.json" in output
-    )
+    assert f"{result['miou']['teacher_1']:.2f} mIoU (teacher_1" in output
+    assert "result.json" in output
 
 
 def test_evaluate_repeats_the_result(whole, camvid, tmp_path, monkeypatch, capsys):
@@ -243,7 +201,7 @@ def test_predict_a_picture_and_a_folder(whole, camvid, tmp_path, monkeypatch, ca
     assert np.array_equal(np.asarray(Image.open(out / "wide.png")), first)
 
 
-# ---- every flag does its work ----------------------------------------------------------------------------------------
+# ---- every flag does its work --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -346,7 +304,7 @@ def test_a_masks_content_never_reaches_the_training_of_unlabeled_pictures(
     )  # the log did see other masks
 
 
-# ---- nothing is lost -------------------------------------------------------------------------------------------------
+# ---- nothing is lost -----------------------------------------------------------------------------
 
 
 def kill_when(process, condition):
@@ -360,7 +318,7 @@ def kill_when(process, condition):
 
 
 def test_killed_at_any_point_and_resumed_ends_with_the_same_bits(whole, camvid, tmp_path):
-    """kill -9 in stage 0, while soft labels are written, in stage 1, and in stage 2; each time the same command goes on."""
+    """kill -9 in stage 0, while soft labels are written, in stages 1 and 2; then the same command."""
     folder = tmp_path / "run"
 
     def logged(n):

@@ -322,17 +322,27 @@ def test_stochastic_depth_drops_both_branches_of_a_block(seeded):
     assert all(set(row) <= {0.0, 1.0} for row in rows) and len(set(rows)) > 10
 
 
-def test_cells_are_means_over_squares(seeded):
+@pytest.mark.parametrize("stride, rectify", [(2, True), (8, True), (16, True), (2, False)])
+def test_fine_features_are_means_over_cells(seeded, stride, rectify):
     features = torch.rand(2, 3, 7, 10)
-    pooled = rml.cells(features, 2, 8)
+    network = SimpleNamespace(
+        eval=lambda: None,
+        features=lambda image: features,
+        classifier=lambda features: 2 * features,
+        stride=stride,
+    )
+    args = SimpleNamespace(rectify=rectify, cell=8, precision="fp32")
+    image = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
+    pooled, logits = rml.features_and_logits(network, image, args)
+    assert torch.equal(logits, 2 * pooled)
+    if stride != 2 or not rectify:
+        assert pooled is features
+        return
     assert pooled.shape == (2, 3, 2, 3)
     for y in range(2):
-        for x in range(3):  # the last ones of those that are there
-            torch.testing.assert_close(
-                pooled[:, :, y, x],
-                features[:, :, 4 * y : 4 * y + 4, 4 * x : 4 * x + 4].mean((2, 3)),
-            )
-    assert rml.cells(features, 8, 8) is features and rml.cells(features, 16, 8) is features
+        for x in range(3):  # the last cells are smaller
+            cell = features[:, :, 4 * y : 4 * y + 4, 4 * x : 4 * x + 4]
+            torch.testing.assert_close(pooled[:, :, y, x], cell.mean((2, 3)))
 
 
 def parse(*argv):
@@ -342,41 +352,41 @@ def parse(*argv):
 @pytest.mark.parametrize(
     "argv, expected",
     [
-        ("", [("deeplabv2", "tiny", 1)] * 2),
-        ("--network setr --setr-lr .1", [("setr", "tiny", 0.1)] * 2),
-        (
-            "--network deeplabv2,setr --setr-lr .1",
-            [("deeplabv2", "tiny", 1), ("setr", "tiny", 0.1)],
-        ),
-        ("--network setr-naive --supervised --setr-lr .1", [("setr-naive", "tiny", 0.1)]),
+        ("", ["deeplabv2 tiny", "deeplabv2 tiny"]),
+        ("--network setr", ["setr tiny", "setr tiny"]),
+        ("--network deeplabv2,setr", ["deeplabv2 tiny", "setr tiny"]),
+        ("--network setr-naive --supervised", ["setr-naive tiny"]),
         (
             "--network deeplabv2,setr --dataset cityscapes",
-            [("deeplabv2", "resnet101", 1), ("setr", "vit_b_16", 1)],
+            ["deeplabv2 resnet101", "setr vit_b_16"],
         ),
         (
             "--network setr,pspnet --backbone vit_l_16,resnet50 --dataset cityscapes",
-            [("setr", "vit_l_16", 1), ("pspnet", "resnet50", 1)],
+            ["setr vit_l_16", "pspnet resnet50"],
         ),
         (
             "--backbone resnet50,resnet101 --dataset cityscapes",
-            [("deeplabv2", "resnet50", 1), ("deeplabv2", "resnet101", 1)],
+            ["deeplabv2 resnet50", "deeplabv2 resnet101"],
         ),
     ],
 )
-def test_each_student_has_different_arguments(argv, expected):
-    students = rml.each_student(parse(*argv.split()))
-    assert [(args.network, args.backbone, args.rate) for args in students] == expected
+def test_students_may_have_different_networks(argv, expected):
+    students = rml.arguments_of_students(parse(*argv.split()))
+    assert [f"{student.network} {student.backbone}" for student in students] == expected
 
 
-def test_each_student_has_different_weights(tmp_path):
-    students = rml.each_student(parse("--weights", "a.pth,b.pth"))
-    assert [args.weights for args in students] == ["a.pth", "b.pth"]
-    (tmp_path / "a,b.pth").touch()
-    students = rml.each_student(parse("--weights", str(tmp_path / "a,b.pth")))
-    assert [args.weights for args in students] == [str(tmp_path / "a,b.pth")] * 2
+def test_students_may_have_different_weights(tmp_path):
+    def weights(text):
+        students = rml.arguments_of_students(parse("--weights", str(text)))
+        return [student.weights for student in students]
+
+    assert weights("a.pth,b.pth") == ["a.pth", "b.pth"]
+    path = tmp_path / "a,b.pth"
+    path.touch()
+    assert weights(path) == [str(path)] * 2
 
 
-def test_what_each_student_loads_is_printed(small_vit, tmp_path, capsys):
+def test_what_each_student_loads_is_told(small_vit, tmp_path, capsys):
     torch.save(vit_layout(), tmp_path / "one.pth")
     torch.save(vit_layout(grid=10), tmp_path / "two.pth")
     for member, name in enumerate(("one", "two", "two")):
@@ -390,7 +400,7 @@ def test_what_each_student_loads_is_printed(small_vit, tmp_path, capsys):
     assert len(said) == 2 and "one.pth" in said[0] and "two.pth" in said[1]
 
 
-PLAIN = "--stages 1 --no-rectify --no-photometric --no-cutmix --dropout 0 --drop-path 0"
+IML = "--stages 1 --no-rectify --no-photometric --no-cutmix --dropout 0 --drop-path 0"
 
 
 @pytest.mark.parametrize(
@@ -415,12 +425,24 @@ PLAIN = "--stages 1 --no-rectify --no-photometric --no-cutmix --dropout 0 --drop
         ("--stages 1 --no-rectify --no-photometric --no-cutmix", 60.51),
         ("--stages 1 --no-rectify --no-photometric", None),
         ("--weights none", None),
-        (PLAIN, 60.09),
+        ("--stages 1 --no-rectify --no-photometric --no-cutmix --dropout 0 --drop-path 0", 60.09),
         ("--network setr", None),
-        (f"{PLAIN} --mutual direct", None),
-        (f"{PLAIN} --network setr", 64.15),
-        (f"{PLAIN} --network deeplabv2,setr", 63.96),
-        (f"{PLAIN} --network setr,deeplabv2", 64.35),
+        (
+            f"{IML} --mutual direct",
+            None,
+        ),
+        (
+            f"{IML} --network setr",
+            64.15,
+        ),
+        (
+            f"{IML} --network deeplabv2,setr",
+            63.96,
+        ),
+        (
+            f"{IML} --network setr,deeplabv2",
+            64.35,
+        ),
         ("--dataset voc", 70.34),
         ("--dataset voc --labels 106 --weights coco", 63.60),
         ("--dataset vocaug --labels 529 --supervised", 55.92),
@@ -436,10 +458,10 @@ def test_the_papers_number_is_that_of_the_setting(argv, expected):
 
 # ---- whole runs ----------------------------------------------------------------------------------
 
-SHORT = (
-    "--network deeplabv2,setr --labels 4 --batch-size 2 --stage0-iterations 2 --iterations 3 "
-    "--stages 1 --log-every 1 --save-every 1 --eval-every 100"
-).split()
+SHORT = "--network deeplabv2,setr --labels 4 --batch-size 2 --stage0-iterations 2 --iterations 3 "
+SHORT += "--stages 1 --log-every 1 --save-every 1 --eval-every 100"
+SHORT = SHORT.split()
+KEYS = ["models", "optimizer_1", "optimizer_2", "prototypes", "scaler"]
 
 
 def start(*argv):
@@ -448,62 +470,56 @@ def start(*argv):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """A whole run of two different students: its folder, and the shapes of p^0 on disk."""
-    folder, shapes = tmp_path_factory.mktemp("whole") / "run", {}
-    write = common.write_soft_label
-
-    def note(folder, id, prob):
-        shapes.setdefault(folder.name, set()).add(tuple(prob.shape))
-        write(folder, id, prob)
-
+    """Two students that differ, from beginning to end: the folder, and the shapes of p^0."""
+    folder, shapes, real = tmp_path_factory.mktemp("whole") / "run", {}, common.write_soft_label
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(common, "write_soft_label", note)
+        patch.setattr(
+            common,
+            "write_soft_label",
+            lambda folder, id, p: (
+                shapes.setdefault(folder.name, set()).add(tuple(p.shape)) or real(folder, id, p)
+            ),
+        )
         start("--out", folder)
     return folder, shapes
 
 
 def test_two_students_that_differ(whole):
     folder, shapes = whole
-    state, result = last(folder), strict((folder / "result.json").read_text())
-    assert {name: network["network"] for name, network in state["networks"].items()} == {
-        "student_1": "deeplabv2",
-        "student_2": "setr",
-        "teacher_1": "deeplabv2",
-        "teacher_2": "setr",
-    }
-    assert (
-        result["network"] == "deeplabv2,setr"
-        and result["backbone"] == "tiny"
-        and set(result["miou"]) == set(state["networks"])
-    )
-    # At stride 4, though SETR's features are at 2.
-    assert shapes == {
-        "stage_1_model_1": {(10, 16, 32)},
-        "stage_1_model_2": {(10, 16, 32)},
-    }
-    (eta_1, seen_1), (eta_2, seen_2) = state["prototypes"]
-    assert eta_1.shape == eta_2.shape == (10, 32)
-    assert seen_1.any() and seen_2.any()
-    assert not torch.allclose(eta_1, eta_2)  # each in the feature space of its network
-    assert terms(folder) == {f"loss_labeled_{j}" for j in (1, 2)} | {
-        f"loss_pseudo_{j}_from_{i}" for j in (1, 2) for i in (1, 2)
-    }
+    state = last(folder)
+    result = strict((folder / "result.json").read_text())
+    networks = {name: spec["network"] for name, spec in state["networks"].items()}
+    expected = {"student_1": "deeplabv2", "student_2": "setr"}
+    assert networks == expected | {"teacher_1": "deeplabv2", "teacher_2": "setr"}
+    assert result["network"] == "deeplabv2,setr"
+    assert result["backbone"] == "tiny"
+    assert set(result["miou"]) == set(networks)
+    # p^0 is at stride 4, though SETR's features are at 2.
+    assert shapes == {"stage_1_model_1": {(10, 16, 32)}, "stage_1_model_2": {(10, 16, 32)}}
+    eta_1, eta_2 = state["prototypes"].values()
+    for eta in (eta_1, eta_2):
+        assert eta.shape == (10, 32)
+        assert eta.isfinite().any()
+    assert not torch.allclose(eta_1, eta_2)  # of two feature spaces
+    labeled = {f"loss_labeled_{j}" for j in (1, 2)}
+    assert terms(folder) == labeled | {f"loss_pseudo_{j}_from_{i}" for j in (1, 2) for i in (1, 2)}
     assert all(math.isfinite(value) and value > 0 for value in losses(folder).values())
     for name, network in state["networks"].items():
         assert common.make_network(network).load_state_dict(state["models"][name])
-    rates = [
-        [group["lr"] for group in optimizer["param_groups"]] for optimizer in state["optimizers"]
-    ]
+
+
+def test_setr_learns_at_another_rate(whole):
+    folder, _ = whole
+    state = last(folder)
     row = rml.PAPER["streets"]
-    assert (
-        all(("lr_2" in r) == ("lr" in r) for r in records(folder))
-        and records(folder)[-2]["lr_2"] == rates[1][0]
-    )
-    assert (
-        row["setr_lr"] != 1
-        and rates[0] == pytest.approx([row["lr"] * (1 - 2 / 3) ** 0.9] * 2)
-        and rates[1] == pytest.approx([row["setr_lr"] * rate for rate in rates[0]])
-    )
+    rates = []
+    for name in ("optimizer_1", "optimizer_2"):
+        rates.append([group["lr"] for group in state[name]["param_groups"]])
+    assert row["setr_lr"] != 1
+    assert rates[0] == pytest.approx([row["lr"] * (1 - 2 / 3) ** 0.9] * 2)
+    assert rates[1] == pytest.approx([row["setr_lr"] * rate for rate in rates[0]])
+    assert all(("lr_2" in record) == ("lr" in record) for record in records(folder))
+    assert records(folder)[-2]["lr_2"] == rates[1][0]
 
 
 def test_the_pictures_of_two_that_differ(whole):
@@ -511,53 +527,26 @@ def test_the_pictures_of_two_that_differ(whole):
         assert min(Image.open(whole[0] / f"pictures/{name}.png").size) > 100
 
 
-def test_stage_0_of_setr_learns_at_its_own_rate(main, monkeypatch):
-    rates, real = [], common.Run.watch
-    made = []
-    make = common.make_optimizer
-    monkeypatch.setattr(
-        common, "make_optimizer", lambda *args: made.append(make(*args)) or made[-1]
-    )
-    monkeypatch.setattr(
-        common.Run,
-        "watch",
-        lambda *args: (
-            rates.append([[g["lr"] for g in o.param_groups] for o in made[-2:]]) or real(*args)
-        ),
-    )
-    main(
-        "--out",
-        "run",
-        "--setr-lr",
-        ".25",
-        "--stage0-lr",
-        ".004",
-        "--stage0-head-lr",
-        "3",
-        "--stage0-iterations",
-        "1",
-        "--stages",
-        "0",
-    )
-    assert rates[0] == [pytest.approx([0.004, 0.012]), pytest.approx([0.001, 0.003])]
+def test_stage_0_of_setr_learns_at_another_rate(main):
+    rates = "--setr-lr .25 --stage0-lr .004 --stage0-head-lr 3"
+    main("--out", "run", *rates.split(), "--stage0-iterations", "1", "--stages", "0")
+    state = last(Path("run"))
+    groups = [state[f"optimizer_{number}"]["param_groups"] for number in (1, 2)]
+    assert [group["lr"] for group in groups[0]] == pytest.approx([0.004, 0.012])
+    assert [group["lr"] for group in groups[1]] == pytest.approx([0.001, 0.003])
 
 
 @pytest.mark.parametrize(
-    "name, number", [("save", 2), ("save", 4), ("watch", 2), ("watch", 5), ("log", 4)]
+    "name, number", [("save", 2), ("save", 3), ("step", 2), ("step", 4), ("evaluate", 1)]
 )
 def test_killed_and_resumed_ends_with_the_same_bits(whole, kill, main, name, number):
-    """In stage 0, between the stages and in stage 1."""
+    """In stage 0, at its end, and in stage 1 before and after its first checkpoint."""
     calls = []
     kill(common.Run, name, lambda *_, **__: calls.append(1) or len(calls) == number)
     main("--out", "run")
-    assert same_checkpoint(
-        Path("run"),
-        whole[0],
-        ("models", "optimizers", "prototypes", "scaler", "step", "stage", "iteration"),
-    )
-    assert untimed(Path("run")) == untimed(whole[0]) and result_of(Path("run")) == result_of(
-        whole[0]
-    )
+    assert same_checkpoint(Path("run"), whole[0], [*KEYS, "step", "stage", "iteration"])
+    assert untimed(Path("run")) == untimed(whole[0])
+    assert result_of(Path("run")) == result_of(whole[0])
 
 
 def test_two_processes_give_one_processs_losses(tmp_path, main):
@@ -622,10 +611,9 @@ def test_other_pairs_and_crops(main, flags):
 @pytest.mark.parametrize(
     "argv, words",
     [
-        ("--network setr,deeplabv2,setr", ("--network setr,deeplabv2,setr", "3", "two students")),
+        ("--network setr,deeplabv2,setr", ("--network setr,deeplabv2,setr", "two students")),
         ("--backbone tiny,", ("--backbone", "'tiny,'", "''", "vit_b_16")),
-        ("--dataset mnist --network bogus", ("--network", "'bogus'")),
-        ("--network deeplabv2,setr --supervised", ("--network deeplabv2,setr", "2", "one student")),
+        ("--network deeplabv2,setr --supervised", ("--network deeplabv2,setr", "one student")),
         ("--network segformer", ("--network", "'segformer'", "setr-naive", "pspnet")),
         ("--network deeplabv2,", ("--network", "'deeplabv2,'", "''")),
         (
