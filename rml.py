@@ -578,7 +578,7 @@ def train(run, stage, students, learners, teachers, data, labeled, unlabeled, ar
 
 
 def draw(run, weak, truth, raw, pseudo_labels, positions, students, args):
-    """Two pictures: how both models label pictures (raw: not rectified), and Gamma_j with labels."""
+    """Two panels: what both models predict (raw: not rectified), and what both students see."""
     rows = min(4, len(positions[0]))
     labels = {"unlabeled picture": weak[:rows], "truth (not used)": truth[:rows]}
     strong = dict(labels)

@@ -266,7 +266,7 @@ def test_curves_are_drawn_where_their_numbers_are():
     )
     ours = {
         name: np.argwhere((picture == color).all(2))
-        for name, color in zip(("rising", "constant"), common.PALETTE)
+        for name, color in zip(("rising", "constant"), common.CURVE_COLORS)
     }
     plot = {name: points[points[:, 0] > 60] for name, points in ours.items()}
     assert abs(np.ptp(plot["constant"][:, 0])) <= 4 and plot["constant"][

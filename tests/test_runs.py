@@ -318,7 +318,7 @@ def kill_when(process, condition):
 
 
 def test_killed_at_any_point_and_resumed_ends_with_the_same_bits(whole, camvid, tmp_path):
-    """kill -9 in stage 0, while soft labels are written, in stages 1 and 2; then the same command."""
+    """kill -9 in stage 0, while soft labels are written, in stages 1 and 2; then go on."""
     folder = tmp_path / "run"
 
     def logged(n):
