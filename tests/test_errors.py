@@ -910,5 +910,5 @@ def test_the_term_that_diverged_is_named(error, tmp_path, monkeypatch):
     assert "stage 1, iteration 1" in message and "loss_pseudo_2_from_1" in message
     assert (
         finite(tmp_path / "run/last.pt")
-        and torch.load(tmp_path / "run/last.pt", weights_only=True)["stage"] == 1
+        and torch.load(tmp_path / "run/last.pt", weights_only=True)["stage"] == 0
     )

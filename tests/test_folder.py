@@ -483,7 +483,7 @@ def test_other_classes_are_another_run(own, main, kill):
     kill(
         common.Run,
         "save",
-        lambda run, *_, **__: run.step == 2,
+        lambda run, *_, **__: run.steps == 2,
         *SHORT[rml],
         "--batch-size",
         "2",

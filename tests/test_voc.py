@@ -444,7 +444,7 @@ SHORT = [
 def test_a_method_without_numbers_for_a_dataset_names_those_it_has(monkeypatch):
     with pytest.raises(
         common.UserError,
-        match="this paper has no numbers for context; choose among camvid, cityscapes, folder, mnist, streets, voc, vocaug$",
+        match="this paper has no numbers for context; choose among camvid, cityscapes, folder, streets, voc, vocaug$",
     ):
         run_rml(monkeypatch, "--dataset", "context")
 
