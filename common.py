@@ -1015,7 +1015,7 @@ def pseudo_label_path(folder, id):
 def write_soft_label(folder, id, prob):
     """Write class probabilities (K, h, w) of a picture in fp16. A UserError if the disk is full."""
     array = prob.half().cpu().numpy()
-    write_for_later(Path(folder, f"{id}.npy"), partial(np.save, arr=array))
+    write_file(Path(folder, f"{id}.npy"), partial(np.save, arr=array))
 
 
 def write_pseudo_label(folder, id, label, colors):
@@ -1025,15 +1025,7 @@ def write_pseudo_label(folder, id, label, colors):
     picture = Image.fromarray(label)
     picture.putpalette(colorize(np.arange(256), colors).tobytes())
     save = partial(picture.save, format="PNG", compress_level=1)
-    write_for_later(pseudo_label_path(folder, id), save)
-
-
-def write_for_later(path, write):
-    try:
-        write_atomically(path, write)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error}); free some space, "
-                        "then the same command goes on") from None
+    write_file(pseudo_label_path(folder, id), save)
 
 
 def read_soft_label(folder, id):
@@ -2176,6 +2168,16 @@ def write_atomically(path, write):
         temporary.unlink(missing_ok=True)
 
 
+def write_file(path, write):
+    """write_atomically(). A UserError names a file that cannot be written."""
+    try:
+        write_atomically(path, write)
+    except (OSError, RuntimeError) as error:  # torch.save turns a full disk into the latter
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{path}: cannot be written ({reason}); the last checkpoint is intact. "
+                        "Free some space, then the same command goes on") from None
+
+
 def git_commit():
     """The commit of these scripts, or None without git or outside of a checkout."""
     command = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty", "--abbrev=40"]
@@ -2256,9 +2258,7 @@ class Run:
         self.label_tables = {}  # confusion matrices of pseudo-labels since the last record
         self.known = torch.zeros(2, dtype=torch.int64, device=device)  # known and all pixels
         self.label_counts = torch.zeros(len(data.names) + 1, dtype=torch.int64, device=device)
-        self.absent = Counter()  # evaluations in a row without a pseudo-label of a class
-        self.zeros = Counter()  # evaluations in a row with IoU 0 of a class
-        self.slow = 0  # records in a row that report waiting
+        self.streaks = Counter()  # how often in a row something looked unhealthy
         self.warned = set()
         resumed = f", resumed after iteration {self.steps} of {self.total}" if self.steps else ""
         say(f"run       {self.folder}{resumed}")
@@ -2316,7 +2316,7 @@ class Run:
             for line in path.read_text().splitlines(keepends=True):
                 if line.endswith("}\n") and json.loads(line)["step"] <= self.steps:
                     kept.append(line)
-            write_atomically(path, lambda file: file.write("".join(kept).encode()))
+            write_file(path, lambda file: file.write("".join(kept).encode()))
 
     # ---- stages and checkpoints
 
@@ -2378,14 +2378,7 @@ class Run:
         for name, thing in keep.items():
             if name not in networks:
                 state[name] = thing if isinstance(thing, dict) else thing.state_dict()
-        path = self.folder / "last.pt"
-        try:
-            write_atomically(path, partial(torch.save, state))
-        except (OSError, RuntimeError) as error:  # torch.save turns a full disk into the latter
-            free = shutil.disk_usage(self.folder).free / 2 ** 30
-            raise UserError(f"{path}: cannot be written ({str(error).splitlines()[0]}; {free:.1f} "
-                            "GB free on this disk); the checkpoint before is intact. Free some "
-                            "space, then the same command goes on") from None
+        write_file(self.folder / "last.pt", partial(torch.save, state))
         self.interval += time.time() - began  # the pace is that of iterations
 
     def _check_weights(self, networks):
@@ -2473,9 +2466,9 @@ class Run:
             record[name] = mean_iou(all_reduce(table))
         if pixels:
             record["pseudo_coverage"] = known / pixels
-        self.slow = self.slow + 1 if waiting > .5 and pace * self.count > 10 else 0
-        if self.slow == 2:  # the first time the loaders have just been started
-            self._warn_once("waiting", f"{100 * waiting:.0f} % of the time is spent waiting for "
+        slow = waiting > .5 and pace * self.count > 10
+        if self._streak("slow", slow) == 2:  # the first time the loaders have just been started
+            self._warn_once("slow", f"{100 * waiting:.0f} % of the time is spent waiting for "
                             f"pictures; try more --workers (now {self.args.workers}), a smaller "
                             "--size, or a faster disk")
         left = pace * (self.stages[self.stage] - self.done)
@@ -2563,41 +2556,38 @@ class Run:
                             "nothing is learned from unlabeled pictures; lower the threshold, or "
                             "train longer on labels first")
         largest = counts.index(max(counts))
-        share = counts[largest] / max(known, 1)
-        share_of_val = truth[largest] / max(sum(truth), 1)
-        if share > .98 and share_of_val < .9:
-            self._warn_once("one class", f"{100 * share:.1f} % of the pseudo-labels are "
-                            f"{names[largest]}, of val only {100 * share_of_val:.0f} %: they "
-                            "collapse to one class; train longer on labels first, or with a lower "
-                            "--lr")
-        for k, name in enumerate(names):
-            absent = known and truth[k] and not counts[k]
-            self.absent[name] = self.absent[name] + 1 if absent else 0
-            zero = truth[k] and not any(table[k, k] for table in tables.values())
-            self.zeros[name] = self.zeros[name] + 1 if zero else 0
-        half = 2 * self.steps >= self.total
-        absent = [name for name in names if self.absent[name] >= 2]
-        zeros = [name for name in names if self.zeros[name] >= 3 and half]
-        self._warn_of_classes("absent", absent, "no pseudo-label has held {} since the evaluation "
-                              "before last: unlabeled pictures teach nothing of this class")
-        self._warn_of_classes("zero", zeros, "IoU 0 in every network, three evaluations in a row: "
-                              "{}; label more pictures that show this class, or train longer")
+        share = truth[largest] / max(sum(truth), 1)  # of the class in val
+        if counts[largest] > .98 * known and share < .9:
+            self._warn_once("one class", f"{100 * counts[largest] / known:.1f} % of the "
+                            f"pseudo-labels are {names[largest]}, of val only {100 * share:.0f} %: "
+                            "they collapse to one class; train longer on labels first, or with a "
+                            "lower --lr")
+        absent = []
+        zeros = []
+        for k in torch.tensor(truth).nonzero().flatten().tolist():
+            hits = sum(int(table[k, k]) for table in tables.values())
+            if self._streak(("absent", k), known and not counts[k]) >= 2:
+                absent.append(names[k])
+            if self._streak(("zero", k), not hits) >= 3 and 2 * self.steps >= self.total:
+                zeros.append(names[k])
+        self._warn_once("absent", "no pseudo-label has held {} since the evaluation before last: "
+                        "unlabeled pictures teach nothing of this class", absent)
+        self._warn_once("zero", "IoU 0 in every network, three evaluations in a row: {}; label "
+                        "more pictures that show this class, or train longer", zeros)
 
-    def _warn_of_classes(self, key, names, text):
-        new = [name for name in names if (key, name) not in self.warned]
-        self.warned |= {(key, name) for name in new}
+    def _streak(self, key, again):
+        self.streaks[key] = self.streaks[key] + 1 if again else 0
+        return self.streaks[key]
+
+    def _warn_once(self, kind, text, names=("",)):
+        """Print a warning of a kind about those of the names that it has not been printed for."""
+        new = [name for name in names if (kind, name) not in self.warned]
+        self.warned |= {(kind, name) for name in new}
         if new:
-            self._warn(text.format(", ".join(new)))
-
-    def _warn_once(self, key, text):
-        if key not in self.warned:
-            self.warned.add(key)
-            self._warn(text)
-
-    def _warn(self, text):
-        if sys.stdout.isatty() and is_main():
-            print()  # the live line stays
-        warn(f"after iteration {self.steps} of {self.total}: {text}")
+            if sys.stdout.isatty() and is_main():
+                print()  # the live line stays
+            text = text.replace("{}", ", ".join(new))
+            warn(f"after iteration {self.steps} of {self.total}: {text}")
 
     # ---- files of the folder
 
@@ -2660,22 +2650,12 @@ class Run:
     def picture(self, name, picture):
         """pictures/NAME.png: a PIL picture."""
         path = self.folder / "pictures" / f"{name}.png"
-        try:
-            path.parent.mkdir(exist_ok=True)
-            picture.save(path)
-        except OSError as error:
-            raise UserError(f"{path}: cannot be written ({error}); the last checkpoint is "
-                            "intact") from None
+        write_file(path, partial(picture.save, format="PNG"))
 
     def write_json(self, name, record):
         """Write a dict to a JSON file of the folder."""
-        path = self.folder / name
         text = json.dumps(strict(record), indent=1)
-        try:
-            write_atomically(path, lambda file: file.write(text.encode()))
-        except OSError as error:
-            raise UserError(f"{path}: cannot be written ({error}); free some space, then the same "
-                            "command goes on") from None
+        write_file(self.folder / name, lambda file: file.write(text.encode()))
 
     def finish(self, networks, paper=None, tables=None, **extra):
         """Write result.json and print the report.
