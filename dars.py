@@ -356,7 +356,7 @@ def make_pseudo_labels(folder, teacher, data, unlabeled, labels, alpha, number, 
     absent = [data.names[j] for j in range(classes) if counts[j] == 0]
     if absent:
         common.warn(f"round {number}: no pseudo-label has {', '.join(absent)}")
-    common.say(f"round {number}: D_KL {report['d_kl']:.4f}, with ST {expected['st']['d_kl']:.4f}")
+    common.say(f"round {number}: D_KL {report['d_kl']:.4f} (ST: {expected['st']['d_kl']:.4f})")
     common.barrier()
 
 
