@@ -32,6 +32,7 @@ import math
 import shutil
 import zipfile
 from fractions import Fraction
+from functools import partial
 
 import numpy as np
 import torch
@@ -369,12 +370,8 @@ def summarize(counts, labels, pixels):
 
 def write_draft(folder, id, label, code):
     """Predicted class (H, W) uint8 and code (H, W) int16 to disk. A UserError on a full disk."""
-    path = folder / f"{id}.npz"
-    try:
-        common.write_atomically(path, lambda file: np.savez(file, label=label, code=code))
-    except OSError as error:
-        raise common.UserError(f"{path}: cannot be written ({error}); free some space, then the "
-                               "same command goes on") from None
+    write = partial(np.savez, label=label, code=code)
+    common.write_file(folder / f"{id}.npz", write)
 
 
 def read_draft(folder, id):
