@@ -28,7 +28,6 @@ import argparse
 import math
 from functools import partial
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -37,7 +36,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as V
 
 import common
-from common import IGNORE, all_reduce, check_range, need, rng, to_float, world_size
+from common import IGNORE, all_reduce, autocast, check_range, need, rank, rng, to_float, world_size
 
 # ---- arguments -----------------------------------------------------------------------------------
 
@@ -57,7 +56,7 @@ PAPER["voc"] = PAPER["vocaug"]
 # Open: where the 500 and 1000 labels of Table 4 come from; all 10,582, CCT's are of 1464   --split
 for count in ("500", "1000", "1464"):  # Tables 1 to 4
     PAPER[f"vocaug/{count}"] = PAPER["vocaug"] | dict(labels=count, backbone="resnet50")
-# Open: random pairs have no classifier on Cityscapes (Sect. 4.4); on VOC they do   --classifier
+# Open: L_cla with random pairs; yes on VOC (Table 2), no on Cityscapes (Sect. 4.4)   --classifier
 # Open: the size of Cityscapes' pictures; the full one, since half of it is below 513   --size
 PAPER["cityscapes"] = PAPER["vocaug"] | dict(
     size=(1024, 2048), crop=(513, 513), batch_size=8,
@@ -80,39 +79,36 @@ PAPER["folder-cpu"] = PAPER["camvid-cpu"] | dict(labels="1/1", size=(256,), crop
 PAPER["folder-gpu"] = PAPER["camvid-gpu"] | dict(
     labels="1/1", size=(640,), crop=(321, 321), scale=(0.5, 1.5), iterations=10_000)
 
-# The paper's mIoU: a setting, one more argument, and the mIoU for each value of this argument.
-VOC50 = dict(dataset="vocaug", backbone="resnet50")
-VOC101 = dict(dataset="vocaug", backbone="resnet101")
-CITY101 = dict(dataset="cityscapes", backbone="resnet101")
-CONTEXT101 = dict(dataset="context", backbone="resnet101")
-VOC1464 = VOC50 | dict(labels=1464)
-LARGE = VOC101 | dict(crop=[512, 512])
+# The paper's mIoU: dataset, backbone, a setting, one more argument, and the mIoU for its values.
+VOC_TRAIN = dict(labels=1464)
+LARGE = dict(crop=[512, 512])
 LARGE_MS = LARGE | dict(scales=[0.5, 0.75, 1.0, 1.25, 1.5, 1.75], flip=True)
 TABLE_1 = {0.1: 67.9, 0.2: 69.5, 0.3: 70.7, 0.4: 71.4, 0.5: 73.7}
 TABLE_6 = {0.1: 64.3, 0.2: 64.0, 0.3: 65.8, 0.4: 65.5, 0.5: 65.7}
 TABLE_8 = {0.1: 37.6, 0.2: 39.4, 0.3: 39.8, 0.4: 40.3, 0.5: 40.1}
 PAPER_MIOU = [
-    (VOC1464, "lambda_cap", TABLE_1),
-    (VOC1464, "pairs", {"random": 71.9}),  # Table 2
-    (VOC1464, "mitrans", {False: 72.7}),  # Table 2
-    (VOC1464, "decoupling", {"hard": 71.4}),  # Table 2
-    (VOC50, "labels", {500: 65.4, 1000: 68.1}),  # Table 4
-    (VOC101, "labels", {1323: 73.4, 2646: 75.5, 5291: 76.5}),  # Table 5
-    (CITY101 | dict(labels=372), "lambda_cap", TABLE_6),
-    (CITY101, "labels", {100: 56.9, 744: 67.5, 1488: 69.8}),  # Table 7
-    (CONTEXT101 | dict(labels=625), "lambda_cap", TABLE_8),  # 1/8 of 4998 pictures
-    (CONTEXT101 | dict(labels=624), "lambda_cap", TABLE_8),  # 1/8 of the public lists' 4996
-    (CONTEXT101, "labels", {1250: 41.7, 1249: 41.7}),  # Table 9
-    (LARGE, "labels", {1323: 75.2, 2646: 76.5, 5291: 77.1}),  # Table 10
-    (LARGE_MS, "labels", {1323: 76.4, 2646: 77.8, 5291: 78.2}),  # Table 10
+    ("vocaug", "resnet50", VOC_TRAIN, "lambda_cap", TABLE_1),
+    ("vocaug", "resnet50", VOC_TRAIN, "pairs", {"random": 71.9}),  # Table 2
+    ("vocaug", "resnet50", VOC_TRAIN, "mitrans", {False: 72.7}),  # Table 2
+    ("vocaug", "resnet50", VOC_TRAIN, "decoupling", {"hard": 71.4}),  # Table 2
+    ("vocaug", "resnet50", {}, "labels", {500: 65.4, 1000: 68.1}),  # Table 4
+    ("vocaug", "resnet101", {}, "labels", {1323: 73.4, 2646: 75.5, 5291: 76.5}),  # Table 5
+    ("cityscapes", "resnet101", dict(labels=372), "lambda_cap", TABLE_6),
+    ("cityscapes", "resnet101", {}, "labels", {100: 56.9, 744: 67.5, 1488: 69.8}),  # Table 7
+    ("context", "resnet101", dict(labels=625), "lambda_cap", TABLE_8),  # 1/8 of 4998 pictures
+    ("context", "resnet101", dict(labels=624), "lambda_cap", TABLE_8),  # 1/8 of the lists' 4996
+    ("context", "resnet101", {}, "labels", {1250: 41.7, 1249: 41.7}),  # Table 9
+    ("vocaug", "resnet101", LARGE, "labels", {1323: 75.2, 2646: 76.5, 5291: 77.1}),  # Table 10
+    ("vocaug", "resnet101", LARGE_MS, "labels", {1323: 76.4, 2646: 77.8, 5291: 78.2}),  # Table 10
 ]
 
 
 def paper_miou(args):
     """The mIoU that the paper reports for these arguments; None if it reports none."""
-    for setting, name, values in PAPER_MIOU:
-        same = all(getattr(args, key) == value for key, value in setting.items())
-        known = set(args.changed) <= {*setting, name, "split"}
+    for dataset, backbone, setting, name, values in PAPER_MIOU:
+        wanted = setting | {"dataset": dataset, "backbone": backbone}
+        same = all(getattr(args, key) == value for key, value in wanted.items())
+        known = set(args.changed) <= {*wanted, name, "split"}
         if same and known and getattr(args, name) in values:
             return values[getattr(args, name)]
     return None
@@ -137,13 +133,13 @@ def get_parser():
         help="pseudo-mask: M_mix - lambda M_l, or M_mix - M_l (Eqs. 8, 7; Table 2; default: soft)")
     add("--labeled-decoupling", choices=["soft", "hard"], help="the same in L_dec (Eq. 12: hard)")
     add("--masks", choices=["softmax", "logits", "probabilities"], default="softmax",
-        help="decouple logits and compare their softmax (default); or decouple and compare these")
+        help="softmax (default): decouple logits, compare their softmax; else both of the same")
     add("--stop-gradient", **switch,
-        help="no gradient into the pseudo-mask of L_usup, and in L_dec into M_mix alone")
+        help="the pseudo-mask of L_usup is constant, and so are M_l and the other mask of L_dec")
     add("--omega", **number, help="weight of L_usup after its ramp-up (Eq. 9)")
     add("--dec-weight", **number, default=1.0, help="weight of L_dec (Eq. 11; default: 1)")
     add("--warmup", **number, help="share of the iterations with L_ce and L_cla alone (Sect. 3.2)")
-    add("--ramp", **number, default=0.1, help="share in which omega rises then (default: 0.1)")
+    add("--ramp", **number, default=0.1, help="share in which omega then rises (default: 0.1)")
     add("--rotation", **number, help="rotate pictures by up to X degrees (Sect. 4.1)")
     common.add_arguments(parser, ["guidedmix"])
     return parser
@@ -158,11 +154,13 @@ def rotate(image, label, top, left, crop, generator, degrees):
     # Open: "slight rotation" (Sect. 4.1); by up to 10 degrees about the center   --rotation
     angle = generator.uniform(-degrees, degrees)
     h, w = crop
-    margin = math.ceil((math.hypot(h, w) - min(h, w)) / 2)  # the window holds the crop at any angle
+    diagonal = math.hypot(h, w)
+    margin = math.ceil((diagonal - min(h, w)) / 2)  # the window holds the crop at any angle
     window = top - margin, left - margin, h + 2 * margin, w + 2 * margin
     maps = V.crop(torch.stack([label, torch.ones_like(label)]), *window)  # label, valid
     color = torch.tensor(common.MEAN_COLOR, dtype=torch.uint8)
-    image = V.crop(image, *window).where(maps[1] > 0, color[:, None, None])
+    image = V.crop(image, *window)
+    image = image.where(maps[1] > 0, color[:, None, None])
     image = V.rotate(image, angle, InterpolationMode.BILINEAR, fill=color.tolist())
     maps = V.rotate(maps, angle, InterpolationMode.NEAREST)
     label, valid = V.center_crop(maps, [h, w])
@@ -170,21 +168,22 @@ def rotate(image, label, top, left, crop, generator, degrees):
 
 
 def sample_lambda(alpha, cap, generator):
-    """lambda ~ Beta(alpha, alpha), then min(lambda, 1 - lambda): the labeled picture's part."""
+    """lambda ~ Beta(alpha, alpha), then lambda <- min(lambda, 1 - lambda), below the cap."""
     # Open: alpha, and how to stay below the cap; Beta(1, 1), drawn again, once a batch   --alpha
     for _ in range(100):
         draws = generator.beta(alpha, alpha, 1000)
-        draws = np.minimum(draws, 1 - draws)
-        if (draws < cap).any():
-            return float(draws[draws < cap][0])
+        below = draws[(draws < cap) | (1 - draws < cap)]
+        if len(below):
+            lam = float(below[0])
+            return min(lam, 1 - lam)
     raise common.UserError(f"--alpha {alpha} --lambda-cap {cap}: none of 100,000 draws was below "
                            "the cap; use a smaller --alpha or a larger --lambda-cap")
 
 
 def describe(v, distance="pooled"):
     """What pictures are compared by: Gamma_enc (B, C, h, w) -> (B, C), or (B, C h w)."""
-    # Open: Eq. 3 sums over positions, Sect. 3.1.1 compares "pooled features"; the means over all
-    # positions, after the PSP module, without gradient   --distance
+    # Open: Eq. 3 sums over positions, Sect. 3.1.1 compares "pooled features"; we compare the means
+    # over all positions, after the PSP module, without gradient   --distance
     v = v.detach().float()
     return v.flatten(1) if distance == "places" else v.mean((2, 3))
 
@@ -195,26 +194,24 @@ def distances(features, guides):
     return torch.cdist(features, guides, compute_mode=exact)  # Eq. 3
 
 
-def pair(args, positions, v, guides, labeled):
+def pair(args, positions, features, guides, labeled):
     """The guide of each picture, as an index of guides: (B,). positions: of the pictures in their
-    stream; v: their features (B, C, h, w); labeled: they are guides, and take another one."""
+    stream; features: of describe(); labeled: they are guides, and take another one."""
     # Open: Sect. 3.1.1 looks for a labeled picture for each unlabeled one, Sect. 4.3.1 the reverse;
     # we do the former, among those of all processes, and one may serve several pictures   --pairs
-    first = common.rank() * len(positions)  # where labeled pictures of this process begin
+    first = rank() * len(positions)  # where labeled pictures of this process begin
     if args.pairs == "similar":
-        distance = distances(describe(v, args.distance), guides["features"])
+        distance = distances(features, guides["features"])
         if labeled:
             distance[:, first : first + len(distance)].fill_diagonal_(math.inf)
         return distance.argmin(1)
     count = len(guides["image"])
-    partners = []
-    for i, position in enumerate(positions, first):
-        if labeled:
-            shift = rng(args.seed, "pair labeled", position).randint(1, count)
-            partners.append((i + shift) % count)
-        else:
-            partners.append(rng(args.seed, "pair", position).randint(count))
-    return torch.tensor(partners).to(v.device, non_blocking=True)
+    if labeled:
+        shifts = [rng(args.seed, "pair labeled", place).randint(1, count) for place in positions]
+        partners = [(i + shift) % count for i, shift in enumerate(shifts, first)]
+    else:
+        partners = [rng(args.seed, "pair", place).randint(count) for place in positions]
+    return torch.tensor(partners).to(features.device, non_blocking=True)
 
 
 class Gather(torch.autograd.Function):
@@ -230,12 +227,7 @@ class Gather(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         total = all_reduce(gradient.contiguous())
-        return total.chunk(world_size())[common.rank()]
-
-
-def gather(x):
-    """Gather, or x itself where there is one process."""
-    return x if world_size() == 1 else Gather.apply(x)
+        return total.chunk(world_size())[rank()]
 
 
 # ---- EMA -----------------------------------------------------------------------------------------
@@ -259,11 +251,10 @@ def blend(args, learner, guide, image, *key):
     x_mix = lam * to_float(guide) + (1 - lam) * to_float(image)  # Eq. 2
     # Open: batch norm of blends; their batch normalizes them, but the running statistics are those
     # of pictures alone, since blends have less contrast   --batch-norm
-    kinds = nn.BatchNorm2d, nn.SyncBatchNorm
-    norms = [module for module in learner.modules() if isinstance(module, kinds)]
+    norms = [module for module in learner.modules() if hasattr(module, "track_running_stats")]
     for norm in norms:
         norm.track_running_stats = False
-    with common.autocast(args, x_mix.device):
+    with autocast(args, x_mix.device):
         logits = learner(x_mix)
     for norm in norms:
         norm.track_running_stats = True
@@ -294,11 +285,12 @@ class NonLocal(nn.Module):
         B, C, h, w = v.shape
         # The library's attention never holds the hw x hw map, but wants values as wide as queries:
         # the halves of V are two heads, which share Q and K. (B, 2, hw, C/2) each
-        maps = self.query(v).flatten(2), self.key(v).flatten(2)  # (B, C/2, hw) each
-        query, key = [x.transpose(1, 2).contiguous()[:, None].expand(-1, 2, -1, -1) for x in maps]
+        maps = self.query(v), self.key(v)  # (B, C/2, h, w) each
+        maps = [x.flatten(2).transpose(1, 2).contiguous() for x in maps]  # (B, hw, C/2) each
+        query, key = [x[:, None].expand(-1, 2, -1, -1) for x in maps]
         value = self.value(v).view(B, 2, C // 2, h * w).transpose(2, 3).contiguous()
-        # Open: the text has a softmax "over the channel dimension"; as C(x) in Eq. 5, ours is over
-        # positions, of scores without a scale
+        # Open: the softmax "over the channel dimension"; ours is over positions m, as C(x) in Eq. 5
+        # is, and the scores have no scale
         context = F.scaled_dot_product_attention(query, key, value, scale=1.0)
         return v + context.transpose(2, 3).reshape(B, C, h, w)  # Eq. 5
 
@@ -339,7 +331,8 @@ class GuidedMixNet(common.SegmentationNetwork):
             backbone.maxpool = nn.MaxPool2d(3, 2, 1)  # stride 8, as in the others
         self.psp = common.PyramidPooling(backbone.channels, width, norm)
         # Open: where the skips come from; layer1 and the stem
-        layer1, stem = backbone.channels // 8, backbone.stem or 64
+        layer1 = backbone.channels // 8
+        stem = backbone.stem or 64
         self.step1 = MITrans(width, layer1, width // 2, norm, spec["mitrans"])
         self.step2 = MITrans(width // 2, stem, width // 4, norm, spec["mitrans"])
         self.last = nn.Conv2d(width // 4, spec["classes"], 1)
@@ -354,15 +347,15 @@ class GuidedMixNet(common.SegmentationNetwork):
         layer4 = net.layer4(net.layer3(net.layer2(layer1)))  # (B, 2048, H/8, W/8)
         v = self.psp(layer4)  # Gamma_enc (B, 512, H/8, W/8), which is v_j of Eq. 4
         present = self.presence(v.mean((2, 3))) if aux and self.presence else None
-        logits = self.last(self.step2(self.step1(v, layer1), stem))
+        features = self.step2(self.step1(v, layer1), stem)  # (B, 128, H/2, W/2)
+        logits = self.last(features)
         return (logits, v, present) if aux else logits
 
 
 def make_network(spec):
     """The network of a description, as common.make_network()."""
-    name = spec["network"]
-    message = f"this checkpoint's network is {name}; use the script that trained it"
-    need(name == "guidedmix", message)
+    need(spec["network"] == "guidedmix", "this checkpoint's network is "
+         f"{spec['network']}; use the script that trained it")
     caffe = common.STYLES[spec["style"]]["caffe"]
     backbone = common.make_backbone(spec["backbone"], spec["batch_norm"], caffe, spec["deep_stem"])
     return GuidedMixNet(backbone, spec)
@@ -386,7 +379,8 @@ def classifier_loss(logits, label, classes):
     # Open: the loss; binary cross-entropies of all classes but background   --classifier
     present = torch.zeros(len(label), 256, device=label.device)
     present.scatter_(1, label.flatten(1), 1.0)  # 1 for each class in the label
-    target = present[:, classes - logits.shape[1] : classes]
+    first = classes - logits.shape[1]  # 1 where the background is left out
+    target = present[:, first:classes]
     return F.binary_cross_entropy_with_logits(logits.float(), target)
 
 
@@ -399,30 +393,28 @@ def mask_error(M_dec, M, valid, masks="logits"):
         M = M.softmax(1)
     valid = at_size(valid, M.shape[2:])
     count = all_reduce(valid.sum())
-    total = ((M_dec - M).square() * valid[:, None]).sum()
+    squares = (M_dec - M).square()
+    total = (squares * valid[:, None]).sum()
     return total * world_size() / count.clamp(min=1)  # Eqs. 10, 12
 
 
 def at_size(x, size):
     """Labels (B, H, W) at another size, by the nearest pixel."""
-    return F.interpolate(x[:, None].float(), size, mode="nearest-exact")[:, 0].to(x.dtype)
+    resized = F.interpolate(x[:, None].float(), size, mode="nearest-exact")
+    return resized[:, 0].to(x.dtype)
 
 
-def decoupling_loss(args, learner, labeled, M_l, v_l, guides, iteration):
+def decoupling_loss(args, learner, labeled, M_l, features, guides, iteration):
     """L_dec = 1 / (H W) sum sum (M_dec - M^_l)^2, with M_dec = M_mix - M_l, of a labeled batch with
-    masks M_l and features v_l. x^_l, M^_l: other labeled pictures, and their masks."""
-    partner = pair(args, labeled["position"], v_l, guides, labeled=True)  # Eq. 3
-    pictures = labeled["image"], guides["image"][partner]  # x_l, x^_l
-    lam, _, M_mix = blend(args, learner, *pictures, "lambda labeled", iteration)  # Eqs. 2, 6
+    masks M_l and features. x^_l, M^_l: other labeled pictures, and their masks."""
+    partner = pair(args, labeled["position"], features, guides, labeled=True)  # Eq. 3
+    other = guides["image"][partner]  # x^_l
+    lam, _, M_mix = blend(  # Eqs. 2, 6
+        args, learner, labeled["image"], other, "lambda labeled", iteration)
     # Open: Eq. 12 is hard, Eq. 8 soft; so are ours, but on streets both soft   --labeled-decoupling
     M_dec = decouple(M_mix, M_l, lam, args.labeled_decoupling)
     valid = guides["valid"][partner]
     return mask_error(M_dec, guides["mask"][partner], valid, args.masks)  # Eq. 12
-
-
-def ramp_up(t):
-    """exp(-5 (1 - t)^2), from 0.007 at t = 0 to 1 at t = 1 and after (reference 44)."""
-    return math.exp(-5 * (1 - min(t, 1.0)) ** 2)
 
 
 # ---- training ------------------------------------------------------------------------------------
@@ -442,7 +434,7 @@ def train_supervised(args, run, learner, keep, stream, begin, stop):
         # 2 pseudo-labels: none
         # 3 losses
         # Open: the losses of the baseline; L_ce alone, without the classifier   --supervised
-        with common.autocast(args, run.device):
+        with autocast(args, run.device):
             logits, v, present = learner(to_float(labeled["image"]), aux=True)
         losses = {"loss_labeled": cross_entropy(logits, label)}  # Eq. 1
         if student.presence:
@@ -476,53 +468,52 @@ def train(args, run, learner, keep, streams, warmup, begin):
     stop = args.iterations
     batches = [common.batches(stream, args, run.device, begin, stop) for stream in streams]
     for iteration, (labeled, unlabeled) in enumerate(zip(*batches), begin):
-        # 1 batch: labeled and unlabeled pictures, in one pass; blends are passed later
+        # 1 batch: labeled and unlabeled pictures in one pass (blends need its results, and follow)
         image = labeled["image"]  # x_l (B, 3, H, W)
         B = len(image)
         if args.omega:
             image = torch.cat([image, unlabeled["image"]])  # x_l, x_u (2B, 3, H, W)
-        with common.autocast(args, run.device):
+        with autocast(args, run.device):
             logits, v, present = learner(to_float(image), aux=True)
         M_l, M_u = to_mask(logits, args.masks).tensor_split([B])  # (B, K, h, w) each
         if args.stop_gradient:
             M_l = M_l.detach()
-        v_l, v_u = v.tensor_split([B])  # (B, C, h', w') each
-        guides = {
-            "image": gather(labeled["image"]),  # x_l of all processes (n, 3, H, W)
-            "mask": gather(M_l),  # (n, K, h, w)
-            "valid": gather(labeled["valid"]),  # (n, H, W)
-            "features": gather(describe(v_l, args.distance)),  # (n, C)
-        }
+        features_l, features_u = describe(v, args.distance).tensor_split([B])  # (B, C) each
+        guides = {"image": labeled["image"], "valid": labeled["valid"]}
+        guides |= {"mask": M_l, "features": features_l}
+        if world_size() > 1:  # the n labeled pictures of all processes
+            guides = {name: Gather.apply(x) for name, x in guides.items()}
 
         # 2 pseudo-labels: M_u-dec, decoupled from blends of x_u with its guides
         pseudo_labels = {}
         if args.omega:
-            partner = pair(args, unlabeled["position"], v_u, guides, labeled=False)  # Eq. 3
-            pictures = guides["image"][partner], unlabeled["image"]  # x_l, x_u
-            # Open: whether gradient flows into the pseudo-mask; no, it is a target. But networks
-            # from scratch gained nothing from fixed targets on streets   --stop-gradient
+            partner = pair(args, unlabeled["position"], features_u, guides, labeled=False)  # Eq. 3
+            guide = guides["image"][partner]  # x_l of each x_u
+            # Open: whether gradient flows into the pseudo-mask; no, it is a target (yes on streets,
+            # where a network from scratch gained nothing from fixed targets)   --stop-gradient
             with torch.set_grad_enabled(not args.stop_gradient):  # Eqs. 2, 6
-                lam, x_mix, M_mix = blend(args, learner, *pictures, "lambda", iteration)
+                lam, x_mix, M_mix = blend(
+                    args, learner, guide, unlabeled["image"], "lambda", iteration)
             M_u_dec = decouple(M_mix, guides["mask"][partner], lam, args.decoupling)  # Eqs. 7, 8
             pseudo_labels["pseudo_miou"] = M_u_dec.max(1).indices
             pseudo_labels["direct_miou"] = M_u.max(1).indices
 
         # 3 losses
         label = labeled["label"]
-        losses = {"loss_labeled": cross_entropy(logits[:B], label)}  # Eq. 1
+        loss_labeled = cross_entropy(logits[:B], label)  # Eq. 1
+        loss_cla = loss_dec = loss_usup = 0  # where a flag leaves them out
         if args.classifier:
-            losses["loss_cla"] = classifier_loss(present[:B], label, logits.shape[1])
+            loss_cla = classifier_loss(present[:B], label, logits.shape[1])
         if args.dec_weight:
-            losses["loss_dec"] = decoupling_loss(
-                args, learner, labeled, M_l, v_l, guides, iteration)  # Eq. 12
+            loss_dec = decoupling_loss(args, learner, labeled, M_l, features_l, guides, iteration)
         if args.omega:
-            losses["loss_usup"] = mask_error(M_u_dec, M_u, unlabeled["valid"], args.masks)  # Eq. 10
+            loss_usup = mask_error(M_u_dec, M_u, unlabeled["valid"], args.masks)  # Eq. 10
         # Open: w and the ramp-up of omega = w exp(-5 (1 - t)^2); 1.5 (Context: 0.5) and 10 % of the
         # iterations. CCT has w = 30, of a mean over classes; Eq. 10 is a sum   --omega, --ramp
-        omega = args.omega * ramp_up((iteration - warmup) / max(1, args.ramp * args.iterations))
-        loss_sup = losses["loss_labeled"] + args.dec_weight * losses.get("loss_dec", 0)
-        loss_sup = loss_sup + losses.get("loss_cla", 0)  # Eq. 11
-        loss = loss_sup + omega * losses.get("loss_usup", 0)  # Eq. 9
+        t = min(1, (iteration - warmup) / max(1, args.ramp * args.iterations))
+        omega = args.omega * math.exp(-5 * (1 - t) ** 2)
+        loss_sup = loss_labeled + args.dec_weight * loss_dec + loss_cla  # Eq. 11
+        loss = loss_sup + omega * loss_usup  # Eq. 9
 
         # 4 backward
         optimizer.zero_grad()
@@ -535,9 +526,14 @@ def train(args, run, learner, keep, streams, warmup, begin):
 
         # 5 EMA: none
         # 6 log, evaluate, save
+        losses = {"loss_labeled": loss_labeled, "loss_cla": loss_cla}
+        losses |= {"loss_dec": loss_dec, "loss_usup": loss_usup}
+        losses = {name: term for name, term in losses.items() if torch.is_tensor(term)}
         truth = at_size(unlabeled["truth"], M_l.shape[2:])  # for the log alone
-        numbers = {"omega": omega, "lambda": lam} if args.omega else {}
-        run.step(iteration, losses, pseudo_labels, truth, lr=lr, **numbers)
+        numbers = {"lr": lr}
+        if args.omega:
+            numbers |= {"omega": omega, "lambda": lam}
+        run.step(iteration, losses, pseudo_labels, truth, **numbers)
         if run.due():
             run.evaluate({"student": student})
             if args.omega:
@@ -586,9 +582,8 @@ def check(args, labeled):
     check_range(args, 0, 1, "warmup", "ramp")
     check_range(args, 0, 180, "rotation")
     sample_lambda(args.alpha, args.lambda_cap, rng(args.seed, "check"))
-    plain = args.head == "plain" and args.aspp_branches == 4
-    need(plain, f"--head {args.head} --aspp-branches {args.aspp_branches}: are for DeepLab, and "
-         "this paper has another network; leave them out")
+    need(args.head == "plain" and args.aspp_branches == 4, f"--head {args.head} --aspp-branches "
+         f"{args.aspp_branches}: are for DeepLab, not for this paper's network; leave them out")
     if args.supervised:
         return
     warmup = round(args.warmup * args.iterations)
@@ -621,9 +616,9 @@ def main():
     present = 0  # outputs of the classifier
     if args.classifier and not args.supervised:
         present = len(data.names) - (data.names[0] == "background")
-    more = dict(make=make_network, mitrans=args.mitrans, present=present)
-    student = common.build_network(args, data, device, **more)
-    learner = common.parallel(student, device)
+    student = common.build_network(
+        args, data, device, make=make_network, mitrans=args.mitrans, present=present)
+    learner = common.parallel(student, device)  # averages gradients over processes
     optimizer = common.make_optimizer(args, args.lr, student.parameters())
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
     method = "guidedmix-supervised" if args.supervised else "guidedmix"
@@ -631,13 +626,14 @@ def main():
     run = common.Run(method, args, data, labeled, unlabeled, device, stages, "student")
     keep = {"student": student, "optimizer": optimizer, "scaler": scaler}
     begin = run.restore(keep)
-    # Open: how long labels come "first" (Sect. 3.2); 5 % of the steps, on streets 20 %   --warmup
+    # Open: the length of the training on labels alone (Sect. 3.2); 5 %, on streets 20 %   --warmup
     warmup = args.iterations if args.supervised else round(args.warmup * args.iterations)
     if begin < warmup:
         train_supervised(args, run, learner, keep, streams[0], begin, stop=warmup)
     if not args.supervised:
         train(args, run, learner, keep, streams, warmup, max(begin, warmup))
-    run.finish({"student": student}, None if args.supervised else paper_miou(args))
+    paper = None if args.supervised else paper_miou(args)
+    run.finish({"student": student}, paper)
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ def labels(*shape, classes=K, unknown=0.2):
     return torch.where(torch.rand(shape) < unknown, 255, torch.randint(classes, shape))
 
 
-# ---- Eqs. 1, 9 -----------------------------------------------------------------------------------
+# ---- Eq. 1 ---------------------------------------------------------------------------------------
 
 
 def test_eq_1():
@@ -53,13 +53,6 @@ def test_eq_1():
     expected = sum(terms) / len(terms)
     assert float(guidedmix.cross_entropy(logits, label)) == pytest.approx(expected, rel=1e-5)
     assert float(guidedmix.cross_entropy(logits, torch.full_like(label, 255))) == 0
-
-
-def test_omega_rises_as_exp_minus_5_times_1_minus_t_squared():
-    for t in (0, 0.2, 0.5, 0.99):
-        assert guidedmix.ramp_up(t) == pytest.approx(math.exp(-5 * (1 - t) ** 2))
-    assert guidedmix.ramp_up(0) == pytest.approx(0.0067, abs=1e-4)
-    assert guidedmix.ramp_up(1) == guidedmix.ramp_up(7.5) == 1
 
 
 # ---- Eqs. 2, 6: blends ---------------------------------------------------------------------------
@@ -157,12 +150,13 @@ def test_distances_of_features_that_are_almost_alike_are_not_lost_in_rounding():
     assert guidedmix.distances(a, b)[0].tolist() == pytest.approx(expected, abs=2e-3)
 
 
-def pairs(v, guides, labeled=False, kind="similar", seed=0):
-    """The guide of each of the values v among these values, as features of one channel."""
-    args = SimpleNamespace(pairs=kind, distance="pooled", seed=seed)
-    v, guides = torch.tensor(v).view(-1, 1, 1, 1), torch.tensor(guides).view(-1, 1, 1, 1)
-    guides = {"image": guides, "features": guidedmix.describe(guides)}
-    return guidedmix.pair(args, list(range(len(v))), v, guides, labeled).tolist()
+def pairs(features, guides, labeled=False, kind="similar", seed=0):
+    """The guide of each of the features among the guides, with one channel."""
+    args = SimpleNamespace(pairs=kind, seed=seed)
+    features, guides = torch.tensor(features)[:, None], torch.tensor(guides)[:, None]
+    guides = {"image": guides, "features": guides}
+    positions = list(range(len(features)))
+    return guidedmix.pair(args, positions, features, guides, labeled).tolist()
 
 
 def test_the_most_similar_picture_is_chosen_and_may_serve_several():
@@ -173,13 +167,13 @@ def test_the_partner_of_a_labeled_picture_is_another_one(monkeypatch):
     v = [0.0, 10.0, 4.0, 11.0]
     assert pairs(v, v, labeled=True) == [2, 3, 0, 1]
     assert pairs([0.0, 0.0], [0.0, 0.0], labeled=True) == [1, 0]  # the same picture twice
-    monkeypatch.setattr(common, "rank", lambda: 1)
+    monkeypatch.setattr(guidedmix, "rank", lambda: 1)
     assert pairs(v[2:], v, labeled=True) == [0, 1]
 
 
 def test_random_pairs_take_all_pictures_and_never_the_picture_itself(monkeypatch):
     v = [0.0, 10.0, 4.0, 11.0]
-    monkeypatch.setattr(common, "rank", lambda: 1)
+    monkeypatch.setattr(guidedmix, "rank", lambda: 1)
     unlabeled = [pairs(v[2:], v, kind="random", seed=seed) for seed in range(40)]
     labeled = [pairs(v[2:], v, True, "random", seed) for seed in range(40)]
     for i in range(2):

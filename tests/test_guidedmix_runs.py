@@ -294,10 +294,9 @@ def losses_by_hand(args, network, labeled, unlabeled):
 
 
 @pytest.mark.parametrize("flags", SETTINGS)
-def test_the_first_step_by_hand(main, tmp_path, monkeypatch, flags):
-    """Losses, and the weights after a step of SGD; the ramp-up of omega is at .25."""
-    monkeypatch.setattr(guidedmix, "ramp_up", lambda t: 0.25)
-    argv = [*SHORT, *"--iterations 1 --ramp 0 --batch-size 3 --optimizer sgd --lr .05".split()]
+def test_the_first_step_by_hand(main, tmp_path, flags):
+    """Losses, and the weights after a step of SGD; the ramp-up of omega is at exp(-5)."""
+    argv = [*SHORT, *"--iterations 1 --batch-size 3 --optimizer sgd --lr .05 --omega 60".split()]
     argv += flags.split()
     main(*argv, "--out", "run")
     folder = tmp_path / "run"
@@ -320,7 +319,7 @@ def test_the_first_step_by_hand(main, tmp_path, monkeypatch, flags):
     for name, value in found.items():
         assert value == pytest.approx(expected[name].item(), rel=1e-4), name
 
-    weight = {"loss_dec": args.dec_weight, "loss_usup": args.omega * 0.25}
+    weight = {"loss_dec": args.dec_weight, "loss_usup": args.omega * math.exp(-5)}
     sum(weight.get(name, 1) * value for name, value in expected.items()).backward()
     for name, p in network.named_parameters():
         after = weights[name] - 0.05 * (p.grad + args.weight_decay * weights[name])
