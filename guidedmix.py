@@ -133,13 +133,14 @@ def get_parser():
         help="pseudo-mask: M_mix - lambda M_l, or M_mix - M_l (Eqs. 8, 7; Table 2; default: soft)")
     add("--labeled-decoupling", choices=["soft", "hard"], help="the same in L_dec (Eq. 12: hard)")
     add("--masks", choices=["softmax", "logits", "probabilities"], default="softmax",
-        help="softmax (default): decouple logits, compare their softmax; else both of the same")
+        help="softmax: decouple logits, compare their softmax (default); logits, probabilities: "
+        "decouple and compare these")
     add("--stop-gradient", **switch,
-        help="the pseudo-mask of L_usup is constant, and so are M_l and the other mask of L_dec")
+        help="no gradient into the pseudo-mask of L_usup, nor into M_l and M^_l of L_dec")
     add("--omega", **number, help="weight of L_usup after its ramp-up (Eq. 9)")
     add("--dec-weight", **number, default=1.0, help="weight of L_dec (Eq. 11; default: 1)")
     add("--warmup", **number, help="share of the iterations with L_ce and L_cla alone (Sect. 3.2)")
-    add("--ramp", **number, default=0.1, help="share in which omega then rises (default: 0.1)")
+    add("--ramp", **number, default=0.1, help="share of them in which omega rises (default: 0.1)")
     add("--rotation", **number, help="rotate pictures by up to X degrees (Sect. 4.1)")
     common.add_arguments(parser, ["guidedmix"])
     return parser
@@ -169,7 +170,7 @@ def rotate(image, label, top, left, crop, generator, degrees):
 
 def sample_lambda(alpha, cap, generator):
     """lambda ~ Beta(alpha, alpha), then lambda <- min(lambda, 1 - lambda), below the cap."""
-    # Open: alpha, and how to stay below the cap; Beta(1, 1), drawn again, once a batch   --alpha
+    # Open: alpha, and how to stay below the cap; 1, and new draws; one lambda a batch   --alpha
     for _ in range(100):
         draws = generator.beta(alpha, alpha, 1000)
         below = draws[(draws < cap) | (1 - draws < cap)]
@@ -624,7 +625,7 @@ def main():
     method = "guidedmix-supervised" if args.supervised else "guidedmix"
     stages = {1: args.iterations}
     run = common.Run(method, args, data, labeled, unlabeled, device, stages, "student")
-    keep = {"student": student, "optimizer": optimizer, "scaler": scaler}
+    keep = {"student": student, "optimizer": optimizer, "scaler": scaler}  # in this order
     begin = run.restore(keep)
     # Open: the length of the training on labels alone (Sect. 3.2); 5 %, on streets 20 %   --warmup
     warmup = args.iterations if args.supervised else round(args.warmup * args.iterations)
