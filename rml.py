@@ -34,48 +34,44 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.models.vision_transformer import EncoderBlock
 from torchvision.ops import StochasticDepth
 from torchvision.transforms.v2 import functional as V
 
 import common
-from common import IGNORE
 
 # ---- arguments -----------------------------------------------------------------------------------
 
 # The arguments by dataset: data, network, optimizer, method, run. Cityscapes has the paper's values
-# (Sect. 5.2), else those of French et al. and ProDA, from which it takes splits and rectification.
+# (Sect. 5.2). Where the paper has none, they come from French et al., from ProDA, or from us.
 PAPER = {}
 PAPER["cityscapes"] = dict(
-    # Open: "batch size 4"; 4 labeled and 4 unlabeled pictures   --batch-size
+    # Open: what "batch size 4" counts; we take 4 labeled and 4 unlabeled pictures   --batch-size
     labels="372", size=(512, 1024), crop=(256, 512), scale=(1.0, 1.0), batch_size=4, workers=4,
-    # Open: batch norm; frozen as loaded, as French et al. (heads are trained)   --batch-norm
-    network="deeplabv2", backbone="resnet101", weights="imagenet", batch_norm="frozen",
-    head="bottleneck", optimizer="sgd", lr=1e-4, weight_decay=2e-4, setr_lr=1.0,
+    network="deeplabv2", backbone="resnet101", weights="imagenet", head="bottleneck",
+    # Open: batch norm; we freeze it as loaded, like French et al. (new heads train)   --batch-norm
+    batch_norm="frozen",
+    optimizer="sgd", lr=1e-4, weight_decay=2e-4, setr_lr=1.0,
     stage0_iterations=40_000, stage0_lr=2.5e-4, stage0_head_lr=10.0,
     iterations=90_000, ema_decay=0.999, dropout=0.5, drop_path=0.2,
     prototype_decay=0.9999, prototype_min_cells=10,
-    log_every=50, eval_every=5000, save_every=1000,
-)
-# A small network from scratch on a CPU: faster averages, and less noise, for it has few weights.
+    log_every=50, eval_every=5000, save_every=1000)
+# A small network that learns from scratch on a CPU. It has few weights, so it gets less noise.
 PAPER["streets"] = PAPER["cityscapes"] | dict(
     labels="8", size=(64, 128), crop=(64, 128), workers=0,
-    backbone="tiny", weights="none", optimizer="adamw", lr=3e-3, weight_decay=1e-2, setr_lr=0.3,
+    backbone="tiny", weights="none",
+    optimizer="adamw", lr=3e-3, weight_decay=1e-2, setr_lr=0.3,
     stage0_iterations=400, stage0_lr=3e-3, stage0_head_lr=1.0,
     iterations=900, ema_decay=0.99, dropout=0.1, drop_path=0.05,
-    prototype_decay=0.999, prototype_min_cells=1, eval_every=300, save_every=100,
-)
+    prototype_decay=0.999, prototype_min_cells=1, eval_every=300, save_every=100)
 PAPER["camvid-cpu"] = PAPER["streets"] | dict(
     labels="1/8", size=(180, 240), crop=(96, 128),
-    lr=2e-3, stage0_iterations=2000, iterations=2000, eval_every=500,
-)
+    lr=2e-3, stage0_iterations=2000, iterations=2000, eval_every=500)
 PAPER["camvid-gpu"] = PAPER["cityscapes"] | dict(
     labels="1/8", size=(360, 480), crop=(256, 352),
-    stage0_iterations=10_000, iterations=20_000, eval_every=2000,
-)
-# Your own pictures: shrunk to --size, square crops; all of images/ is labeled.
+    stage0_iterations=10_000, iterations=20_000, eval_every=2000)
+# Your own pictures: the longer side is at most --size, and all of images/ is labeled.
 PAPER["folder-cpu"] = PAPER["camvid-cpu"] | dict(
     labels="1/1", size=(256,), crop=(128, 128), scale=(0.75, 1.5))
 PAPER["folder-gpu"] = PAPER["camvid-gpu"] | dict(
@@ -83,10 +79,9 @@ PAPER["folder-gpu"] = PAPER["camvid-gpu"] | dict(
     stage0_iterations=5000, iterations=10_000)
 PAPER["vocaug"] = PAPER["cityscapes"] | dict(
     labels="1/8", size=None, crop=(321, 321), scale=(0.5, 1.5), batch_size=10, iterations=60_000)
-# Open: where VOC's labels come from; vocaug: all 10,582 pictures, as the splits that Sect. 5.1
-#   names; voc: the 1,464 standard ones, as its text   --dataset --split
+# Open: from which pictures VOC's labels are drawn; the text says the 1,464 standard ones (voc), the
+#   splits that it names are of all 10,582 (vocaug)   --dataset --split
 PAPER["voc"] = PAPER["vocaug"] | dict(labels="1323", extra="all")
-
 # The paper's mIoU (Tables 1, 2, 3) by --supervised, data and weights, then labels.
 PAPER_MIOU = {
     (True, "cityscapes", "imagenet"): {100: 45.40, 372: 56.08, 744: 60.91, 2975: 67.14},
@@ -95,19 +90,21 @@ PAPER_MIOU = {
     (False, "voc", "imagenet"): {106: 53.77, 212: 64.63, 529: 68.82, 1323: 70.34},
     (False, "voc", "coco"): {106: 63.60, 212: 68.66, 529: 71.19, 1323: 73.38},
 }
-# Tables 4 and 5 (Cityscapes, 372 labels; of student 1) by these arguments, then --network.
-ABLATED = ("rectify", "dropout", "drop_path", "photometric", "cutmix", "stages", "supervised")
+# Tables 4, 5 (Cityscapes, 372 labels; of student 1), by --network and what differs from PAPER.
+IML = "cutmix=False drop_path=0.0 dropout=0.0 photometric=False rectify=False stages=1"
 PAPER_ABLATIONS = {
-    (False, 0, 0, False, False, 1, False): {  # IML
-        "deeplabv2": 60.09, "setr": 64.15, "deeplabv2,setr": 63.96, "setr,deeplabv2": 64.35},
-    (False, 0.5, 0.2, False, False, 1, False): {"deeplabv2": 60.51},  # + model noises
-    (False, 0, 0, True, True, 1, False): {"deeplabv2": 60.49},  # + input noises
-    (False, 0.5, 0.2, True, True, 1, False): {"deeplabv2": 61.25},  # + full noises
-    (True, 0.5, 0.2, True, True, 1, False): {"deeplabv2": 62.85},  # RML
-    (True, 0.5, 0.2, True, True, 2, True): {"setr": 57.79},  # baseline
+    f"deeplabv2 {IML}": 60.09,
+    "deeplabv2 cutmix=False photometric=False rectify=False stages=1": 60.51,  # + model noises
+    "deeplabv2 drop_path=0.0 dropout=0.0 rectify=False stages=1": 60.49,  # + input noises
+    "deeplabv2 rectify=False stages=1": 61.25,  # + full noises
+    "deeplabv2 stages=1": 62.85,  # RML
+    "setr supervised=True": 57.79,
+    f"setr {IML}": 64.15,
+    f"deeplabv2,setr {IML}": 63.96,
+    f"setr,deeplabv2 {IML}": 64.35,
 }
-# The networks that predict pseudo-labels, and the models (0, 1; the peer first) from whose labels
-# student 1 and student 2 learn.
+# Which networks predict the pseudo-labels, and from which models student 1 and student 2 learn:
+# model 0, model 1, or both (the peer first).
 MUTUAL = {
     "none": ("student", ([0], [1])),  # Eq. 2
     "mean-teacher": ("teacher", ([0], [1])),
@@ -123,7 +120,7 @@ def get_parser():
         epilog="Defaults are in the table PAPER in rml.py; a run writes all values to args.json.")
     switch = argparse.BooleanOptionalAction
     add = parser.add_argument_group("robust mutual learning").add_argument
-    add("--mutual", choices=list(MUTUAL), default="indirect",
+    add("--mutual", choices=MUTUAL, default="indirect",
         help="from whose pseudo-labels the students learn (Sect. 3, 4.1; Fig. 4)")
     add("--rectify", action=switch, help="Sect. 4.2; default: with --mutual peer and indirect")
     add("--stages", type=int, default=2, help="stages after stage 0 (Table 4)")
@@ -146,15 +143,16 @@ def get_parser():
 
 def paper_miou(args):
     """The paper's mIoU of the setting that these arguments make, or None."""
-    row = args.supervised, args.dataset.removesuffix("aug"), args.weights
+    data = args.dataset.removesuffix("aug"), args.weights
     if not set(args.changed) - {"weights"}:  # everything else as in the table PAPER
-        return PAPER_MIOU.get(row, {}).get(args.labels)
-    if (*row[1:], args.labels) != ("cityscapes", "imagenet", 372):
+        return PAPER_MIOU.get((args.supervised, *data), {}).get(args.labels)
+    if data != ("cityscapes", "imagenet") or args.labels != 372:
         return None
-    if set(args.changed) - {"network", *ABLATED}:
-        return None
-    row = tuple(getattr(args, name) for name in ABLATED)
-    return PAPER_ABLATIONS.get(row, {}).get(args.network)
+    changed = sorted(set(args.changed) - {"network"})
+    if args.supervised:
+        changed.append("supervised")
+    values = [f"{name}={getattr(args, name)}" for name in changed]
+    return PAPER_ABLATIONS.get(" ".join([args.network, *values]))
 
 
 def arguments_of_students(args):
@@ -165,10 +163,10 @@ def arguments_of_students(args):
         values = [text] if Path(text).is_file() else text.split(",")
         common.need(len(values) <= len(students), f"--{name} {text}: there are two students, and "
                     "with --supervised one student")
-        for j, student in enumerate(students):
-            setattr(student, name, values[j % len(values)])
+        for student, value in zip(students, values * 2):
+            setattr(student, name, value)
     for student in students:
-        # Open: SETR's variant and backbone (Table 5); PUP on ViT-B/16   --network setr-naive
+        # Open: SETR's decoder and backbone; we take PUP, ViT-B/16   --network setr-naive --backbone
         is_setr = student.network in common.TRANSFORMERS
         if is_setr and student.backbone != "tiny" and "backbone" not in args.given:
             student.backbone = "vit_b_16"
@@ -184,7 +182,7 @@ def sharpness(image, factor):
     box = F.avg_pool2d(original, 3, stride=1, divisor_override=1)  # sums of 3x3 pixels
     smooth[:, 1:-1, 1:-1] = ((box + 4 * original[:, 1:-1, 1:-1]) / 13).round()
     blended = smooth * (1 - factor) + original * factor
-    return blended.clamp(0, 255).to(torch.uint8)
+    return blended.clamp(0, 255).byte()
 
 
 # RandAugment's photometric operations, level v = 1 .. 9: (3, H, W) uint8 -> (3, H, W) uint8.
@@ -205,7 +203,7 @@ def photometric(images, generators):
     """Two random operations on each picture, each with probability .5: (B, 3, H, W) uint8."""
     strong = []
     for image, generator in zip(images, generators):
-        # Open: number and strength of the operations; two, of any level   --no-photometric
+        # Open: how many operations, and how strong; two, each at a random level   --no-photometric
         for _ in range(2):
             operation = PHOTOMETRIC[generator.randint(len(PHOTOMETRIC))]
             apply = generator.uniform() < 0.5
@@ -218,7 +216,7 @@ def photometric(images, generators):
 
 def cutmix_mask(size, generator, device="cpu"):
     """(H, W) bool, True inside one box of half the area, at a random place."""
-    # Open: the mask; in each picture one box of half the area, as French et al.   --no-cutmix
+    # Open: the mask; we take one box of half the area, like French et al.   --no-cutmix
     height, width = size
     share = math.exp(generator.uniform() * math.log(0.5))  # of the height, in [.5, 1]
     box_height = round(share * height)
@@ -230,41 +228,48 @@ def cutmix_mask(size, generator, device="cpu"):
     return mask
 
 
-def strong_view(weak, pseudo_labels, positions, args, stage, student):
+def join(batches, name):
+    """One tensor of several batches."""
+    return torch.cat([batch[name] for batch in batches])
+
+
+def strong_view(unlabeled, pseudo_labels, args, stage, student):
     """Gamma_j of student j: photometric operations on each picture, then CutMix.
 
-    weak: (2B, 3, H, W) uint8, unlabeled pictures and their partners; pseudo_labels: (2B, H, W) of
-    each model; without CutMix B. positions: seed the draws. Returns the view (B, 3, H, W) uint8,
-    and its pseudo-labels, (B, H, W) of each model.
+    unlabeled: a batch and, for CutMix, the batch of its partners; pseudo_labels: of each model,
+    (2B, H, W), without CutMix (B, H, W). Returns the view (B, 3, H, W) uint8, and its labels.
     """
+    view = join(unlabeled, "image")  # (2B, 3, H, W)
     if args.photometric:
         generators = []
-        for name, batch in zip("up", positions):  # unlabeled, partners
-            for place in batch:
+        for name, batch in zip("up", unlabeled):  # unlabeled, partners
+            for place in batch["position"]:
                 generator = common.rng(args.seed, "photometric", stage, student, name, place)
                 generators.append(generator)
-        weak = photometric(weak, generators)
+        view = photometric(view, generators)
     if not args.cutmix:
-        return weak, pseudo_labels
-    # Open: CutMix; partners from a second batch, hard labels are mixed, after rectification
-    generators = [common.rng(args.seed, "cutmix", stage, student, place) for place in positions[0]]
-    size = tuple(weak.shape[2:])
-    mask = torch.stack([cutmix_mask(size, generator, weak.device) for generator in generators])
-    image, partner = weak.chunk(2)
-    view = partner.where(mask[:, None], image)
-    halves = [pseudo_label.chunk(2) for pseudo_label in pseudo_labels]
-    return view, [of_partner.where(mask, of_image) for of_image, of_partner in halves]
+        return view, pseudo_labels
+    # Open: the partners, and when labels are mixed; partners come from a second, independent batch,
+    #   and hard labels are mixed, after rectification   --no-cutmix
+    masks = []
+    for place in unlabeled[0]["position"]:
+        generator = common.rng(args.seed, "cutmix", stage, student, place)
+        masks.append(cutmix_mask(view.shape[2:], generator, view.device))
+    mask = torch.stack(masks)  # (B, H, W), True: from the partner
+    image, partner = view.chunk(2)  # (B, 3, H, W) each
+    image_label, partner_label = torch.stack(pseudo_labels).chunk(2, 1)  # (2, B, H, W) each
+    return partner.where(mask[:, None], image), partner_label.where(mask, image_label)
 
 
 def add_model_noise(network, dropout, drop_path, linear=False):
-    """Add, once, dropout before the last classifier and stochastic depth to residual branches."""
-    network.dropout = nn.Dropout(dropout)
-    kinds = (BasicBlock, Bottleneck, EncoderBlock)
+    """Add dropout before the last classifier and stochastic depth to residual branches, once."""
+    network.dropout = torch.nn.Dropout(dropout)
+    kinds = BasicBlock, Bottleneck, EncoderBlock
     blocks = [module for module in network.modules() if isinstance(module, kinds)]
     for depth, block in enumerate(blocks, 1):
-        # Open: "layer-wise survival probability .8"; .8 in all blocks   --linear-drop-path
+        # Open: whether .8 (Sect. 5.2) holds for every block; yes   --linear-drop-path
         probability = drop_path * depth / len(blocks) if linear else drop_path
-        # As a part of the block it follows the block's train() and eval(). (Frozen norms do not.)
+        # As a part of the block it follows the block's train() and eval(). A frozen norm does not.
         block.stochastic_depth = StochasticDepth(probability, mode="row")
         if isinstance(block, EncoderBlock):  # both branches end with a dropout of probability 0
             block.dropout = block.stochastic_depth
@@ -289,12 +294,13 @@ def update_teacher(teacher, student, decay):
 
 @torch.no_grad()
 def features_and_logits(network, image, args):
-    """Features (B, C, h, w), logits (B, K, h, w) of pictures (B, 3, H, W) uint8, without noise."""
+    """Features (B, C, h, w) and logits (B, K, h, w) of pictures (B, 3, H, W) uint8; no noise."""
     network.eval()
     with common.autocast(args, image.device):
-        # Open: f; the input of the last 1x1 conv, as ProDA; layer4 if there is none   --head plain
+        # Open: which layer is f; we take the input of the last 1x1 conv (256 channels), like ProDA.
+        #   DeepLabv2's own head has no such conv: there we take layer4   --head plain
         features = network.features(common.to_float(image))
-        # Open: the stride of Eqs. 6 and 9; that of DeepLabv2, finer features are averaged
+        # Open: the resolution of Eqs. 6 and 9; DeepLabv2's. Finer features (SETR) are averaged
         if args.rectify and network.stride < args.cell:
             features = F.avg_pool2d(features, args.cell // network.stride, ceil_mode=True)
         return features, network.classifier(features)
@@ -310,29 +316,27 @@ def rectify(features, p0, eta):
     """
     B, C, h, w = features.shape
     f = features.float().flatten(2).transpose(1, 2)  # (B, hw, C)
-    # Open: normalisation, temperature, square of the distance; none of them
+    # Open: the scale of the distance; we use no normalisation, no temperature, and no square
     distance = torch.cdist(f, eta, compute_mode="donot_use_mm_for_euclid_dist")  # (B, hw, K)
     distance = distance.clamp(max=1e4)  # inf: omega is 0; if all are inf, all omega are the same
     omega = torch.softmax(-distance, 2).transpose(1, 2).view(B, -1, h, w)  # Eq. 9
-    if p0.shape[2:] != (h, w):  # Caffe-style networks round up: one row and column more
-        p0 = F.interpolate(p0, (h, w), mode="bilinear", align_corners=False)
+    p0 = common.upsample(p0, (h, w))  # Caffe-style networks have one row and one column more
     p = omega * p0  # Eq. 6
     return p / p.sum(1, keepdim=True).clamp(min=1e-30)
 
 
 def hard_label(prob, size, valid, threshold=0.0):
-    """Pseudo-labels (B, H, W) of prob (B, K, h, w): one_hot of Eqs. 2, 4, 6 as class ids.
-
-    255 where valid (B, H, W) is False, or the confidence is not above tau (threshold).
-    """
+    """Pseudo-labels (B, H, W) of prob (B, K, h, w): one_hot of Eqs. 2, 4, 6 as class ids; 255
+    where valid (B, H, W) is False, or the confidence is not above tau (threshold)."""
+    # Open: at which resolution argmax is taken; at that of the crop
     prob = prob.contiguous(memory_format=torch.channels_last)  # faster to upsample
-    prob = F.interpolate(prob, size, mode="bilinear", align_corners=False)
-    confidence, pseudo_label = prob.max(1)
-    return pseudo_label.where(valid & (confidence > threshold), IGNORE)  # Eq. 2
+    confidence, pseudo_label = common.upsample(prob, size).max(1)
+    return pseudo_label.where(valid & (confidence > threshold), common.IGNORE)  # Eq. 2
 
 
 def class_sums(features, label, classes):
-    """(K, C + 1): for each label (B, h, w) the sum of its features (B, C, h, w); their number."""
+    """The sum of the features (B, C, h, w) of each label (B, h, w) and, in the last column, their
+    number: (K, C + 1)."""
     one_hot = F.one_hot(label.flatten(), classes + 1)[:, :classes].float()  # (Bhw, K); K: unknown
     features = features.float().transpose(0, 1).flatten(1)  # (C, Bhw)
     return torch.cat([one_hot.T @ features.T, one_hot.sum(0)[:, None]], 1)
@@ -352,14 +356,14 @@ def update_prototypes(eta, features, logits, valid, decay):
     sums = common.all_reduce(class_sums(features, prediction, len(eta)))
     counts = sums[:, -1:]
     mean = sums[:, :-1] / counts.clamp(min=1)  # eta'
-    # Open: a class that is new or absent in the batch; it gets eta' at once, or keeps eta
+    # Open: classes without eta or eta'; a new class takes eta' at once, an absent one keeps eta
     moved = torch.where(eta.isfinite(), decay * eta + (1 - decay) * mean, mean)  # Eq. 11
     return torch.where(counts > 0, moved, eta)
 
 
 @torch.no_grad()
 def start_stage(networks, folders, data, labeled, unlabeled, args, device):
-    """One pass over all training pictures: p^0 to disk (folders); returns prototypes [eta, ..].
+    """One pass over all training pictures. Writes p^0 to the folders; returns {model: eta (K, C)}.
 
         eta_k = 1 / |D_l u D_u| sum_x mean_i^HW(f~(x)^i 1(argmax h~(x)^i == k))    Eq. 10
     """
@@ -372,20 +376,20 @@ def start_stage(networks, folders, data, labeled, unlabeled, args, device):
         for network, total, folder in zip(networks, sums, folders):
             features, logits = features_and_logits(network, image, args)
             if id in wanted:
-                # Open: p^0, "the initial state"; of the whole, unaugmented picture, as in ProDA
+                # Open: what "initial" means; p^0 is of the whole, unaugmented picture, like ProDA
                 common.write_soft_label(folder, id, logits[0].float().softmax(0))  # (K, h, w)
             of_picture = class_sums(features, logits.argmax(1), K)
             counts = of_picture[:, -1:]
-            # Open: Eq. 10 divides by HW |D|, which gives no centroid; the mean over the pictures
-            #   with enough cells of the class of its mean there   --prototype-min-cells
+            # Open: Eq. 10 as printed is no centroid, since it divides by HW |D|; we take the mean
+            #   over the pictures that have enough cells of the class   --prototype-min-cells
             enough = counts >= args.prototype_min_cells
             total += of_picture / counts.clamp(min=1) * enough  # mean_i^HW; last column: 1 or 0
         common.progress("pseudo-labels and prototypes of all pictures", number, len(pictures))
-    prototypes = []
-    for total in sums:
+    prototypes = {}
+    for i, total in enumerate(sums):
         counts = common.all_reduce(total)[:, -1:]
         eta = total[:, :-1] / counts.clamp(min=1)  # Eq. 10
-        prototypes.append(eta.where(counts > 0, math.inf))
+        prototypes[i] = eta.where(counts > 0, math.inf)
     common.barrier()  # every p^0 is on disk before any process reads one
     return prototypes
 
@@ -393,14 +397,11 @@ def start_stage(networks, folders, data, labeled, unlabeled, args, device):
 # ---- losses --------------------------------------------------------------------------------------
 
 def cross_entropy(log_prob, label):
-    """H of Eqs. 1, 3, 5: the mean of -log_prob (B, K, H, W) of the label (B, H, W), where not 255.
-
-    It is a mean over all processes. Each returns its share times their number, since gradients
-    are averaged over processes.
-    """
-    # Open: the mean over which pixels; the valid and confident ones (Eq. 2: all)   --threshold
-    count = common.all_reduce((label != IGNORE).sum())
-    loss = F.nll_loss(log_prob, label, ignore_index=IGNORE, reduction="sum")
+    """H of Eqs. 1, 3, 5: the mean of -log_prob (B, K, H, W) of the label (B, H, W) where not 255,
+    over all processes. (Gradients are averaged: each returns its share times their number.)"""
+    # Open: what Eq. 2 divides by; we divide by the number of confident pixels   --threshold
+    count = common.all_reduce((label != common.IGNORE).sum())
+    loss = F.nll_loss(log_prob, label, ignore_index=common.IGNORE, reduction="sum")
     return loss * common.world_size() / count.clamp(min=1)
 
 
@@ -411,16 +412,11 @@ def numbered(name, things):
     return {f"{name}_{number}": thing for number, thing in enumerate(things, 1)}
 
 
-def join(batches, name):
-    """One tensor of several batches."""
-    return torch.cat([batch[name] for batch in batches])
-
-
 def make_optimizers(students, lr, head_lr, args):
     """An optimizer for each student. The head learns at lr times head_lr."""
     optimizers = []
     for student in students:
-        # Open: SETR's optimizer and rates; as the others', times a factor   --setr-lr
+        # Open: SETR's optimizer and rate; we use the others' rate times a factor   --setr-lr
         factor = args.setr_lr if student.spec["network"] in common.TRANSFORMERS else 1.0
         parameters = student.backbone.parameters(), student.head_parameters()
         optimizer = common.make_optimizer(args, lr * factor, *parameters)
@@ -430,8 +426,8 @@ def make_optimizers(students, lr, head_lr, args):
     return optimizers
 
 
-def step(students, optimizers, scaler, progress):
-    """Step with polynomial decay (Sect. 5.2); progress: 0 to 1. Returns rates for the log."""
+def update_students(students, optimizers, scaler, progress):
+    """Step with polynomial decay (Sect. 5.2); progress: 0 to 1. Returns the rates for the log."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * (1 - progress) ** 0.9
@@ -442,7 +438,7 @@ def step(students, optimizers, scaler, progress):
     return dict(zip(("lr", "lr_2"), rates))  # of the backbones
 
 
-def learn(learner, image, args, stage, iteration, j):
+def student_log_prob(learner, image, args, stage, iteration, j):
     """Log-probabilities (B, K, *crop) of pictures (B, 3, H, W) uint8, with noise."""
     learner.train()
     common.seed_torch(args.seed, "noise", stage, iteration, common.rank(), j)
@@ -452,9 +448,9 @@ def learn(learner, image, args, stage, iteration, j):
 
 
 def train_supervised(run, students, learners, teachers, data, labeled, args, device):
-    """Stage 0, and the baseline: the students learn from labels alone, without noise."""
-    # Open: the supervised models that Eqs. 1 and 6 begin with; other initial heads and other
-    #   orders of the pictures, a fast head   --stage0-iterations --stage0-lr --stage0-head-lr
+    """Stage 0, and the baseline: the students learn from labels alone (Eq. 1), without noise."""
+    # Open: how the models that Eqs. 1 and 6 start from learn; with different initial heads and
+    #   orders of pictures, and a fast head   --stage0-iterations --stage0-lr --stage0-head-lr
     iterations = run.stages[0]
     networks = numbered("student", students) | numbered("teacher", teachers)
     optimizers = make_optimizers(students, args.stage0_lr, args.stage0_head_lr, args)
@@ -471,14 +467,13 @@ def train_supervised(run, students, learners, teachers, data, labeled, args, dev
         # 3 losses
         losses = {}
         for j, (learner, labeled) in enumerate(zip(learners, batches)):
-            log_prob = learn(learner, labeled["image"], args, 0, iteration, j)
+            log_prob = student_log_prob(learner, labeled["image"], args, 0, iteration, j)
             loss_labeled = cross_entropy(log_prob, labeled["label"])  # Eq. 1
             losses[f"loss_labeled_{j + 1}"] = loss_labeled
-
             # 4 backward
             optimizers[j].zero_grad()
             scaler.scale(loss_labeled).backward()
-        rates = step(students, optimizers, scaler, iteration / iterations)
+        rates = update_students(students, optimizers, scaler, iteration / iterations)
 
         # 5 EMA
         for teacher, student in zip(teachers, students):
@@ -492,9 +487,8 @@ def train_supervised(run, students, learners, teachers, data, labeled, args, dev
 
 
 def train(run, stage, students, learners, teachers, data, labeled, unlabeled, args, device):
-    """One stage of robust mutual learning: labels, and pseudo-labels of both teachers."""
-    # Open: what a stage inherits; teachers restart as copies of their students, the students go
-    #   on, optimizer and schedule start anew   --stages
+    """One stage: the students learn from labels and from the pseudo-labels of both teachers."""
+    # Open: what a new stage keeps; the students, and teachers restart as their copies   --stages
     iterations = run.stages[stage]
     kind, learns_from = MUTUAL[args.mutual]
     predictors = teachers if kind == "teacher" else students
@@ -508,26 +502,24 @@ def train(run, stage, students, learners, teachers, data, labeled, unlabeled, ar
     folders = []  # of p^0
     if args.rectify:
         folders = [run.folder / f"soft_labels/stage_{stage}_model_{number}" for number in (1, 2)]
-    if begin == 0:
-        # Open: whose p^0; that of stage 0's students, then of the teachers of the stage before
+    if args.rectify and begin == 0:
+        # Open: which models predict p^0; stage 0's students, later the last stage's teachers
         sources = students if stage == 1 else predictors
-        if args.rectify:
-            etas = start_stage(sources, folders, data, labeled, unlabeled, args, device)
-            prototypes.update(enumerate(etas))
-            run.forget_soft_labels(keep=folders)
+        prototypes.update(start_stage(sources, folders, data, labeled, unlabeled, args, device))
+        run.forget_soft_labels(keep=folders)
+    if begin == 0:
         for teacher, student in zip(teachers, students):
             teacher.load_state_dict(student.state_dict())
     streams = [common.Stream(data, labeled, f"labeled, stage {stage}", args)]
     for name in ("unlabeled", "partner") if args.cutmix else ("unlabeled",):
-        options = dict(labeled=False, soft_labels=folders, stride=args.cell)
-        streams.append(common.Stream(data, unlabeled, f"{name}, stage {stage}", args, **options))
+        streams.append(common.Stream(data, unlabeled, f"{name}, stage {stage}", args,
+                                     labeled=False, soft_labels=folders, stride=args.cell))
     streams = [common.batches(stream, args, device, begin, iterations) for stream in streams]
 
     for iteration, (labeled, *unlabeled) in enumerate(zip(*streams), begin):
         # 1 batch: labeled pictures; unlabeled ones and, for CutMix, as many partners: weak views
         weak = join(unlabeled, "image")  # (2B, 3, H, W) uint8, without CutMix (B, 3, H, W)
         valid = join(unlabeled, "valid")  # (2B, H, W), False in padding
-        positions = [batch["position"] for batch in unlabeled]
 
         # 2 pseudo-labels: of both models, without noise
         probs, pseudo_labels = [], []
@@ -547,9 +539,9 @@ def train(run, stage, students, learners, teachers, data, labeled, unlabeled, ar
         # 3 losses: the students get the same weak views; only Gamma_j and the noise differ
         losses = {}
         for j, learner in enumerate(learners):
-            view, target = strong_view(weak, pseudo_labels, positions, args, stage, j)  # Gamma_j
+            view, target = strong_view(unlabeled, pseudo_labels, args, stage, j)  # Gamma_j
             image = torch.cat([labeled["image"], view])  # (2B, 3, H, W)
-            log_prob = learn(learner, image, args, stage, iteration, j)
+            log_prob = student_log_prob(learner, image, args, stage, iteration, j)
             log_prob_labeled, log_prob_strong = log_prob.chunk(2)  # (B, K, H, W) each
             loss = cross_entropy(log_prob_labeled, labeled["label"])  # Eq. 1
             losses[f"loss_labeled_{j + 1}"] = loss
@@ -557,40 +549,39 @@ def train(run, stage, students, learners, teachers, data, labeled, unlabeled, ar
                 loss_pseudo = cross_entropy(log_prob_strong, target[i])  # Eq. 5; Eqs. 2, 3
                 losses[f"loss_pseudo_{j + 1}_from_{i + 1}"] = loss_pseudo
                 loss = loss + loss_pseudo
-
             # 4 backward: at once, so that one student's activations are gone before the next one
             optimizers[j].zero_grad()
             scaler.scale(loss).backward()
-        rates = step(students, optimizers, scaler, iteration / iterations)
+        rates = update_students(students, optimizers, scaler, iteration / iterations)
 
         # 5 EMA
         for teacher, student in zip(teachers, students):
             update_teacher(teacher, student, args.ema_decay)
 
         # 6 log, evaluate, save: only here the truth of unlabeled pictures is read
-        truth = join(unlabeled, "truth")
-        run.step(iteration, losses, numbered("pseudo_miou", pseudo_labels), truth, **rates)
+        labels = numbered("pseudo_miou", pseudo_labels)
+        run.step(iteration, losses, labels, join(unlabeled, "truth"), **rates)
         if run.due():
             run.evaluate(networks)
             raw = [hard_label(prob, args.crop, valid) for prob in probs]
-            draw(run, weak, truth, raw, pseudo_labels, positions, students, args)
+            draw(run, unlabeled, raw, pseudo_labels, students, args)
         run.save(iteration, keep)
 
 
-def draw(run, weak, truth, raw, pseudo_labels, positions, students, args):
+def draw(run, unlabeled, raw, pseudo_labels, students, args):
     """Two panels: what both models predict (raw: not rectified), and what both students see."""
-    rows = min(4, len(positions[0]))
-    labels = {"unlabeled picture": weak[:rows], "truth (not used)": truth[:rows]}
+    weak = unlabeled[0]["image"][:4]
+    labels = {"unlabeled picture": weak, "truth (not used)": unlabeled[0]["truth"][:4]}
     strong = dict(labels)
     for j, student in enumerate(students):
-        prob = common.predict(student.eval(), weak[:rows], args, args.crop)
         labels[f"teacher {j + 1}, raw"] = raw[j]
         labels[f"pseudo-label {j + 1}"] = pseudo_labels[j]
+        prob = common.predict(student.eval(), weak, args, args.crop)
         labels[f"student {j + 1} predicts"] = prob.argmax(1)
-        view, target = strong_view(weak, pseudo_labels, positions, args, run.stage, j)
+        view, targets = strong_view(unlabeled, pseudo_labels, args, run.stage, j)
         peer = MUTUAL[args.mutual][1][j][0]
         strong[f"student {j + 1} sees"] = view
-        strong[f"label of teacher {peer + 1}"] = target[peer]
+        strong[f"label of teacher {peer + 1}"] = targets[peer]
     run.panel(f"pseudo_{run.mark}", labels)
     run.panel(f"strong_{run.mark}", strong)
 
@@ -623,11 +614,11 @@ def main():
     stages = {0: args.stage0_iterations}  # stage: iterations; 0: on labels alone
     for stage in range(1, args.stages + 1):
         stages[stage] = args.iterations  # on labels and pseudo-labels
-    # Open: the reported network; teacher 1 after the last iteration, or student 1 without teachers
+    # Open: which network is reported; teacher 1 (student 1 without teachers), last iteration
     method = "rml"
     headline = f"{MUTUAL[args.mutual][0]}_1"
     if args.supervised:
-        # Open: the length of the baseline; all steps that a student takes   --supervised
+        # Open: how long the baseline trains; as long as a student in all stages   --supervised
         stages = {0: sum(stages.values())}
         method = "rml-supervised"
         headline = "student_1"

@@ -2,6 +2,8 @@
 
 import copy
 import math
+import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -185,7 +187,8 @@ class StubNetwork:
 def test_eq_10_prototypes_are_means_over_pictures_of_class_means(tmp_path):
     data, network = StubData(), StubNetwork()
     args = SimpleNamespace(prototype_min_cells=3, precision="fp32", cell=8, rectify=True)
-    [prototypes] = rml.start_stage([network], [tmp_path], data, ["1", "2"], ["3", "4"], args, CPU)
+    found = rml.start_stage([network], [tmp_path], data, ["1", "2"], ["3", "4"], args, CPU)
+    prototypes = found[0]
     seen = prototypes.isfinite().all(1)
     for k in range(3):
         means = []
@@ -415,3 +418,13 @@ def test_the_papers_number_stands_beside_the_papers_settings_alone():
     assert small_args(*base, "--no-rectify").changed == ["rectify"] and small_args(
         *base, "--backbone", "resnet50"
     ).changed == ["backbone"]
+
+
+def test_the_flags_of_open_choices_exist():
+    source = Path(rml.__file__).read_text()
+    choices = re.findall(r"# Open: .*(?:\n *#   .*)*", source)
+    flags = [flag for choice in choices for flag in re.findall(r"--[a-z][\w-]+", choice)]
+    options = {option for action in rml.get_parser()._actions for option in action.option_strings}
+    assert len(choices) >= 20
+    assert set(flags) <= options
+    assert all(";" in choice for choice in choices)
