@@ -449,7 +449,8 @@ def train_supervised(args, iterations, scale, data, labeled_ids, keep, learner, 
 
         # 5 EMA: none
         # 6 log, evaluate, save
-        run.step(iteration, losses, lr=optimizer.param_groups[0]["lr"])
+        lr = optimizer.param_groups[0]["lr"]
+        run.step(iteration, losses, lr=lr)
         if run.due():
             tables = run.evaluate({"student": student}, note=note)
             keep["results"]["round_0"] = tables["student"]
@@ -510,9 +511,10 @@ def train(args, number, iterations, alpha, scale, data, labeled_ids, unlabeled_i
 
         # 5 EMA: none
         # 6 log, evaluate, save
-        run.step(iteration, losses, {"pseudo_label": pseudo_label}, d_kl=report["d_kl"],
-                 pseudo_coverage=report["coverage"], pseudo_miou=report["pseudo_miou"],
-                 lr=optimizer.param_groups[0]["lr"])
+        numbers = {name: report[name] for name in ("d_kl", "pseudo_miou")}
+        numbers["pseudo_coverage"] = report["coverage"]
+        lr = optimizer.param_groups[0]["lr"]
+        run.step(iteration, losses, {"pseudo_label": pseudo_label}, lr=lr, **numbers)
         if run.due():
             shown = {"student": student, "teacher": teacher}
             tables = run.evaluate({"student": student}, shown, note)
