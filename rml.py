@@ -3,10 +3,10 @@ Pan Zhang, Bo Zhang, Ting Zhang, Dong Chen, Fang Wen. arXiv 2106.00609
 
 Two students learn from few labeled and many unlabeled pictures. Each student has a mean teacher,
 and both students learn from the pseudo-labels of both teachers. To keep the students different,
-each one gets its own strong perturbations (RandAugment's photometric operations, CutMix) and its
-own model noise (dropout, stochastic depth). A teacher rectifies its pseudo-labels before they are
-used: it trusts a class where the features lie near the prototype of that class. When a stage ends,
-new soft pseudo-labels are predicted, and the next stage starts from them.
+each one gets different strong perturbations (RandAugment's photometric operations, CutMix) and
+different model noise (dropout, stochastic depth). A teacher rectifies its pseudo-labels before they
+are used: it trusts a class where the features lie near the prototype of that class. When a stage
+ends, new soft pseudo-labels are predicted, and the next stage starts from them.
 
     python rml.py                               # drawn streets on a CPU, in minutes
     torchrun --nproc_per_node=4 rml.py --dataset cityscapes --data-root DIR --labels 372
@@ -93,12 +93,12 @@ PAPER_MIOU = {
 # Tables 4, 5 (Cityscapes, 372 labels; of student 1), by --network and what differs from PAPER.
 IML = "cutmix=False drop_path=0.0 dropout=0.0 photometric=False rectify=False stages=1"
 PAPER_ABLATIONS = {
-    f"deeplabv2 {IML}": 60.09,
+    f"deeplabv2 {IML}": 60.09,  # indirect mutual learning
     "deeplabv2 cutmix=False photometric=False rectify=False stages=1": 60.51,  # + model noises
     "deeplabv2 drop_path=0.0 dropout=0.0 rectify=False stages=1": 60.49,  # + input noises
     "deeplabv2 rectify=False stages=1": 61.25,  # + full noises
     "deeplabv2 stages=1": 62.85,  # RML
-    "setr supervised=True": 57.79,
+    "setr supervised=True": 57.79,  # baseline
     f"setr {IML}": 64.15,
     f"deeplabv2,setr {IML}": 63.96,
     f"setr,deeplabv2 {IML}": 64.35,
@@ -122,21 +122,21 @@ def get_parser():
     add = parser.add_argument_group("robust mutual learning").add_argument
     add("--mutual", choices=MUTUAL, default="indirect",
         help="from whose pseudo-labels the students learn (Sect. 3, 4.1; Fig. 4)")
-    add("--rectify", action=switch, help="Sect. 4.2; default: with --mutual peer and indirect")
+    add("--rectify", action=switch, help="rectify labels (Sect. 4.2); default: peer, indirect")
     add("--stages", type=int, default=2, help="stages after stage 0 (Table 4)")
-    add("--threshold", type=float, default=0.0, help="tau of Eq. 2; pseudo-labels up to it are 255")
+    add("--threshold", type=float, default=0.0, help="tau of Eq. 2; labels below it are ignored")
     add("--photometric", action=switch, default=True, help="photometric RandAugment (Sect. 4.1)")
     add("--cutmix", action=switch, default=True, help="CutMix (Sect. 4.1)")
     add("--dropout", type=float, help="dropout before the last classifier (Sect. 5.2)")
     add("--drop-path", type=float, help="probability to drop a residual branch (Sect. 5.2)")
-    add("--linear-drop-path", action="store_true", help="it grows linearly up to --drop-path")
+    add("--linear-drop-path", action="store_true", help="probability grows linearly with depth")
     add("--ema-decay", type=float, help="decay of the mean teachers (Sect. 4.1)")
     add("--prototype-decay", type=float, help="lambda of Eq. 11")
-    add("--prototype-min-cells", type=int, help="cells of a class for a picture to count (Eq. 10)")
+    add("--prototype-min-cells", type=int, help="cells of a class that a picture needs (Eq. 10)")
     add("--stage0-iterations", type=int, help="iterations on labels alone, before stage 1")
     add("--stage0-lr", type=float, help="learning rate at the start of stage 0")
-    add("--stage0-head-lr", type=float, help="that of the head, as a multiple of --stage0-lr")
-    add("--setr-lr", type=float, help="learning rate of SETR, as a multiple of the others'")
+    add("--stage0-head-lr", type=float, help="learning rate of the head, in units of --stage0-lr")
+    add("--setr-lr", type=float, help="learning rate of SETR, in units of the others")
     common.add_arguments(parser, common.NETWORKS + common.TRANSFORMERS, several=True)
     return parser
 
@@ -298,7 +298,7 @@ def features_and_logits(network, image, args):
     network.eval()
     with common.autocast(args, image.device):
         # Open: which layer is f; we take the input of the last 1x1 conv (256 channels), like ProDA.
-        #   DeepLabv2's own head has no such conv: there we take layer4   --head plain
+        #   The head of DeepLabv2 has no such conv: there we take layer4   --head plain
         features = network.features(common.to_float(image))
         # Open: the resolution of Eqs. 6 and 9; DeepLabv2's. Finer features (SETR) are averaged
         if args.rectify and network.stride < args.cell:
@@ -598,16 +598,16 @@ def main():
     common.check_range(args, 0, math.inf, "stages", "stage0_iterations")
     common.check_range(args, 1e-12, math.inf, "stage0_lr", "stage0_head_lr", "setr_lr")
     common.check_range(args, 1, math.inf, "prototype_min_cells")
-    shares = "dropout", "drop_path", "threshold", "ema_decay", "prototype_decay"
-    common.check_range(args, 0, 1, *shares)
+    common.check_range(args, 0, 1, "dropout", "drop_path", "threshold", "ema_decay")
+    common.check_range(args, 0, 1, "prototype_decay")
     if args.rectify is None:
         args.rectify = args.mutual in ("peer", "indirect")
-    each = arguments_of_students(args)
-    args.backbone = ",".join(dict.fromkeys(one.backbone for one in each))
+    choices = arguments_of_students(args)
+    args.backbone = ",".join(dict.fromkeys(choice.backbone for choice in choices))
     args.cell = 4 if "tiny" in args.backbone else 8  # stride of p^0: DeepLabv2's
     data = common.open_dataset(args)
     labeled, unlabeled = common.split(args, data)
-    students = [common.build_network(one, data, device, j) for j, one in enumerate(each)]
+    students = [common.build_network(choice, data, device, j) for j, choice in enumerate(choices)]
     teachers = [copy.deepcopy(student).requires_grad_(False).eval() for student in students]
     learners = [common.parallel(student, device) for student in students]
 

@@ -32,26 +32,20 @@ def test_total_variation():
     rows = [sum(abs(float(p[i, k]) - float(q[i, k])) for k in range(4)) / 2 for i in range(5)]
     assert float(figure_rml.total_variation(p, q)) == pytest.approx(sum(rows) / 5, rel=1e-5)
     one = torch.eye(4)[torch.tensor([0, 1])]
-    assert (
-        figure_rml.total_variation(one, one) == 0
-        and figure_rml.total_variation(one, one.flip(0)) == 1
-    )
+    assert figure_rml.total_variation(one, one) == 0
+    assert figure_rml.total_variation(one, one.flip(0)) == 1
 
 
 def test_drawn_digits_are_seeded_varied_and_legible():
     images, labels = figure_rml.draw_digits("train", 1500)
     again = figure_rml.draw_digits("train", 10)
-    assert (
-        images.shape == (1500, 28, 28)
-        and images.dtype == np.uint8
-        and (again[0] == images[:10]).all()
-        and (again[1] == labels[:10]).all()
-    )
-    assert (
-        set(labels) == set(range(10))
-        and min(np.bincount(labels)) > 100
-        and not (figure_rml.draw_digits("held out", 10)[0] == images[:10]).all()
-    )
+    assert images.shape == (1500, 28, 28)
+    assert images.dtype == np.uint8
+    assert (again[0] == images[:10]).all()
+    assert (again[1] == labels[:10]).all()
+    assert set(labels) == set(range(10))
+    assert min(np.bincount(labels)) > 100
+    assert not (figure_rml.draw_digits("held out", 10)[0] == images[:10]).all()
     x, y = torch.from_numpy(images).flatten(1).float() / 255, torch.from_numpy(labels)
     torch.manual_seed(0)
     network = figure_rml.make_mlp(0.0)
@@ -69,9 +63,8 @@ def test_the_mlp_has_three_layers_and_dropout_between():
         == 785 * 256 + 257 * 256 + 257 * 10
     )
     network, x = figure_rml.make_mlp(0.5), torch.rand(3, 784)
-    assert torch.equal(network.eval()(x), network(x)) and not torch.equal(
-        network.train()(x), network(x)
-    )
+    assert torch.equal(network.eval()(x), network(x))
+    assert not torch.equal(network.train()(x), network(x))
 
 
 def test_a_run_writes_curves_log_and_numbers(main, tmp_path, capsys):
@@ -87,16 +80,13 @@ def test_a_run_writes_curves_log_and_numbers(main, tmp_path, capsys):
     assert [(r["seed"], r["mode"], r["iteration"]) for r in records] == [
         (s, m, t) for s in (0, 1) for m in figure_rml.COUPLING for t in (0, 2, 4)
     ]
-    assert (
-        result["labels"] == 2
-        and result["iterations"] == [0, 2, 4]
-        and result["seeds"] == [0, 1]
-        and result["dataset"] == "drawn digits"
-    )
+    assert result["labels"] == 2
+    assert result["iterations"] == [0, 2, 4]
+    assert result["seeds"] == [0, 1]
+    assert result["dataset"] == "drawn digits"
     for key in ("tv_teachers", "tv_students"):
-        assert all(
-            np.array(result[key][mode]).shape == (2, 3) for mode in figure_rml.COUPLING
-        ) and all(0 < r[key] < 1 for r in records)
+        assert all(np.array(result[key][mode]).shape == (2, 3) for mode in figure_rml.COUPLING)
+        assert all(0 < r[key] < 1 for r in records)
         for s in (0, 1):  # all modes begin with the same two learners, seeds with others
             assert len({r[key] for r in records if r["seed"] == s and r["iteration"] == 0}) == 1
         assert result[key]["direct"][0][0] != result[key]["direct"][1][0]
@@ -104,11 +94,10 @@ def test_a_run_writes_curves_log_and_numbers(main, tmp_path, capsys):
             result[key]["indirect"][0][2],
             result[key]["direct"][0][2],
         )
-    assert (
-        result["tv_teachers"]["direct"] == result["tv_students"]["direct"]
-        and result["tv_teachers"]["indirect"] != result["tv_students"]["indirect"]
-    )
-    assert "total variation in percent between the two teachers" in text and "seeds 0, 1" in text
+    assert result["tv_teachers"]["direct"] == result["tv_students"]["direct"]
+    assert result["tv_teachers"]["indirect"] != result["tv_students"]["indirect"]
+    assert "total variation in percent between the two teachers" in text
+    assert "seeds 0, 1" in text
     assert min(Image.open(tmp_path / "run/coupling_teachers.png").size) > 300
     main(*SHORT[:-1], "again")
     again = strict((tmp_path / "again/result.json").read_text())
@@ -117,7 +106,7 @@ def test_a_run_writes_curves_log_and_numbers(main, tmp_path, capsys):
     )
 
 
-def test_who_teaches_and_who_has_noise(main, monkeypatch):
+def test_which_networks_teach_and_which_have_noise(main, monkeypatch):
     """Direct: students teach; indirect: mean teachers. Dropout is on in the third mode alone."""
     seen, make = [], figure_rml.make_mlp
 
@@ -158,7 +147,8 @@ def test_mnist_is_read_as_torchvision_has_it(main, tmp_path):
         )
     main(*SHORT, "--data-root", "data")
     result = strict((tmp_path / "run/result.json").read_text())
-    assert result["dataset"] == "mnist" and result["labels"] == 2
+    assert result["dataset"] == "mnist"
+    assert result["labels"] == 2
 
 
 @pytest.mark.parametrize(
@@ -169,10 +159,11 @@ def test_mnist_is_read_as_torchvision_has_it(main, tmp_path):
         (["--labels", "0"], ["--labels 0"]),
     ],
 )
-def test_what_is_wrong_is_told(main, argv, words):
+def test_an_error_names_what_is_wrong(main, argv, words):
     with pytest.raises(common.UserError) as caught:
         main(*SHORT, *argv)
-    assert all(word in str(caught.value) for word in words) and "\n" not in str(caught.value)
+    assert all(word in str(caught.value) for word in words)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_finished_run_is_kept(main, tmp_path):
@@ -208,14 +199,13 @@ def test_pseudo_labels_of_runs_as_one_picture(main, tmp_path, capsys, monkeypatc
     monkeypatch.setattr(common, "draw_curves", lambda *args: drawn.append(args) or draw(*args))
     main("compare", "mt", "rml", "--out", "fig4.png")
     ((_, series, (_, steps)),) = drawn
-    assert steps == [10, 20, 30] and {name: curves.tolist() for name, curves in series.items()} == {
+    assert steps == [10, 20, 30]
+    assert {name: curves.tolist() for name, curves in series.items()} == {
         "mt": [[11.0, 21.0, 31.0]],
         "rml": [[21.0, 31.0, 51.0]],
     }
-    assert (
-        "11.0 at first,   31.0 at last" in capsys.readouterr().out
-        and Image.open("fig4.png").size[0] > 500
-    )
+    assert "11.0 at first,   31.0 at last" in capsys.readouterr().out
+    assert Image.open("fig4.png").size[0] > 500
 
 
 def test_compare_a_run_that_was_made(main, tmp_path):
@@ -249,7 +239,7 @@ def test_compare_more_than_four_runs_or_into_a_folder(main, tmp_path):
         main("compare", "run", "--out", "pictures")
 
 
-def test_a_folder_that_cannot_be_written_is_told_before_the_work(main, tmp_path):
+def test_a_folder_that_cannot_be_written_is_reported_first(main, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(common.UserError, match="file/run: cannot be written"):
         main(*SHORT, "--out", "file/run")
@@ -269,8 +259,7 @@ def test_curves_are_drawn_where_their_numbers_are():
         for name, color in zip(("rising", "constant"), common.CURVE_COLORS)
     }
     plot = {name: points[points[:, 0] > 60] for name, points in ours.items()}
-    assert abs(np.ptp(plot["constant"][:, 0])) <= 4 and plot["constant"][
-        :, 0
-    ].mean() == pytest.approx(64 + 170, abs=2)
+    assert abs(np.ptp(plot["constant"][:, 0])) <= 4
+    assert plot["constant"][:, 0].mean() == pytest.approx(64 + 170, abs=2)
     rising = plot["rising"]
     assert rising[rising[:, 1] < 90][:, 0].mean() > rising[rising[:, 1] > 700][:, 0].mean() + 250

@@ -54,7 +54,8 @@ def test_all_ignored_gives_loss_0_and_gradient_0():
     logits = torch.randn(1, K, 3, 4, requires_grad=True)
     loss = rml.cross_entropy(logits.log_softmax(1), torch.full((1, 3, 4), 255))
     loss.backward()
-    assert loss.item() == 0 and logits.grad.abs().max() == 0
+    assert loss.item() == 0
+    assert logits.grad.abs().max() == 0
 
 
 def test_the_mean_of_the_processes_losses_is_the_loss_of_the_whole_batch(monkeypatch):
@@ -83,7 +84,8 @@ def test_eq_2_and_4_hard_label_with_threshold():
                 assert label[b, y, x] == expected
     assert {255} < set(label.flatten().tolist())
     free = rml.hard_label(p, (6, 8), valid)
-    assert torch.equal(free == 255, ~valid) and torch.equal(free[valid], p.argmax(1)[valid])
+    assert torch.equal(free == 255, ~valid)
+    assert torch.equal(free[valid], p.argmax(1)[valid])
 
 
 def test_a_pixel_without_any_probability_is_unknown():
@@ -297,7 +299,9 @@ def test_photometric_operations_follow_the_table():
 def test_sharpness_is_that_of_torchvision(factor):
     image = torch.randint(0, 256, (3, 16, 20), dtype=torch.uint8)
     ours, theirs = rml.sharpness(image, factor).int(), rml.V.adjust_sharpness(image, factor).int()
-    assert (ours - theirs).abs().max() <= 1 and (ours != theirs).float().mean() < 0.01  # rounding
+    # They differ by rounding.
+    assert (ours - theirs).abs().max() <= 1
+    assert (ours != theirs).float().mean() < 0.01
     assert torch.equal(rml.sharpness(image, 1.0), image)
 
 
@@ -316,11 +320,13 @@ def test_photometric_draws_two_operations_each_with_probability_half():
 def test_cutmix_box_has_half_the_area_and_lies_anywhere():
     masks = torch.stack([rml.cutmix_mask((64, 128), common.rng("mask", i)) for i in range(300)])
     area = masks.float().mean((1, 2))
-    assert area.min() > 0.48 and area.max() < 0.52
+    assert area.min() > 0.48
+    assert area.max() < 0.52
     for mask in masks[:50]:
         rows, columns = mask.any(1).nonzero().flatten(), mask.any(0).nonzero().flatten()
         assert mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1].all()  # one box
-        assert 32 <= len(rows) <= 64 and 64 <= len(columns) <= 128
+        assert 32 <= len(rows) <= 64
+        assert 64 <= len(columns) <= 128
     assert masks[:, 4:60, 8:120].any(0).all()  # the very corners are rare
     height = masks.any(2).sum(1).double() / 64
     assert height.log().mean() == pytest.approx(math.log(0.5) / 2, abs=0.06)  # h = exp(u ln .5)
@@ -384,11 +390,10 @@ def test_ema_is_a_weighted_mean_and_copies_buffers():
     student(torch.randn(4, 2, 3, 3))
     rml.update_teacher(teacher, student, 0.9)
     for old, new, p in zip(before, teacher.parameters(), student.parameters()):
-        assert torch.allclose(new, 0.9 * old + 0.1 * p, atol=1e-6) and not new.requires_grad
-    assert (
-        torch.equal(teacher[1].running_mean, student[1].running_mean)
-        and teacher[1].running_mean.abs().sum() > 0
-    )
+        assert torch.allclose(new, 0.9 * old + 0.1 * p, atol=1e-6)
+        assert not new.requires_grad
+    assert torch.equal(teacher[1].running_mean, student[1].running_mean)
+    assert teacher[1].running_mean.abs().sum() > 0
 
 
 def test_paper_table_fills_the_arguments():
@@ -411,13 +416,10 @@ def test_paper_table_fills_the_arguments():
 
 def test_the_papers_number_stands_beside_the_papers_settings_alone():
     base = ["--dataset", "cityscapes", "--data-root", "x", "--labels", "372"]
-    assert (
-        small_args(*base).changed == []
-        and small_args(*base, "--lr", "1e-4", "--crop", "256", "512", "--seed", "3").changed == []
-    )
-    assert small_args(*base, "--no-rectify").changed == ["rectify"] and small_args(
-        *base, "--backbone", "resnet50"
-    ).changed == ["backbone"]
+    assert small_args(*base).changed == []
+    assert small_args(*base, "--lr", "1e-4", "--crop", "256", "512", "--seed", "3").changed == []
+    assert small_args(*base, "--no-rectify").changed == ["rectify"]
+    assert small_args(*base, "--backbone", "resnet50").changed == ["backbone"]
 
 
 def test_the_flags_of_open_choices_exist():

@@ -191,10 +191,14 @@ def test_predict_a_picture_and_a_folder(whole, camvid, tmp_path, monkeypatch, ca
     monkeypatch.setattr(sys, "argv", argv + ["--predict", str(photos)])
     with pytest.raises(SystemExit) as end:  # named at the end; the others are done
         rml.main()
-    assert end.value.code == 1 and "broken.png" in capsys.readouterr().err
+    assert end.value.code == 1
+    assert "broken.png" in capsys.readouterr().err
     index = Image.open(out / "wide.png")
-    assert index.mode == "P" and index.size == (203, 101) and np.asarray(index).max() < 11
-    assert Image.open(out / "wide_overlay.png").size == (203, 101) and (out / "gray.png").exists()
+    assert index.mode == "P"
+    assert index.size == (203, 101)
+    assert np.asarray(index).max() < 11
+    assert Image.open(out / "wide_overlay.png").size == (203, 101)
+    assert (out / "gray.png").exists()
     first = np.asarray(index)
     monkeypatch.setattr(sys, "argv", argv + ["--predict", str(photos / "wide.jpg")])
     rml.main()
@@ -258,11 +262,9 @@ def test_ablations(flags, camvid, tmp_path, monkeypatch):
         "student_1" if "--supervised" in flags or {"none", "direct"} & set(flags) else "teacher_1"
     )
     if "--supervised" in flags:
-        assert (
-            result["iterations"] == 4
-            and list(result["miou"]) == ["student_1", "teacher_1"]
-            and not any("loss_pseudo_1_from_1" in r for r in log)
-        )
+        assert result["iterations"] == 4
+        assert list(result["miou"]) == ["student_1", "teacher_1"]
+        assert not any("loss_pseudo_1_from_1" in r for r in log)
     if "--threshold" in flags:
         assert min(r["pseudo_coverage"] for r in log if "pseudo_coverage" in r) < 1
 
@@ -359,7 +361,8 @@ def test_two_processes_give_one_processs_losses(camvid, tmp_path):
     run(tmp_path, camvid, tmp_path / "one", *flags)
     run(tmp_path, camvid, tmp_path / "two", *flags, torchrun=["--standalone", "--nproc_per_node=2"])
     one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
-    assert one.keys() == two.keys() and len(one) == 7 * 2 + 18 * 6
+    assert one.keys() == two.keys()
+    assert len(one) == 7 * 2 + 18 * 6
     for key in one:  # all of stage 0, and stage 1 until a pseudo-label on the edge flips
         assert one[key] == pytest.approx(
             two[key], abs=1e-5 if key[0] == 0 or key[:2] <= (1, 2) else 1e-2
@@ -388,7 +391,8 @@ def test_one_of_two_processes_is_killed_and_the_run_ends_by_itself(camvid, tmp_p
         not (folder / "log.jsonl").exists()
         or len((folder / "log.jsonl").read_text().splitlines()) < 12
     ):
-        assert time.time() < deadline and process.poll() is None
+        assert time.time() < deadline
+        assert process.poll() is None
         time.sleep(0.01)
     workers = [int(pid) for pid in os.listdir("/proc") if pid.isdigit() and is_worker(pid, folder)]
     assert len(workers) == 2

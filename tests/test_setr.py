@@ -319,7 +319,8 @@ def test_stochastic_depth_drops_both_branches_of_a_block(seeded):
         tuple((block.dropout(torch.ones(8, 5, 64)) > 0).flatten(1).float().mean(1).tolist())
         for _ in range(20)
     ]
-    assert all(set(row) <= {0.0, 1.0} for row in rows) and len(set(rows)) > 10
+    assert all(set(row) <= {0.0, 1.0} for row in rows)
+    assert len(set(rows)) > 10
 
 
 @pytest.mark.parametrize("stride, rectify", [(2, True), (8, True), (16, True), (2, False)])
@@ -386,7 +387,7 @@ def test_students_may_have_different_weights(tmp_path):
     assert weights(path) == [str(path)] * 2
 
 
-def test_what_each_student_loads_is_told(small_vit, tmp_path, capsys):
+def test_the_weights_of_each_student_are_reported(small_vit, tmp_path, capsys):
     torch.save(vit_layout(), tmp_path / "one.pth")
     torch.save(vit_layout(grid=10), tmp_path / "two.pth")
     for member, name in enumerate(("one", "two", "two")):
@@ -397,7 +398,9 @@ def test_what_each_student_loads_is_told(small_vit, tmp_path, capsys):
             member,
         )
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("weights")]
-    assert len(said) == 2 and "one.pth" in said[0] and "two.pth" in said[1]
+    assert len(said) == 2
+    assert "one.pth" in said[0]
+    assert "two.pth" in said[1]
 
 
 IML = "--stages 1 --no-rectify --no-photometric --no-cutmix --dropout 0 --drop-path 0"
@@ -602,10 +605,8 @@ def test_evaluate_and_predict(whole, tmp_path, monkeypatch, capsys):
 )
 def test_other_pairs_and_crops(main, flags):
     main("--out", "run", *flags.split())
-    assert (
-        all(math.isfinite(value) for value in losses(Path("run")).values())
-        and records(Path("run"))[-1]["step"] == 5
-    )
+    assert all(math.isfinite(value) for value in losses(Path("run")).values())
+    assert records(Path("run"))[-1]["step"] == 5
 
 
 @pytest.mark.parametrize(
