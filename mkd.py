@@ -1,53 +1,39 @@
-"""Semi-supervised Semantic Segmentation with Mutual Knowledge Distillation
-Jianlong Yuan, Qi Qian, Fan Wang, Jinchao Ge, Zhibin Wang, Yifan Liu. ACM Multimedia 2023, arXiv 2208.11499
+"""Semi-supervised Semantic Segmentation with Mutual Knowledge Distillation (MKD)
+Jianlong Yuan, Qi Qian, Fan Wang, Jinchao Ge, Zhibin Wang, Yifan Liu
+ACM Multimedia 2023, arXiv 2208.11499
 
-Two students of different initialisation learn from each other, and each has a mean teacher that supervises the other one. Teachers see
-weak views of the unlabeled pictures (WDA); students see strong ones (SDA): one photometric operation, and boxes of the next picture of the
-batch pasted in (CutMix, on the teachers' logits too). On top of that comes feature augmentation (FD, FDA): features move, in thought, along all
-directions in which features of their class vary. The loss over infinitely many such moves has an upper bound that needs only one term
-more in the logits. The term depends on a pixel's class alone, so that it costs a table of classes by classes.
+Two students of different initialization learn from labeled pictures and from each other's
+pseudo-labels. Each student has a mean teacher, whose pseudo-labels supervise the other student.
+Teachers see weak views of the unlabeled pictures; students see strong views of them: one
+photometric operation, and boxes of the next picture of the batch (CutMix). Feature augmentation
+shifts the students' features along the directions in which features of their class vary. It needs
+only one more term in the logits, which depends on the pixel's class alone.
 
-    python mkd.py                                                                        drawn streets, a CPU, minutes
+    python mkd.py                           (drawn streets, on a CPU, a few minutes)
     torchrun --nproc_per_node=4 mkd.py --dataset cityscapes --data-root DIR --labels 372
 
-paper -> code
-    Eq. 1   mean teachers                          update_teacher(); gamma of Table 4: --gamma
-    Eq. 2   L_st, teacher to the other student     train(), step 3: loss_st
-    Sect. 3.2  SDA, CutMix                         strong_view(), cutmix_mask(), cutmix()
-    Eq. 3   FD                                     ClassStatistics (Sigma), augmentation_table(), augment_features()
-    Eq. 4   L, with alpha and beta                 train(), step 3: loss; --alpha, --beta (Table 5)
-    Eq. 5   L_s, supervised                        train(), step 3: loss_labeled
-    CPS     L_ss, student to student               train(), step 3: loss_ss
-    Algorithm 1                                    train(): the loop, EMA first
-    Table 1  '*': --threshold .95, dagger: --dataset voc --extra all
-    Table 3  co-training: --teachers none --no-strong --features none; + MT: --teachers own; + Mutual MT: --teachers mutual; + SDA: --strong;
-             + FDA: --features diagonal
+paper           -> code
+    Eq. 1          mean teachers                     update_teacher(), --gamma
+    Eq. 2          L_st, teacher to other student    train(), step 3: loss_st
+    Eq. 3          feature augmentation (FD, FDA)    augment_features(), augmentation_table(),
+                                                     ClassStatistics (Sigma), --lambda0
+    Eq. 4          L, the sum                        train(), step 3: loss, --alpha, --beta
+    Eq. 5          L_s, labeled pictures             train(), step 3: loss_labeled
+    Sect. 3.1      L_ss, student to student (CPS)    train(), step 3: loss_ss
+    Sect. 3.2      strong augmentation (SDA)         strong_view()
+                   CutMix                            cutmix_mask(), cutmix()
+    Sect. 4.1      settings                          PAPER
+    Algorithm 1    one step                          train()
+    Tables 1, 2    dagger; *                         --extra all; --threshold .95
+    Table 3        co-training (CPS)                 --teachers none --no-strong --features none
+                   + MT; + Mutual MT                 --teachers own; --teachers mutual
+                   + SDA; + FDA                      --strong; --features diagonal
+    Table 4        gamma of Eq. 1                    --gamma
+    Table 5        loss weight                       --alpha, --beta
+    Fig. 1         the four branches                 draw(): pictures/batch_*.png
 
-Choices that the paper leaves open, and why
-    EMA. The decay is min(1 - 1/t, gamma) (authors' code), so that teachers begin as their students at t = 1. .4 is the paper's best and "used for all
-        the experiments"; the code ends at .6. Buffers are copied.                                       --gamma
-    Batch size 16 is 16 labeled and 16 unlabeled pictures (code: 4 + 4 on each of 4 GPUs). They go through a student in one pass, so batch
-        norm, which is trained in the backbone too and synchronised, sees them together (code: two passes).  --batch-norm
-    Both students see the same views; only their initialisations tell them apart (of the heads, where the backbone is pretrained).
-    SDA: one of colour jitter, blur, equalize, solarize, greyscale, with the code's weights. CutMix, for every picture: three boxes, each of a
-        third of 25 to 50 % of the area, off again where two overlap (code). In Table 3 it belongs to SDA; not used on streets.  --cutmix
-    L_st and L_ss: at stride 8 of the crop, where logits are sampled (code); L_s at the crop's size.     --loss-stride
-        Means over the pixels that count: padding, and teachers' labels below --threshold, do not.
-    FD: w and Sigma are detached (code; in ISDA, where it comes from, only Sigma), so it shifts logits and nothing else. The class y of a
-        pixel, in v as in Sigma, is its label, on unlabeled pictures the student's own prediction (code; the paper says
-        "pseudo-labels"). Sigma is of all features that the student has seen so far; its diagonal (code), or whole.  --features full
-        lambda rises from 0 to 1.5 along half a cosine (code).                                           --lambda0
-        FD is for unlabeled pixels alone (Algorithm 1); L_ss takes its targets after it, as written there.
-    alpha is 1.5, beta 1 (Table 5, code). By its numbers Table 5 is without FDA, and varies the weight of L_st, not of L_ss as Eq. 4 has
-        it: 0 gives Table 3's row without teachers (72.52), 1 the one with them (73.66).                 --alpha, --beta
-    Cityscapes' number of iterations is not stated: 40,000 is ours. Scale .5 to 2 and 30,000 iterations on VOC are the code's.
-    Students from scratch (the tiny backbone) begin with labels alone: without, they agreed on road below and sky above in every picture.  --warmup
-    --preset official (voc, vocaug, streets) is the code where it departs from the paper: gamma .6; FD of teachers, too; L_st and L_ss on
-        labeled pictures, too; photometric distortion of the labeled and weak views. Not taken over: two passes (above); teachers that
-        normalise by their own batches; batch-norm momentum .001; losses on padding; the mean of a loss by GPU; pictures resized to 512
-        first; the stem of three convs (--weights FILE with the weights of ResNetV1c brings it).
-    The baseline (--supervised) is one student on labels alone, with the same weak views, learning rate and number of steps.
-    Reported: all networks at the last iteration, and the students' mean logits; the headline is student 1.
+`grep -n "# Open:" mkd.py` lists the choices that the paper leaves open, `grep -n "# Code:" mkd.py`
+the differences from the authors' code (github.com/jianlong-yuan/semi-mmseg).
 """
 
 import argparse
@@ -60,238 +46,414 @@ from torch import nn
 from torchvision.transforms.v2 import functional as V
 
 import common
-from common import IGNORE
+from common import IGNORE, need
 
-# ---- arguments -------------------------------------------------------------------------------------------------------
+# ---- arguments -----------------------------------------------------------------------------------
 
-# Per dataset, by the argument's name: Sect. 4.1, and the authors' code (scale, iterations and loss stride of VOC).
+# The paper's numbers (Sect. 4.1) by dataset, under the arguments' names.
+# Open: the batch size of 16 may hold both kinds of pictures; we take 16 labeled and 16 unlabeled
+#   ones, as the code does (4 + 4 on each of 4 GPUs)   --batch-size
+# Open: neither scale nor iterations; we take the code's for VOC, and 40,000 for Cityscapes, for
+#   which the code has no setting   --scale --iterations
 PAPER = {
     "vocaug": dict(
-        labels="662", size=None, crop=(512, 512), scale=(.5, 2.), batch_size=16, network="deeplabv3plus", head="plain", backbone="resnet50", weights="imagenet",
-        batch_norm="sync", optimizer="sgd", lr=.0025, weight_decay=5e-4, iterations=30_000, warmup=0, cutmix=True, gamma=.4, lambda0=1.5, loss_stride=8,
-        workers=4, log_every=50, eval_every=5000, save_every=1000),
-    # Drawn scenes and a small network from scratch, minutes on a CPU: slower teachers, weaker FD and no CutMix; why, README.md tells.
+        labels="662", size=None, crop=(512, 512), scale=(0.5, 2.0), batch_size=16,
+        network="deeplabv3plus", head="plain", backbone="resnet50", weights="imagenet",
+        batch_norm="sync",
+        optimizer="sgd", lr=0.0025, weight_decay=5e-4, iterations=30_000,
+        warmup=0, cutmix=True, gamma=0.4, lambda0=1.5, loss_stride=8,
+        workers=4, log_every=50, eval_every=5000, save_every=1000,
+    ),
+    # Small networks from scratch need slower teachers and weaker perturbations.
     "streets": dict(
-        labels="8", size=(64, 128), crop=(64, 64), scale=(.75, 1.5), batch_size=4, network="deeplabv3plus", head="plain", backbone="tiny", weights="none",
-        batch_norm="frozen", optimizer="adamw", lr=3e-3, weight_decay=1e-2, iterations=2400, warmup=500, cutmix=False, gamma=.99, lambda0=.3, loss_stride=2,
-        workers=0, log_every=50, eval_every=600, save_every=100),
+        labels="8", size=(64, 128), crop=(64, 64), scale=(0.75, 1.5), batch_size=4,
+        network="deeplabv3plus", head="plain", backbone="tiny", weights="none",
+        batch_norm="frozen",
+        optimizer="adamw", lr=3e-3, weight_decay=1e-2, iterations=2400,
+        warmup=500, cutmix=False, gamma=0.99, lambda0=0.3, loss_stride=2,
+        workers=0, log_every=50, eval_every=600, save_every=100,
+    ),
 }
 PAPER["voc"] = PAPER["vocaug"] | dict(labels="183")
-PAPER["cityscapes"] = PAPER["vocaug"] | dict(labels="372", size=(1024, 2048), crop=(512, 1024), lr=.01, iterations=40_000)
-PAPER["camvid-cpu"] = PAPER["streets"] | dict(labels="1/8", size=(180, 240), crop=(96, 128), lr=2e-3, iterations=1500, warmup=600, cutmix=True, eval_every=500)
-PAPER["camvid-gpu"] = PAPER["cityscapes"] | dict(labels="1/8", size=(360, 480), crop=(256, 352), iterations=20_000, eval_every=2000)
-# Pictures of one's own: at most so large, square crops at changing scale; all of images/ is labeled.
-PAPER["folder-cpu"] = PAPER["camvid-cpu"] | dict(labels="1/1", size=(256,), crop=(128, 128), scale=(.75, 1.5), iterations=3000, warmup=1500, cutmix=False)
-PAPER["folder-gpu"] = PAPER["camvid-gpu"] | dict(labels="1/1", size=(640,), crop=(320, 320), scale=(.5, 1.5), iterations=10_000)
-OFFICIAL = dict(gamma=.6, features_of_teachers=True, labeled_consistency=True, weak_photometric=True)  # the authors' code
-PAPER |= {f"{name}-official": PAPER[name] | OFFICIAL for name in ("vocaug", "voc", "streets")}
+PAPER["cityscapes"] = PAPER["vocaug"] | dict(
+    labels="372", size=(1024, 2048), crop=(512, 1024),
+    lr=0.01, iterations=40_000,
+)
+PAPER["camvid-cpu"] = PAPER["streets"] | dict(
+    labels="1/8", size=(180, 240), crop=(96, 128),
+    lr=2e-3, iterations=1500,
+    warmup=600, cutmix=True,
+    eval_every=500,
+)
+PAPER["camvid-gpu"] = PAPER["cityscapes"] | dict(
+    labels="1/8", size=(360, 480), crop=(256, 352),
+    iterations=20_000,
+    eval_every=2000,
+)
+# Your own pictures: the longer side is shrunk to size, and all of images/ is labeled.
+PAPER["folder-cpu"] = PAPER["camvid-cpu"] | dict(
+    labels="1/1", size=(256,), crop=(128, 128), scale=(0.75, 1.5),
+    iterations=3000,
+    warmup=1500, cutmix=False,
+)
+PAPER["folder-gpu"] = PAPER["camvid-gpu"] | dict(
+    labels="1/1", size=(640,), crop=(320, 320), scale=(0.5, 1.5),
+    iterations=10_000,
+)
+# Code: it departs from the paper in these four; `--preset official` sets them. It also runs two
+#   passes for the two kinds of pictures, lets teachers normalize by their batches (momentum .001),
+#   and counts padding in the losses; we do not.   --preset
+OFFICIAL = dict(
+    gamma=0.6, features_of_teachers=True, labeled_consistency=True, weak_photometric=True
+)
+for name in ("vocaug", "voc", "streets"):
+    PAPER[f"{name}-official"] = PAPER[name] | OFFICIAL
 
-# The paper's mIoU by (dataset, --extra, backbone, threshold, labels): Tables 1 and 2, there with the CPS splits. On vocaug a list may be U2PL's,
-# for which Table 2 has other numbers, so that none is told with --split.
-PAPER_MIOU = {(dataset, extra, backbone, threshold, n): miou for dataset, extra, backbone, threshold, row in [
-    ("voc", None, "resnet50", 0, {92: 60.60, 183: 66.74, 366: 71.01, 732: 72.73}),
-    ("voc", None, "resnet101", 0, {92: 65.35, 183: 70.18, 366: 74.44, 732: 75.90}),
-    ("voc", "all", "resnet50", 0, {92: 64.92, 183: 69.48, 366: 74.25, 732: 75.89, 1464: 77.59}),  # without the dagger Table 1 has 78.14 for the
-    ("voc", "all", "resnet101", 0, {92: 69.10, 183: 74.63, 366: 76.76, 732: 78.66, 1464: 80.02}),  # same pictures, and 79.96
-    ("voc", "all", "resnet101", .95, {92: 74.40, 183: 75.92, 366: 77.74, 732: 78.68, 1464: 80.80}),
-    ("vocaug", None, "resnet50", 0, {662: 74.02, 1323: 75.24, 2646: 76.09, 5291: 76.92}),
-    ("vocaug", None, "resnet101", 0, {662: 75.90, 1323: 76.59, 2646: 77.62, 5291: 78.94}),
-    ("cityscapes", None, "resnet50", 0, {186: 75.47, 372: 78.07, 744: 79.95, 1488: 80.52}),
-    ("cityscapes", None, "resnet101", 0, {186: 77.19, 372: 79.20, 744: 80.80, 1488: 81.04})] for n, miou in row.items()}
+# The paper's mIoU: {(dataset, --extra, backbone, --threshold): {labels: mIoU}}, Tables 1 and 2.
+PAPER_MIOU = {
+    ("voc", None, "resnet50", 0): {92: 60.60, 183: 66.74, 366: 71.01, 732: 72.73},
+    ("voc", None, "resnet101", 0): {92: 65.35, 183: 70.18, 366: 74.44, 732: 75.90},
+    # Table 1 has other numbers for the same 1464 pictures without the dagger: 78.14 and 79.96.
+    ("voc", "all", "resnet50", 0): {92: 64.92, 183: 69.48, 366: 74.25, 732: 75.89, 1464: 77.59},
+    ("voc", "all", "resnet101", 0): {92: 69.10, 183: 74.63, 366: 76.76, 732: 78.66, 1464: 80.02},
+    ("voc", "all", "resnet101", 0.95): {92: 74.40, 183: 75.92, 366: 77.74, 732: 78.68, 1464: 80.80},
+    ("vocaug", None, "resnet50", 0): {662: 74.02, 1323: 75.24, 2646: 76.09, 5291: 76.92},
+    ("vocaug", None, "resnet101", 0): {662: 75.90, 1323: 76.59, 2646: 77.62, 5291: 78.94},
+    ("cityscapes", None, "resnet50", 0): {186: 75.47, 372: 78.07, 744: 79.95, 1488: 80.52},
+    ("cityscapes", None, "resnet101", 0): {186: 77.19, 372: 79.20, 744: 80.80, 1488: 81.04},
+}
 
-# Whose teacher student 1 and student 2 learn from (0 and 1 are the two branches).
-TEACHERS = {"none": None, "own": (0, 1), "mutual": (1, 0)}
+# The teachers that student 1 and student 2 learn from (0: teacher 1, 1: teacher 2).
+TEACHERS = {"none": (), "own": (0, 1), "mutual": (1, 0)}
 
 
 def get_parser():
-    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__.split("\n\n")[1],
-                                     epilog="What is left out comes from the table PAPER at the top of mkd.py, by dataset; a run writes all values to args.json.")
-    a = parser.add_argument_group("mutual knowledge distillation").add_argument
-    a("--teachers", choices=list(TEACHERS), default="mutual", help="whose mean teacher a student learns from, besides the other student (Table 3: none, MT, mutual MT)")
-    a("--strong", action=argparse.BooleanOptionalAction, default=True, help="strong views for the students; without, weak ones (Table 3, SDA)")
-    a("--cutmix", action=argparse.BooleanOptionalAction, help="CutMix as a part of the strong view (Sect. 3.2)")
-    a("--features", choices=["none", "diagonal", "full"], default="diagonal", help="feature augmentation, by the diagonal of the covariance or all of it (Eq. 3; Table 3, FDA)")
-    a("--lambda0", type=float, metavar="X", help="strength of the feature augmentation at the end (Eq. 3)")
-    a("--gamma", type=float, metavar="X", help="decay of the mean teachers (Eq. 1; Table 4)")
-    a("--alpha", type=float, metavar="X", default=1.5, help="weight of L_st (Eq. 4; default: %(default)s)")
-    a("--beta", type=float, metavar="X", default=1., help="weight of L_ss (Eq. 4; Table 5; default: %(default)s)")
-    a("--warmup", type=int, metavar="N", help="iterations on labels alone before L_st and L_ss come in: 0 for pretrained students, as in the paper")
-    a("--threshold", type=float, metavar="X", default=0., help="teachers' labels below this confidence are ignored (Table 1, *: .95)")
-    a("--loss-stride", type=int, metavar="N", help="L_st and L_ss are taken at this stride of the crop")
-    a("--features-of-teachers", action=argparse.BooleanOptionalAction, help="feature augmentation of the teachers, too (authors' code)")
-    a("--labeled-consistency", action=argparse.BooleanOptionalAction, help="L_st and L_ss on labeled pictures, too (authors' code)")
-    a("--weak-photometric", action=argparse.BooleanOptionalAction, help="photometric distortion of labeled pictures and weak views (authors' code)")
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False,
+        description=__doc__.split("\n\n")[1],
+        epilog="The table PAPER in mkd.py fills in what is left out, by dataset; a run writes all "
+        "values to args.json.",
+    )
+    add = parser.add_argument_group("mutual knowledge distillation").add_argument
+    flag = argparse.BooleanOptionalAction
+    add("--teachers", choices=list(TEACHERS), default="mutual",
+        help="the mean teacher that a student learns from, besides the other student: none, its "
+        "own, or the other student's (Table 3: co-training, MT, mutual MT)")
+    add("--strong", action=flag, default=True,
+        help="strong views for the students; without it weak views (Table 3, SDA)")
+    add("--cutmix", action=flag, help="CutMix as a part of the strong view (Sect. 3.2)")
+    add("--features", choices=["none", "diagonal", "full"], default="diagonal",
+        help="feature augmentation, with the diagonal of the covariance or all of it (Eq. 3; "
+        "Table 3, FDA)")
+    add("--lambda0", type=float, metavar="X",
+        help="strength lambda of the feature augmentation at the last iteration (Eq. 3)")
+    add("--gamma", type=float, metavar="X", help="decay of the mean teachers (Eq. 1; Table 4)")
+    add("--alpha", type=float, metavar="X", default=1.5,
+        help="weight of L_st (Eq. 4; default: %(default)s)")
+    add("--beta", type=float, metavar="X", default=1.0,
+        help="weight of L_ss (Eq. 4; Table 5; default: %(default)s)")
+    add("--warmup", type=int, metavar="N",
+        help="iterations on labels alone before L_st and L_ss begin; 0 in the paper, whose "
+        "students are pretrained")
+    add("--threshold", type=float, metavar="X", default=0.0,
+        help="ignore the teachers' labels below this confidence (Table 1, *: .95)")
+    add("--loss-stride", type=int, metavar="N",
+        help="compute L_st and L_ss at this stride of the crop")
+    add("--features-of-teachers", action=flag,
+        help="feature augmentation of the teachers, too (authors' code)")
+    add("--labeled-consistency", action=flag,
+        help="L_st and L_ss on labeled pictures, too (authors' code)")
+    add("--weak-photometric", action=flag,
+        help="photometric distortion of labeled pictures and weak views (authors' code)")
     common.add_arguments(parser)
     return parser
 
 
-# ---- perturbations ---------------------------------------------------------------------------------------------------
+def paper_miou(args):
+    """The paper's mIoU for these arguments, or None."""
+    row = {"backbone", "extra", "threshold"}
+    if args.dataset != "vocaug":  # there Table 2 has other numbers for other lists
+        row.add("split")
+    if args.supervised or set(args.changed) - row:
+        return None
+    setting = (args.dataset, args.extra, args.backbone, args.threshold)
+    return PAPER_MIOU.get(setting, {}).get(args.labels)
+
+
+# ---- perturbations -------------------------------------------------------------------------------
+
 
 def color_jitter(image, r):
-    """Brightness, contrast and saturation times .5 to 1.5, hue moved by up to a quarter of the circle, in random order."""
-    factors = r.uniform(.5, 1.5, 3)
-    steps = [lambda x: V.adjust_brightness(x, factors[0]), lambda x: V.adjust_contrast(x, factors[1]), lambda x: V.adjust_saturation(x, factors[2]),
-             lambda x, hue=r.uniform(-.25, .25): V.adjust_hue(x, hue)]
+    """Brightness, contrast, saturation times .5 to 1.5, hue by +-.25, in random order."""
+    brightness, contrast, saturation = r.uniform(0.5, 1.5, 3)
+    hue = r.uniform(-0.25, 0.25)
+    steps = [
+        lambda image: V.adjust_brightness(image, brightness),
+        lambda image: V.adjust_contrast(image, contrast),
+        lambda image: V.adjust_saturation(image, saturation),
+        lambda image: V.adjust_hue(image, hue),
+    ]
     for i in r.permutation(4):
         image = steps[i](image)
     return image
 
 
 def blur(image, r):
-    return V.gaussian_blur(image, [int(r.choice([3, 5, 7]))] * 2, [r.uniform(.1, 2.)] * 2)
+    side = int(r.choice([3, 5, 7]))
+    sigma = r.uniform(0.1, 2.0)
+    return V.gaussian_blur(image, [side, side], [sigma, sigma])
 
 
-# Weight and operation; one of them is applied. image (3, H, W) uint8, r a seeded generator -> the same.
-OPERATIONS = ((3, color_jitter), (5, blur), (1, lambda image, r: V.equalize(image)), (1, lambda image, r: V.solarize(image, 128)),
-              (5, lambda image, r: V.rgb_to_grayscale(image, 3)))
+# Open: the operations are named, but neither their weights nor their ranges; we take the code's.
+OPERATIONS = [
+    # weight, operation: image (3, H, W) uint8, r a seeded generator -> the same shape
+    (3, color_jitter),
+    (5, blur),
+    (1, lambda image, r: V.equalize(image)),
+    (1, lambda image, r: V.solarize(image, 128)),
+    (5, lambda image, r: V.rgb_to_grayscale(image, 3)),
+]
 
 
 def strong_view(images, generators):
-    """SDA: one random operation for each picture. images (B, 3, H, W) uint8, generators: a seeded one for each -> the same shape."""
+    """SDA: one random operation for each picture (Sect. 3.2), before CutMix.
+
+    images (B, 3, H, W) uint8, generators: a seeded one for each picture -> (B, 3, H, W) uint8.
+    """
     weights, operations = zip(*OPERATIONS)
     shares = [weight / sum(weights) for weight in weights]
-    chosen = [operations[r.choice(len(operations), p=shares)] for r in generators]
-    return torch.stack([operation(image, r) for operation, image, r in zip(chosen, images, generators)])
+    strong = torch.empty_like(images)
+    for i, r in enumerate(generators):
+        operation = operations[r.choice(len(operations), p=shares)]
+        strong[i] = operation(images[i], r)
+    return strong
 
 
 def distort(images, generators):
-    """Photometric distortion as in MMSegmentation, for --weak-photometric: each part with probability .5. images (B, 3, H, W) uint8 -> the same."""
-    distorted = []
-    for image, r in zip(images, generators):
-        parts = [lambda x, by=r.uniform(-32, 32): (x.float() + by).clamp(0, 255).to(torch.uint8), lambda x, by=r.uniform(.5, 1.5): V.adjust_saturation(x, by),
-                 lambda x, by=r.uniform(-.1, .1): V.adjust_hue(x, by)]
-        parts.insert((1, 3)[r.randint(2)], lambda x, by=r.uniform(.5, 1.5): V.adjust_contrast(x, by))  # contrast comes second, or last
+    """MMSegmentation's photometric distortion for --weak-photometric: half of its parts each time.
+
+    images (B, 3, H, W) uint8, generators: a seeded one for each picture -> (B, 3, H, W) uint8.
+    """
+    distorted = torch.empty_like(images)
+    for i, r in enumerate(generators):
+        image = images[i]
+        offset = r.uniform(-32, 32)
+        saturation = r.uniform(0.5, 1.5)
+        hue = r.uniform(-0.1, 0.1)
+        contrast_place = (1, 3)[r.randint(2)]  # second or last
+        contrast = r.uniform(0.5, 1.5)
+        parts = [
+            lambda image: (image.float() + offset).clamp(0, 255).to(torch.uint8),
+            lambda image: V.adjust_saturation(image, saturation),
+            lambda image: V.adjust_hue(image, hue),
+        ]
+        parts.insert(contrast_place, lambda image: V.adjust_contrast(image, contrast))
         for part in parts:
-            image = part(image) if r.uniform() < .5 else image
-        distorted.append(image)
-    return torch.stack(distorted)
+            if r.uniform() < 0.5:
+                image = part(image)
+        distorted[i] = image
+    return distorted
 
 
-def cutmix_mask(size, generator, device="cpu"):
-    """(H, W) bool: three boxes of u/3 of the area, u from .25 to .5, each at any place; where two overlap it is off again."""
+def cutmix_mask(size, r, device="cpu"):
+    """The mask m of CutMix: (H, W) bool, on in three boxes, off again where two of them overlap.
+
+    Each box has u / 3 of the picture's area, u from .25 to .5. r: a seeded generator.
+    """
+    # Open: the shape of m; we take the code's boxes, and mix every picture. In Table 3 CutMix is
+    #   a part of SDA. Streets go without it: small networks from scratch get worse.   --cutmix
+    height, width = size
     mask = torch.zeros(size, dtype=torch.bool, device=device)
     for _ in range(3):
-        u = generator.uniform(.25, .5)
-        height = u ** generator.uniform()  # as a fraction, between u and 1; the width is u / height
-        h, w = round(size[0] * height / 3 ** .5), round(size[1] * u / height / 3 ** .5)
-        top, left = generator.randint(size[0] - h + 1), generator.randint(size[1] - w + 1)
-        mask[top:top + h, left:left + w].logical_not_()
+        u = r.uniform(0.25, 0.5)
+        tall = u ** r.uniform()  # between u and 1; u / tall is the width
+        h = round(height * tall / math.sqrt(3))
+        w = round(width * u / tall / math.sqrt(3))
+        top = r.randint(height - h + 1)
+        left = r.randint(width - w + 1)
+        mask[top : top + h, left : left + w].logical_not_()
     return mask
 
 
-def cutmix(x, mask):
-    """(1 - m) x_i + m x_j, where j is the next picture: x (B, .., H, W) with mask m (B, H, W) bool -> the same. After the last comes the first.
+def cutmix(x, mask, start=0):
+    """x = (1 - m) x_i + m x_j (Sect. 3.2), where j is the next picture; after the last the first.
 
-    Pictures beyond those of the mask serve as a next one alone."""
-    B, mask = len(mask), mask if x.ndim == 3 else mask[:, None]
-    return x[:B].where(~mask, x.roll(-1, 0)[:B])
+    x (start + B, .., H, W), mask (B, H, W) bool -> (start + B, .., H, W). The first start pictures
+    stay as they are. If x holds one more picture, it is only the last one's next picture.
+    """
+    kept = x[:start]
+    x = x[start:]
+    if x.ndim == 4:
+        mask = mask[:, None]  # for all channels
+    x_i = x[: len(mask)]
+    x_j = x.roll(-1, 0)[: len(mask)]
+    return torch.cat([kept, x_i.where(~mask, x_j)])
 
 
-def sample(x, size):
-    """Labels or masks (B, H, W) at another size, nearest."""
-    return x if x.shape[1:] == tuple(size) else F.interpolate(x[:, None].float(), size, mode="nearest-exact")[:, 0].to(x.dtype)
+def nearest(x, size):
+    """Labels or masks (B, H, W) at another size (h, w): the value at the center of each cell."""
+    if x.shape[1:] == tuple(size):
+        return x
+    return F.interpolate(x[:, None].float(), size, mode="nearest-exact")[:, 0].to(x.dtype)
 
 
-# ---- feature augmentation --------------------------------------------------------------------------------------------
+# Feature augmentation (FD, FDA; Sect. 3.2). Features of one class vary: a car is red or white, near
+# or far. Sigma_y, the covariance of the features of class y, says in which directions. A feature
+# f_i of class y_i that moves along these directions is a plausible feature of the same class. FDA
+# draws such moves from N(0, lambda Sigma_y), and trains the classifier (w, b) on all of them at
+# once: for infinitely many moves the mean cross entropy has the upper bound of Eq. 3,
+#     mean over i of log sum_j exp(v^T f_i + (b_j - b_yi) + lambda / 2 v^T Sigma_yi v),
+# with v = w_j - w_yi. This is the usual cross entropy with one more term: the logit of each class
+# j != y_i rises, most where j and y_i differ in a direction in which y_i varies. So the student has
+# to separate them by a larger margin there. The term depends on (y_i, j) alone: a K x K table.
+
 
 class ClassStatistics(nn.Module):
-    """Mean and covariance of each class's features over all batches so far (Sigma of Eq. 3).
+    """Sigma of Eq. 3: the covariance of each class's features, over all batches so far.
 
-    Buffers: count (K,) int64, mean (K, C), covariance (K, C), the diagonal, or with full (K, C, C)."""
+    Buffers: count (K,) int64; mean (K, C); covariance (K, C), its diagonal, or with full (K, C, C).
+    """
 
+    # Open: over which features Sigma is taken; we take all that the student has seen so far, as
+    #   ISDA and the code do, and the diagonal, as the code does; full is ISDA's   --features
     def __init__(self, classes, channels, full=False):
         super().__init__()
-        self.register_buffer("count", torch.zeros(classes, dtype=torch.int64))  # float32 would stop counting at 2^24
+        self.full = full
+        shape = (classes, channels, channels) if full else (classes, channels)
+        # int64, since float32 stops counting at 2^24
+        self.register_buffer("count", torch.zeros(classes, dtype=torch.int64))
         self.register_buffer("mean", torch.zeros(classes, channels))
-        self.register_buffer("covariance", torch.zeros(classes, *[channels] * (2 if full else 1)))
+        self.register_buffer("covariance", torch.zeros(shape))
 
     @torch.no_grad()
     def update(self, features, label):
-        """features (B, C, h, w), label (B, h, w) with 255 for unknown: afterwards the biased covariance of the union of all pixels of all processes.
+        """Add a batch of all processes: features (B, C, h, w), label (B, h, w), 255 for unknown.
 
-        Works on a few pictures at a time, so that no copy of all features is made."""
-        (K, C), B = self.mean.shape, len(features)
-        few = max(1, 2 ** 21 // features[0].numel()) if B else 1
-        parts = list(zip(features.flatten(2).split(few), label.flatten(1).split(few)))
-        one_hot = [(y[:, None] == torch.arange(K, device=y.device)[:, None]).float() for _, y in parts]  # (b, K, hw); unknown is no class
+        A class has n_b pixels in the batch, of mean mu_b and covariance Sigma_b (count n, mean mu
+        and covariance Sigma before); with r = n_b / (n + n_b)
+            Sigma <- (1 - r) Sigma + r Sigma_b + r (1 - r) (mu - mu_b) (mu - mu_b)^T
+            mu    <- (1 - r) mu + r mu_b
+        which is the biased covariance of all pixels so far. An absent class has r = 0.
+        """
+        K, C = self.mean.shape
+        parts = self.split(features, label)
         sums = self.mean.new_zeros(K, C + 1)
-        for (f, y), is_class in zip(parts, one_hot):
-            sums[:, :C] += (is_class @ f.float().transpose(1, 2)).sum(0)
-            sums[:, C] += is_class.sum((0, 2))
-        sums, n = common.all_reduce(sums).split([C, 1], 1)
-        mean = sums / n.clamp(min=1)  # mu_b, (K, C)
+        for feature, _, one_hot in parts:
+            sums[:, :C] += (one_hot @ feature.float().transpose(1, 2)).sum(0)
+            sums[:, C] += one_hot.sum((0, 2))
+        sums, n_b = common.all_reduce(sums).split([C, 1], 1)  # (K, C), (K, 1)
+        mu_b = sums / n_b.clamp(min=1)
+
         squares = torch.zeros_like(self.covariance)
-        for (f, y), is_class in zip(parts, one_hot):
-            deviation = f.float() - mean[y.clamp(max=K - 1)].transpose(1, 2)  # (b, C, hw); what it is for unknown pixels does not matter
-            if squares.ndim == 2:
-                squares += (is_class @ deviation.square_().transpose(1, 2)).sum(0)
-            else:
+        for feature, y, one_hot in parts:
+            # the deviation of unknown pixels has no effect
+            deviation = feature.float() - mu_b[y.clamp(max=K - 1)].transpose(1, 2)  # (b, C, hw)
+            if self.full:
                 for k in range(K):
-                    squares[k] += (deviation * is_class[:, k:k + 1] @ deviation.transpose(1, 2)).sum(0)
-        covariance = common.all_reduce(squares) / n.clamp(min=1).view(-1, *[1] * (squares.ndim - 1))  # Sigma_b
-        r = (n[:, 0] / (n[:, 0] + self.count).clamp(min=1)).view(-1, *[1] * (squares.ndim - 1))  # share of the new pixels; an absent class has 0
-        gap = self.mean - mean
-        gap = gap.square() if squares.ndim == 2 else gap[:, :, None] * gap[:, None]
-        self.covariance.copy_((1 - r) * self.covariance + r * covariance + r * (1 - r) * gap)
-        self.mean.lerp_(mean, r.view(-1, 1))
-        self.count += n[:, 0].long()
+                    of_class = deviation * one_hot[:, k : k + 1]
+                    squares[k] += (of_class @ deviation.transpose(1, 2)).sum(0)
+            else:
+                squares += (one_hot @ deviation.square_().transpose(1, 2)).sum(0)
+
+        ones = [1] * (squares.ndim - 1)
+        sigma_b = common.all_reduce(squares) / n_b.clamp(min=1).view(K, *ones)
+        r = n_b[:, 0] / (self.count + n_b[:, 0]).clamp(min=1)
+        gap = self.mean - mu_b
+        gap = gap[:, :, None] * gap[:, None] if self.full else gap.square()
+        self.mean.lerp_(mu_b, r[:, None])
+        r = r.view(K, *ones)
+        sigma = (1 - r) * self.covariance + r * sigma_b + r * (1 - r) * gap
+        self.covariance.copy_(sigma)
+        self.count += n_b[:, 0].long()
+
+    def split(self, features, label):
+        """Parts of a few pictures, so that no copy of all features is made.
+
+        A list of features (b, C, hw), label (b, hw), one-hot label (b, K, hw), 0 for unknown.
+        """
+        pictures = 1
+        if len(features):
+            pictures = max(1, 2**21 // features[0].numel())
+        classes = torch.arange(len(self.mean), device=label.device)[:, None]
+        parts = []
+        for feature, y in zip(features.flatten(2).split(pictures), label.flatten(1).split(pictures)):
+            parts.append((feature, y, (y[:, None] == classes).float()))
+        return parts
 
 
 def augmentation_table(weight, covariance):
-    """v^T Sigma_y v of Eq. 3 with v = w_j - w_y, for all y and j: weight (K, C), covariance (K, C) or (K, C, C) -> (K, K), 0 on the diagonal."""
-    v = weight - weight[:, None]  # v[y, j], (K, K, C); differences first: the expanded square could become negative
+    """v^T Sigma_y v of Eq. 3, with v = w_j - w_y, for all y and j: (K, K), 0 on the diagonal.
+
+    weight: w (K, C). covariance: Sigma (K, C) or (K, C, C).
+    """
+    # Differences first: the expanded square loses digits, and could become negative.
+    v = weight - weight[:, None]  # v[y, j], (K, K, C)
     if covariance.ndim == 2:
         return (v.square() * covariance[:, None]).sum(2)
     return (v @ covariance * v).sum(2)
 
 
 def augment_features(features, logits, label, weight, statistics, strength):
-    """FD: the logits of augmented features, p + lambda/2 v^T Sigma v (Sect. 3.2), with lambda the strength.
+    """FD: the logits p + lambda / 2 v^T Sigma v of the augmented features (Eq. 3).
 
-    features (B, C, h', w') update the statistics first; logits (B or fewer, K, h, w) of the last of these pictures, label (B, h, w),
-    weight (K, C) of the classifier -> logits of the same shape. Where the label is 255 nothing changes. The term has no gradient."""
+    features (B, C, h', w') first update statistics, Sigma. logits: p (B or fewer, K, h, w), of
+    the last of these pictures. label: y (B, h, w); nothing changes where it is 255. weight: w
+    (K, C). strength: lambda. Returns logits of the same shape.
+    """
     if features.shape[2:] != logits.shape[2:]:
-        features = F.interpolate(features.float(), logits.shape[2:], mode="bilinear", align_corners=False)
+        size = logits.shape[2:]
+        features = F.interpolate(features.float(), size, mode="bilinear", align_corners=False)
     statistics.update(features, label)
-    table = strength / 2 * augmentation_table(weight.detach().float(), statistics.covariance)
-    rows = F.pad(table, (0, 0, 0, 1))  # one more row, of zeros, for unknown
-    label = label[len(label) - len(logits):].clamp(max=len(table))
-    return logits + rows[label].permute(0, 3, 1, 2)
+    # Open: whether the term has a gradient; w and Sigma are detached, as in the code, so that it
+    #   shifts logits and nothing else. In ISDA only Sigma is detached.
+    table = augmentation_table(weight.detach().float(), statistics.covariance)
+    table = F.pad(strength / 2 * table, (0, 0, 0, 1))  # one more row, of zeros, for unknown
+    label = label[len(label) - len(logits) :].clamp(max=len(table) - 1)
+    return logits + table[label].permute(0, 3, 1, 2)  # Eq. 3
 
 
-# ---- EMA -------------------------------------------------------------------------------------------------------------
+# ---- EMA -----------------------------------------------------------------------------------------
+
 
 @torch.no_grad()
-def update_teacher(teacher, student, decay):
-    """theta_t <- gamma theta_t + (1 - gamma) theta_s; buffers are copied."""
-    torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - decay)  # Eq. 1
+def update_teacher(teacher, student, iteration, gamma):
+    """theta_t <- gamma theta_t + (1 - gamma) theta_s (Eq. 1); buffers are copied.
+
+    theta_t, theta_s: parameters of teacher and student.
+    """
+    # Open: gamma in the first steps; 1 - 1 / t if that is less, as in the code, so that at t = 1
+    #   the teacher is its student. The paper takes .4 in all experiments (Table 4)   --gamma
+    gamma = min(1 - 1 / (iteration + 1), gamma)
+    of_teacher = list(teacher.parameters())
+    of_student = list(student.parameters())
+    torch._foreach_lerp_(of_teacher, of_student, 1 - gamma)  # Eq. 1
     torch._foreach_copy_(list(teacher.buffers()), list(student.buffers()))
 
 
-# ---- pseudo-labels ---------------------------------------------------------------------------------------------------
+# ---- pseudo-labels -------------------------------------------------------------------------------
+
 
 def hard_label(logits, valid):
-    """arg max of logits (B, K, h, w) over the classes, 255 where valid (B, h, w) is False -> (B, h, w) int64."""
-    return logits.detach().max(1).indices.masked_fill(~valid, IGNORE)  # on a CPU max is much faster than argmax
+    """arg max over classes of logits (B, K, h, w), 255 where valid (B, h, w) is False: int64."""
+    best = logits.detach().max(1).indices  # on a CPU max is much faster than argmax
+    return best.masked_fill(~valid, IGNORE)
 
 
 def confident(logits, threshold):
-    """(B, h, w) bool: where the highest of softmax(logits) is at least the threshold."""
-    return torch.ones_like(logits[:, 0], dtype=torch.bool) if threshold == 0 else logits.softmax(1).amax(1) >= threshold
+    """(B, h, w) bool: where the highest class probability is at least the threshold."""
+    if threshold == 0:
+        return torch.ones_like(logits[:, 0], dtype=torch.bool)
+    return logits.softmax(1).amax(1) >= threshold
 
 
-# ---- losses and networks ---------------------------------------------------------------------------------------------
-
-def cross_entropy(logits, label):
-    """Mean over the valid pixels of all processes: logits (B, K, H, W), label (B, H, W) with 255 -> 0-dim; 0 if nothing is valid.
-
-    Each process returns its share times their number, since gradients are averaged over processes."""
-    count = common.all_reduce((label != IGNORE).sum())
-    return F.cross_entropy(logits, label, ignore_index=IGNORE, reduction="sum") * common.world_size() / count.clamp(min=1)
+# ---- losses --------------------------------------------------------------------------------------
 
 
 class WithFeatures(nn.Module):
-    """A network whose forward gives its features too: images (B, 3, H, W) float -> (B, C, h, w), (B, K, h, w)."""
+    """A network that returns its features, too.
+
+    forward: images (B, 3, H, W) float -> features (B, C, h, w), logits (B, K, h, w).
+    """
 
     def __init__(self, network):
         super().__init__()
@@ -304,6 +466,7 @@ class WithFeatures(nn.Module):
 
 class Ensemble(nn.Module):
     """The mean of the networks' logits."""
+
     align_corners = False
 
     def __init__(self, networks):
@@ -314,150 +477,209 @@ class Ensemble(nn.Module):
         return sum(network(image) for network in self.networks) / len(self.networks)
 
 
-# ---- training --------------------------------------------------------------------------------------------------------
+def cross_entropy(logits, label):
+    """l_ce: the mean over known pixels of all processes; 0 if there are none. A 0-dim tensor.
 
-def train(args, data, labeled, unlabeled, device):
-    students = [common.build_network(args, data, device, member) for member in range(1 if args.supervised else 2)]
-    if len(students) == 2 and torch.equal(students[0].last.weight, students[1].last.weight):
-        raise common.UserError(f"--weights {args.weights}: both students would begin with the same weights and stay one network; use a backbone's weights, not those of a "
-                               "whole network")
-    run = common.OldRun("mkd-supervised" if args.supervised else "mkd", args, data, labeled, unlabeled, device, {1: args.iterations})
-    learns_from = None if args.supervised else TEACHERS[args.teachers]
-    teachers = [copy.deepcopy(student).requires_grad_(False).eval() for student in students] if learns_from else []
-    networks = {f"student_{i}": s for i, s in enumerate(students, 1)} | {f"teacher_{i}": t for i, t in enumerate(teachers, 1)}
-    evaluated = networks | ({} if args.supervised else {"ensemble": Ensemble(students)})
-    learners = [common.parallel(WithFeatures(student), device) for student in students]
-    K, members = len(data.names), range(len(students))
-    augmented = [] if args.supervised or args.features == "none" else students + teachers * bool(args.features_of_teachers)
-    statistics = nn.ModuleList(ClassStatistics(K, network.feature_channels, args.features == "full") for network in augmented).to(device)
-    optimizer = common.make_optimizer(args, args.lr, [p for student in students for p in student.parameters()])
-    scaler, begin, tables = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16"), 0, None
-    mixed, loss_size = bool(args.strong and args.cutmix), [math.ceil(n / args.loss_stride) for n in args.crop]
+    logits (B, K, H, W), label (B, H, W) with 255 for unknown. Each process returns its share times
+    their number, since gradients are averaged over processes.
+    """
+    # Open: what counts in the mean; padding does not, nor do labels below the threshold   --threshold
+    count = common.all_reduce((label != IGNORE).sum())
+    total = F.cross_entropy(logits, label, ignore_index=IGNORE, reduction="sum")
+    return total * common.world_size() / count.clamp(min=1)
 
-    def save(iteration):
-        run.save("student_1", networks, stage=1, iteration=iteration, optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), statistics=statistics.state_dict())
 
-    if run.state:  # go on where the checkpoint was written
-        begin = run.state["iteration"]
-        for name, network in networks.items():
-            network.load_state_dict(run.state["models"][name])
-        optimizer.load_state_dict(run.state["optimizer"])
-        scaler.load_state_dict(run.state["scaler"])
-        statistics.load_state_dict(run.state["statistics"])
-        run.state = None
-    else:
-        save(0)
+# ---- training ------------------------------------------------------------------------------------
 
-    loaders = [common.batches(common.Stream(data, labeled, "labeled", args), args, device, begin, args.iterations)]
-    if not args.supervised:
-        loaders.append(common.batches(common.Stream(data, unlabeled, "unlabeled", args, labeled=False), args, device, begin, args.iterations,
-                                      overlap=mixed))
-    pseudo_tables, covered = [torch.zeros(K, K, dtype=torch.int64, device=device) for _ in teachers], []
 
-    for iteration, batch in enumerate(zip(*loaders), begin):
-        # 5 EMA, which comes first here (Algorithm 1, line 6)
+def numbered(name, values):
+    """{"NAME_1": first value, "NAME_2": second value}"""
+    return {f"{name}_{i}": value for i, value in enumerate(values, 1)}
+
+
+def generators(args, name, positions):
+    """A seeded generator for each picture of a batch."""
+    return [common.rng(args.seed, name, position) for position in positions]
+
+
+def train_supervised(args, run, stream, students, learners, teachers, keep, begin, stop):
+    """Learning from labels alone, iterations begin to stop: the warm-up, and the baseline."""
+    device = run.device
+    optimizer = keep["optimizer"]
+    scaler = keep["scaler"]
+    batches = common.batches(stream, args, device, begin, stop)
+    for iteration, labeled in enumerate(batches, begin):
+        # 5 EMA: first, as in Algorithm 1; the baseline has no teachers
         for teacher, student in zip(teachers, students):
-            update_teacher(teacher, student, min(1 - 1 / (iteration + 1), args.gamma))
+            update_teacher(teacher, student, iteration, args.gamma)
 
-        # 1 batch: weak views; of each unlabeled picture a strong view, too, mixed with its neighbour's by a mask
-        image, label = batch[0]["image"], batch[0]["label"]  # (B, 3, H, W), (B, H, W)
-        B, semi = len(image), not args.supervised and iteration >= args.warmup
+        # 1 batch: weak views
+        image, label = labeled["image"], labeled["label"]  # (B, 3, H, W), (B, H, W)
         if args.weak_photometric:
-            image = distort(image, [common.rng(args.seed, "distort labeled", place) for place in batch[0]["position"]])
-        student_input, pseudo_labels, losses, student_logits = image, [], {}, []
-        if semi:
-            weak, places = batch[1]["image"], batch[1]["position"]  # (B, 3, H, W); with several processes B + 1, see cutmix()
-            strong = strong_view(weak, [common.rng(args.seed, "strong", place) for place in places]) if args.strong else weak
-            if args.weak_photometric:
-                weak = distort(weak, [common.rng(args.seed, "distort", place) for place in places])
-            mask = torch.zeros(B, *args.crop, dtype=torch.bool, device=device)
-            if mixed:
-                mask = torch.stack([cutmix_mask(tuple(args.crop), common.rng(args.seed, "cutmix", place), device) for place in places[:B]])
-            strong, truth = cutmix(strong, mask), cutmix(batch[1]["truth"], mask)
-            student_input = torch.cat([image, strong])  # (2B, 3, H, W)
-            # What L_st and L_ss are taken on, at their stride: the B unlabeled pictures; with --labeled-consistency after n labeled ones, n = B
-            n, mask, label_at_stride = B * bool(args.labeled_consistency), sample(mask, loss_size), sample(label, loss_size)
-            valid = torch.cat([sample(batch[0]["valid"][:n], loss_size), cutmix(sample(batch[1]["valid"], loss_size), mask)])  # (n + B, h, w)
-            strength = args.lambda0 * (1 - math.cos(math.pi * (iteration + 1) / args.iterations)) / 2  # lambda of Eq. 3
+            image = distort(image, generators(args, "distort labeled", labeled["position"]))
 
-        # 2 pseudo-labels: of both teachers on weak views; their logits are mixed like the pictures
-        for i, teacher in enumerate(teachers) if semi else ():
-            with torch.no_grad():
-                with common.autocast(args, device):
-                    features = teacher.features(common.to_float(torch.cat([image[:n], weak])))
-                    logits = teacher.classifier(features)
-                p = common.upsample(logits, loss_size)
-                p = torch.cat([p[:n], cutmix(p[n:], mask)])  # p_t, (n + B, K, h, w)
-                sure = valid & confident(p, args.threshold)
-                if statistics and args.features_of_teachers:
-                    features = F.interpolate(features.float(), loss_size, mode="bilinear", align_corners=False)
-                    features = torch.cat([features[:n], cutmix(features[n:], mask)])
-                    own = torch.cat([label_at_stride[:n], hard_label(p, valid)[n:]])
-                    p = augment_features(features, p, own, teacher.last.weight.flatten(1), statistics[2 + i], strength)
-                pseudo_labels.append(hard_label(p, sure))  # y_t, (n + B, h, w)
+        # 2 pseudo-labels: none
 
         # 3 losses
-        for j in members:
-            if not students[j].training:
-                learners[j].train()
+        loss_labeled = []
+        for learner in learners:
             with common.autocast(args, device):
-                features, logits = learners[j](common.to_float(student_input))
-            losses[f"loss_labeled_{j + 1}"] = cross_entropy(common.upsample(logits[:B], args.crop), label)  # Eq. 5
-            if semi:
-                p = common.upsample(logits[B - n:], loss_size)  # p_s, (n + B, K, h, w)
-                if statistics:  # by the label on labeled pictures, by its own prediction on the others
-                    own = torch.cat([label_at_stride, hard_label(p, valid)[n:]])
-                    p = augment_features(features.detach(), p, own, students[j].last.weight.flatten(1), statistics[j], strength)
-                student_logits.append(p)
-        for j, p in enumerate(student_logits):
-            if teachers:
-                losses[f"loss_st_{j + 1}"] = cross_entropy(p, pseudo_labels[learns_from[j]])  # Eq. 2
-            losses[f"loss_ss_{j + 1}"] = cross_entropy(p, hard_label(student_logits[1 - j], valid))  # as in CPS
-        loss_s, loss_st, loss_ss = (sum(losses[name] for name in losses if name[:-2] == term) for term in ("loss_labeled", "loss_st", "loss_ss"))
-        loss = loss_s + args.alpha * loss_st + args.beta * loss_ss  # Eq. 4
+                _, logits = learner(common.to_float(image))
+            logits = common.upsample(logits, args.crop)
+            loss_labeled.append(cross_entropy(logits, label))  # Eq. 5
 
         # 4 backward
         optimizer.zero_grad()
-        scaler.scale(loss).backward()
+        scaler.scale(sum(loss_labeled)).backward()
         for group in optimizer.param_groups:
-            group["lr"] = args.lr * (1 - iteration / args.iterations) ** .9
+            group["lr"] = args.lr * (1 - iteration / args.iterations) ** 0.9
         scaler.step(optimizer)
         scaler.update()
         common.average_buffers(students)
 
         # 6 log, evaluate, save
-        run.watch(1, iteration, losses)
-        done, last = iteration + 1, iteration + 1 == args.iterations
-        run.watch_pseudo_labels(*[y[n:] for y in pseudo_labels])
-        if pseudo_labels:  # the truth of unlabeled pictures is used here and nowhere else
-            truth_at_stride = sample(truth, loss_size)
-            for table, y in zip(pseudo_tables, pseudo_labels):
-                table += common.confusion_matrix(truth_at_stride, y[n:], K)
-            covered.append(torch.stack([(y[n:] != IGNORE).float().mean() for y in pseudo_labels]).mean())
-        if done % args.log_every == 0 or done in (args.warmup, args.iterations) or done % args.eval_every == 0:
-            extra = {"lr": optimizer.param_groups[0]["lr"]} | ({"lambda": strength} if semi and statistics else {})
-            if pseudo_labels:
-                extra |= {f"pseudo_miou_{i + 1}": common.mean_iou(common.all_reduce(pseudo_tables[i])) for i in members}
-                extra["pseudo_coverage"] = float(common.all_reduce(torch.stack(covered).mean())) / common.world_size()
-                pseudo_tables, covered = [torch.zeros_like(table) for table in pseudo_tables], []
-            run.images, run.phase = args.batch_size * (1 + semi), None if semi or args.supervised else "warm-up"
-            run.log(1, done, **extra)
-        if done % args.eval_every == 0 or last:
-            tables = common.evaluate(evaluated if last else networks, data, args, device)
-            run.log(1, done, val=tables)
-            run.predictions(f"val_{done:06d}", networks)
-            columns = {"labeled picture": image, "label": label}
-            if semi:
-                columns = {"weak view": weak, "strong view" + ", mixed" * mixed: strong, "truth" + ", mixed" * mixed + " (not used)": truth}
-                columns |= {f"label of teacher {i + 1}" + ", mixed" * mixed: sample(y[n:], args.crop) for i, y in enumerate(pseudo_labels)}
-                columns |= {f"student {j + 1} predicts": sample(hard_label(p, valid)[n:], args.crop) for j, p in enumerate(student_logits)}
-            run.panel(f"batch_{done:06d}", {title: cells[:min(4, B)] for title, cells in columns.items()})
-        if done % args.save_every == 0 or last:
-            save(done)
+        losses = numbered("loss_labeled", loss_labeled)
+        end = iteration + 1 == stop  # L_st and L_ss follow
+        run.step(iteration, losses, record=end, lr=optimizer.param_groups[0]["lr"])
+        if run.due():
+            run.evaluate(numbered("student", students) | numbered("teacher", teachers))
+            columns = {"labeled picture": image[:4], "label": label[:4]}
+            run.panel(f"batch_{run.mark}", columns)
+        run.save(iteration, keep)
 
-    paper = None if args.supervised or set(args.changed) - {"backbone", "extra", "threshold", "split" * (args.dataset != "vocaug")} else PAPER_MIOU.get(
-        (args.dataset, args.extra, args.backbone, args.threshold, args.labels))
-    run.finish("student_1", tables or common.evaluate(evaluated, data, args, device), paper)
+
+def train(args, run, streams, students, learners, teachers, keep, begin):
+    """Algorithm 1, from iteration begin on. streams: of labeled and of unlabeled pictures."""
+    device = run.device
+    optimizer = keep["optimizer"]
+    scaler = keep["scaler"]
+    statistics = keep["statistics"]
+    augmented = args.features != "none"
+    mixed = args.strong and args.cutmix
+    # Open: the size at which L_st and L_ss are taken; the code's, an eighth of the crop, to which
+    #   logits are resized. L_s is taken at the size of the crop   --loss-stride
+    size = [math.ceil(side / args.loss_stride) for side in args.crop]  # (h, w)
+    batches = [
+        common.batches(streams[0], args, device, begin, args.iterations),
+        common.batches(streams[1], args, device, begin, args.iterations, overlap=mixed),
+    ]
+    for iteration, (labeled, unlabeled) in enumerate(zip(*batches), begin):
+        # 5 EMA: first (Algorithm 1, line 6)
+        for teacher, student in zip(teachers, students):
+            update_teacher(teacher, student, iteration, args.gamma)
+
+        # 1 batch: weak views; of unlabeled pictures strong views, too, the same for both students
+        image, label = labeled["image"], labeled["label"]  # (B, 3, H, W), (B, H, W)
+        places = unlabeled["position"]
+        weak = unlabeled["image"]  # (B, 3, H, W); B + 1 with several processes, see cutmix()
+        strong = weak
+        if args.strong:
+            strong = strong_view(weak, generators(args, "strong", places))
+        if args.weak_photometric:
+            image = distort(image, generators(args, "distort labeled", labeled["position"]))
+            weak = distort(weak, generators(args, "distort", places))
+        mask = torch.zeros(label.shape, dtype=torch.bool, device=device)  # m, (B, H, W)
+        if mixed:
+            for i, r in enumerate(generators(args, "cutmix", places[: len(mask)])):
+                mask[i] = cutmix_mask(args.crop, r, device)
+        strong = cutmix(strong, mask)  # (B, 3, H, W)
+        # L_st and L_ss are taken on the pictures from start on: on all, or the unlabeled ones
+        start = len(image) if args.labeled_consistency else 0
+        small_mask = nearest(mask, size)  # (B, h, w)
+        small_label = nearest(label, size)
+        valid = nearest(torch.cat([labeled["valid"][:start], unlabeled["valid"]]), size)
+        valid = cutmix(valid, small_mask, start)  # (start + B, h, w), False on padding
+
+        # lambda of Eq. 3
+        # Open: lambda in the course of a run; it rises along half a cosine, as in the code  --lambda0
+        strength = args.lambda0 * (1 - math.cos(math.pi * (iteration + 1) / args.iterations)) / 2
+
+        # 2 pseudo-labels: of both teachers on weak views; their logits are mixed like the pictures
+        pseudo_labels = []
+        for i, teacher in enumerate(teachers):
+            with torch.no_grad(), common.autocast(args, device):
+                features = teacher.features(common.to_float(torch.cat([image[:start], weak])))
+                p = teacher.classifier(features)
+            p = cutmix(common.upsample(p, size), small_mask, start)  # p_t, (start + B, K, h, w)
+            sure = valid & confident(p, args.threshold)
+            if args.features_of_teachers and augmented:
+                features = cutmix(common.upsample(features, size), small_mask, start)
+                y = torch.cat([small_label[:start], hard_label(p, valid)[start:]])
+                w = teacher.last.weight.flatten(1)
+                p = augment_features(features, p, y, w, statistics[2 + i], strength)
+            pseudo_labels.append(hard_label(p, sure))  # y_t, (start + B, h, w)
+
+        # 3 losses
+        # Open: whether students see both kinds of pictures in one pass; they do, so that batch norm
+        #   (of the backbone, too; over all GPUs) sees them together; the code takes two passes   --batch-norm
+        image = common.to_float(torch.cat([image, strong]))  # (2B, 3, H, W)
+        loss_labeled = []
+        student_logits = []
+        for i, learner in enumerate(learners):
+            with common.autocast(args, device):
+                features, p = learner(image)
+            p_labeled = common.upsample(p[: len(label)], args.crop)  # p_s^l, (B, K, H, W)
+            loss_labeled.append(cross_entropy(p_labeled, label))  # Eq. 5
+            p = common.upsample(p[len(label) - start :], size)  # p_s^u, (start + B, K, h, w)
+            if augmented:
+                # Open: y of an unlabeled pixel; the paper says pseudo-labels; we take the student's
+                #   prediction, as the code does
+                y = torch.cat([small_label, hard_label(p, valid)[start:]])  # (2B, h, w)
+                w = students[i].last.weight.flatten(1)
+                p = augment_features(features.detach(), p, y, w, statistics[i], strength)
+            student_logits.append(p)
+        p_s1, p_s2 = student_logits
+        y_s1 = hard_label(p_s1, valid)
+        y_s2 = hard_label(p_s2, valid)
+        loss_st = []
+        for p, i in zip(student_logits, TEACHERS[args.teachers]):
+            loss_st.append(cross_entropy(p, pseudo_labels[i]))  # Eq. 2
+        loss_ss = [cross_entropy(p_s1, y_s2), cross_entropy(p_s2, y_s1)]  # as in CPS
+        loss = sum(loss_labeled) + args.alpha * sum(loss_st) + args.beta * sum(loss_ss)  # Eq. 4
+
+        # 4 backward
+        optimizer.zero_grad()
+        scaler.scale(loss).backward()
+        for group in optimizer.param_groups:
+            group["lr"] = args.lr * (1 - iteration / args.iterations) ** 0.9
+        scaler.step(optimizer)
+        scaler.update()
+        common.average_buffers(students)
+
+        # 6 log, evaluate, save
+        losses = numbered("loss_labeled", loss_labeled)
+        losses |= numbered("loss_st", loss_st) | numbered("loss_ss", loss_ss)
+        numbers = {"lr": optimizer.param_groups[0]["lr"]}
+        if augmented:
+            numbers["lambda"] = strength
+        pseudo_labels = numbered("pseudo_miou", [y[start:] for y in pseudo_labels])
+        truth = cutmix(unlabeled["truth"], mask)  # nothing learns from it
+        run.step(iteration, losses, pseudo_labels, nearest(truth, size), **numbers)
+        if run.due():
+            networks = numbered("student", students) | numbered("teacher", teachers)
+            ensemble = {"ensemble": Ensemble(students)} if run.last else {}
+            run.evaluate(networks | ensemble, shown=networks)
+            draw(run, weak, strong, truth, pseudo_labels, [y_s1[start:], y_s2[start:]])
+        run.save(iteration, keep)
+
+
+def draw(run, weak, strong, truth, pseudo_labels, predictions):
+    """pictures/batch_*.png: four unlabeled pictures, as teachers and students see them (Fig. 1)."""
+    mixed = ", mixed" if run.args.strong and run.args.cutmix else ""
+    columns = {
+        "weak view": weak,
+        f"strong view{mixed}": strong,
+        f"truth{mixed} (not used)": truth,
+    }
+    for i, label in enumerate(pseudo_labels.values(), 1):
+        columns[f"label of teacher {i}{mixed}"] = nearest(label, truth.shape[1:])
+    for i, label in enumerate(predictions, 1):
+        columns[f"student {i} predicts"] = nearest(label, truth.shape[1:])
+    rows = min(4, len(truth))
+    run.panel(f"batch_{run.mark}", {title: cells[:rows] for title, cells in columns.items()})
+
+
+# ---- main ----------------------------------------------------------------------------------------
 
 
 def main():
@@ -467,19 +689,85 @@ def main():
         return common.check_data(args)
     if args.evaluate or args.predict:
         return common.use_checkpoint(args, device)
+    check_arguments(args)
+    data = common.open_dataset(args)
+    labeled, unlabeled = common.split(args, data)
+
+    # Open: the differences between the students; only their initialization differs (of the heads,
+    #   where the backbone is pretrained). Both see the same views.
+    # Open: the baseline; it is one student, with the same weak views, learning rate and number of
+    #   steps, on labeled pictures alone   --supervised
+    members = range(1 if args.supervised else 2)
+    students = [common.build_network(args, data, device, member) for member in members]
+    if not args.supervised:
+        same = torch.equal(students[0].last.weight, students[1].last.weight)
+        need(not same, f"--weights {args.weights}: both students would begin with the same weights "
+             "and stay one network; use a backbone's weights, not those of a whole network")
+    # Open: the network that is reported; it is student 1. The last table has all networks, and the
+    #   mean of both students' logits.
+    method = "mkd-supervised" if args.supervised else "mkd"
+    stages = {1: args.iterations}
+    run = common.Run(method, args, data, labeled, unlabeled, device, stages, "student_1")
+
+    teachers = []
+    augmented = []
+    if not args.supervised:
+        if args.teachers != "none":
+            teachers = [copy.deepcopy(student).requires_grad_(False).eval() for student in students]
+        if args.features != "none":
+            augmented = students + teachers if args.features_of_teachers else students
+    statistics = nn.ModuleList()
+    for network in augmented:
+        full = args.features == "full"
+        statistics.append(ClassStatistics(len(data.names), network.feature_channels, full))
+    statistics.to(device)
+    learners = [common.parallel(WithFeatures(student), device) for student in students]
+    parameters = [p for student in students for p in student.parameters()]
+    optimizer = common.make_optimizer(args, args.lr, parameters)
+    scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
+
+    networks = numbered("student", students) | numbered("teacher", teachers)
+    keep = networks | {"statistics": statistics, "optimizer": optimizer, "scaler": scaler}
+    begin = run.restore(keep)
+    labeled = common.Stream(data, labeled, "labeled", args)
+    unlabeled = common.Stream(data, unlabeled, "unlabeled", args, labeled=False)
+    if args.supervised:
+        train_supervised(args, run, labeled, students, learners, [], keep, begin, args.iterations)
+        evaluated = networks
+    else:
+        # Open: how students from scratch begin; with labels alone. Without this warm-up they
+        #   agreed on road below and sky above in every picture   --warmup
+        if begin < args.warmup:
+            run.phase = "warm-up"
+            run.images = args.batch_size
+            train_supervised(
+                args, run, labeled, students, learners, teachers, keep, begin, args.warmup
+            )
+        run.phase = None
+        run.images = 2 * args.batch_size
+        begin = max(begin, args.warmup)
+        train(args, run, [labeled, unlabeled], students, learners, teachers, keep, begin)
+        evaluated = networks | {"ensemble": Ensemble(students)}
+    run.finish(evaluated, paper_miou(args))
+
+
+def check_arguments(args):
+    """Raise a UserError for values that do not fit this method."""
     common.check_range(args, 1, min(args.crop), "loss_stride")
     common.check_range(args, 0, 1, "gamma", "threshold")
     common.check_range(args, 0, math.inf, "alpha", "beta", "lambda0", "warmup")
-    if args.cutmix and args.strong and not args.supervised and args.batch_size < 2:
-        raise common.UserError(f"--batch-size {args.batch_size}: CutMix mixes neighbours of a batch; use 2 or more, or --no-cutmix")
-    if args.warmup >= args.iterations > 0 and not args.supervised:
-        raise common.UserError(f"--warmup {args.warmup}: of {args.iterations} iterations none is left for the method; lower it, or raise --iterations")
-    if args.network == "pspnet" or (args.network == "deeplabv2" and args.head == "plain"):
-        raise common.UserError(f"--network {args.network} --head {args.head}: this method needs a network that ends in one linear classifier (Eq. 3) and has no "
-                               "auxiliary head; use --network deeplabv3plus, or deeplabv2 with --head bottleneck")
-    data = common.open_dataset(args)
-    labeled, unlabeled = common.split(args, data)
-    train(args, data, labeled, unlabeled, device)
+    plain = args.network == "deeplabv2" and args.head == "plain"
+    need(args.network != "pspnet" and not plain,
+         f"--network {args.network} --head {args.head}: this method needs a network that ends in "
+         "one linear classifier (Eq. 3) and has no auxiliary head; use --network deeplabv3plus, or "
+         "deeplabv2 with --head bottleneck")
+    if not args.supervised:
+        need(args.batch_size > 1 or not (args.cutmix and args.strong),
+             f"--batch-size {args.batch_size}: CutMix mixes neighbors of a batch; use 2 or more, "
+             "or --no-cutmix")
+        need(args.warmup < args.iterations or args.iterations == 0,
+             f"--warmup {args.warmup}: of {args.iterations} iterations none is left for the "
+             "method; use fewer, or more --iterations")
 
 
 if __name__ == "__main__":
