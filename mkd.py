@@ -184,17 +184,11 @@ def paper_miou(args):
 
 
 def color_jitter(image, r):
-    """Brightness, contrast, saturation times .5 to 1.5, hue by +-.25, in random order."""
-    brightness, contrast, saturation = r.uniform(0.5, 1.5, 3)
-    hue = r.uniform(-0.25, 0.25)
-    steps = [
-        lambda image: V.adjust_brightness(image, brightness),
-        lambda image: V.adjust_contrast(image, contrast),
-        lambda image: V.adjust_saturation(image, saturation),
-        lambda image: V.adjust_hue(image, hue),
-    ]
+    """Brightness, contrast, saturation times .5 to 1.5, hue by up to +-.25, in random order."""
+    steps = [V.adjust_brightness, V.adjust_contrast, V.adjust_saturation, V.adjust_hue]
+    factors = [*r.uniform(0.5, 1.5, 3), r.uniform(-0.25, 0.25)]
     for i in r.permutation(4):
-        image = steps[i](image)
+        image = steps[i](image, factors[i])
     return image
 
 
@@ -204,53 +198,44 @@ def blur(image, r):
     return V.gaussian_blur(image, [side, side], [sigma, sigma])
 
 
-# Open: the operations are named, but neither their weights nor their ranges; we take the code's.
+# Open: how often each operation is applied, and its range; we take the code's.
+SHARES = [3 / 15, 5 / 15, 1 / 15, 1 / 15, 5 / 15]
 OPERATIONS = [
-    # weight, operation: image (3, H, W) uint8, r a seeded generator -> the same shape
-    (3, color_jitter),
-    (5, blur),
-    (1, lambda image, r: V.equalize(image)),
-    (1, lambda image, r: V.solarize(image, 128)),
-    (5, lambda image, r: V.rgb_to_grayscale(image, 3)),
+    color_jitter,
+    blur,
+    lambda image, r: V.equalize(image),
+    lambda image, r: V.solarize(image, 128),
+    lambda image, r: V.rgb_to_grayscale(image, 3),
 ]
 
 
 def strong_view(images, generators):
-    """SDA: one random operation for each picture (Sect. 3.2), before CutMix.
+    """SDA: one random operation for each picture (Sect. 3.2); CutMix follows in train().
 
     images (B, 3, H, W) uint8, generators: a seeded one for each picture -> (B, 3, H, W) uint8.
     """
-    weights, operations = zip(*OPERATIONS)
-    shares = [weight / sum(weights) for weight in weights]
     strong = torch.empty_like(images)
     for i, r in enumerate(generators):
-        operation = operations[r.choice(len(operations), p=shares)]
+        operation = OPERATIONS[r.choice(len(OPERATIONS), p=SHARES)]
         strong[i] = operation(images[i], r)
     return strong
 
 
 def distort(images, generators):
-    """MMSegmentation's photometric distortion for --weak-photometric: half of its parts each time.
-
-    images (B, 3, H, W) uint8, generators: a seeded one for each picture -> (B, 3, H, W) uint8.
-    """
+    """MMSegmentation's photometric distortion, for --weak-photometric: as strong_view()."""
     distorted = torch.empty_like(images)
     for i, r in enumerate(generators):
         image = images[i]
-        offset = r.uniform(-32, 32)
-        saturation = r.uniform(0.5, 1.5)
-        hue = r.uniform(-0.1, 0.1)
-        contrast_place = (1, 3)[r.randint(2)]  # second or last
-        contrast = r.uniform(0.5, 1.5)
         parts = [
-            lambda image: (image.float() + offset).clamp(0, 255).to(torch.uint8),
-            lambda image: V.adjust_saturation(image, saturation),
-            lambda image: V.adjust_hue(image, hue),
+            (lambda image, by: (image + by).clamp(0, 255).byte(), r.uniform(-32, 32)),
+            (V.adjust_saturation, r.uniform(0.5, 1.5)),
+            (V.adjust_hue, r.uniform(-0.1, 0.1)),
         ]
-        parts.insert(contrast_place, lambda image: V.adjust_contrast(image, contrast))
-        for part in parts:
+        place = (1, 3)[r.randint(2)]  # contrast comes second or last
+        parts.insert(place, (V.adjust_contrast, r.uniform(0.5, 1.5)))
+        for part, value in parts:
             if r.uniform() < 0.5:
-                image = part(image)
+                image = part(image, value)
         distorted[i] = image
     return distorted
 
@@ -261,12 +246,12 @@ def cutmix_mask(size, r, device="cpu"):
     Each box has u / 3 of the picture's area, u from .25 to .5. r: a seeded generator.
     """
     # Open: the shape of m; we take the code's boxes, and mix every picture. In Table 3 CutMix is
-    #   a part of SDA. Streets go without it: small networks from scratch get worse.   --cutmix
+    #   a part of SDA. Not on streets: it harms small networks from scratch   --cutmix
     height, width = size
-    mask = torch.zeros(size, dtype=torch.bool, device=device)
+    mask = torch.zeros(height, width, dtype=torch.bool, device=device)
     for _ in range(3):
         u = r.uniform(0.25, 0.5)
-        tall = u ** r.uniform()  # between u and 1; u / tall is the width
+        tall = u ** r.uniform()  # between u and 1; the box is u / tall wide
         h = round(height * tall / math.sqrt(3))
         w = round(width * u / tall / math.sqrt(3))
         top = r.randint(height - h + 1)
@@ -278,30 +263,26 @@ def cutmix_mask(size, r, device="cpu"):
 def cutmix(x, mask, start=0):
     """x = (1 - m) x_i + m x_j (Sect. 3.2), where j is the next picture; after the last the first.
 
-    x (start + B, .., H, W), mask (B, H, W) bool -> (start + B, .., H, W). The first start pictures
-    stay as they are. If x holds one more picture, it is only the last one's next picture.
+    x (start + B, .., H, W), m: mask (B, H, W) bool -> (start + B, .., H, W). The first start
+    pictures stay as they are. If x holds one more picture, it is only the last one's next picture.
     """
-    kept = x[:start]
-    x = x[start:]
     if x.ndim == 4:
         mask = mask[:, None]  # for all channels
-    x_i = x[: len(mask)]
-    x_j = x.roll(-1, 0)[: len(mask)]
-    return torch.cat([kept, x_i.where(~mask, x_j)])
+    x_i = x[start : start + len(mask)]
+    x_j = x[start:].roll(-1, 0)[: len(mask)]
+    return torch.cat([x[:start], x_i.where(~mask, x_j)])
 
 
 def nearest(x, size):
     """Labels or masks (B, H, W) at another size (h, w): the value at the center of each cell."""
-    if x.shape[1:] == tuple(size):
-        return x
     return F.interpolate(x[:, None].float(), size, mode="nearest-exact")[:, 0].to(x.dtype)
 
 
 # Feature augmentation (FD, FDA; Sect. 3.2). Features of one class vary: a car is red or white, near
 # or far. Sigma_y, the covariance of the features of class y, says in which directions. A feature
 # f_i of class y_i that moves along these directions is a plausible feature of the same class. FDA
-# draws such moves from N(0, lambda Sigma_y), and trains the classifier (w, b) on all of them at
-# once: for infinitely many moves the mean cross entropy has the upper bound of Eq. 3,
+# draws such moves from N(0, lambda Sigma_y) and trains the classifier (w, b) on all of them at
+# once: for infinitely many moves, the mean cross entropy has the upper bound of Eq. 3,
 #     mean over i of log sum_j exp(v^T f_i + (b_j - b_yi) + lambda / 2 v^T Sigma_yi v),
 # with v = w_j - w_yi. This is the usual cross entropy with one more term: the logit of each class
 # j != y_i rises, most where j and y_i differ in a direction in which y_i varies. So the student has
@@ -314,100 +295,86 @@ class ClassStatistics(nn.Module):
     Buffers: count (K,) int64; mean (K, C); covariance (K, C), its diagonal, or with full (K, C, C).
     """
 
-    # Open: over which features Sigma is taken; we take all that the student has seen so far, as
+    # Open: the features that Sigma is taken of; we take all that the student has seen so far, as
     #   ISDA and the code do, and the diagonal, as the code does; full is ISDA's   --features
     def __init__(self, classes, channels, full=False):
         super().__init__()
-        self.full = full
-        shape = (classes, channels, channels) if full else (classes, channels)
         # int64, since float32 stops counting at 2^24
         self.register_buffer("count", torch.zeros(classes, dtype=torch.int64))
         self.register_buffer("mean", torch.zeros(classes, channels))
-        self.register_buffer("covariance", torch.zeros(shape))
+        size = (classes, channels, channels) if full else (classes, channels)
+        self.register_buffer("covariance", torch.zeros(size))
 
     @torch.no_grad()
     def update(self, features, label):
         """Add a batch of all processes: features (B, C, h, w), label (B, h, w), 255 for unknown.
 
-        A class has n_b pixels in the batch, of mean mu_b and covariance Sigma_b (count n, mean mu
-        and covariance Sigma before); with r = n_b / (n + n_b)
+        A class has n_b pixels in the batch, of mean mu_b and covariance Sigma_b (before: n, mu,
+        Sigma). With r = n_b / (n + n_b), which is 0 for an absent class,
             Sigma <- (1 - r) Sigma + r Sigma_b + r (1 - r) (mu - mu_b) (mu - mu_b)^T
             mu    <- (1 - r) mu + r mu_b
-        which is the biased covariance of all pixels so far. An absent class has r = 0.
         """
         K, C = self.mean.shape
-        parts = self.split(features, label)
-        sums = self.mean.new_zeros(K, C + 1)
-        for feature, _, one_hot in parts:
-            sums[:, :C] += (one_hot @ feature.float().transpose(1, 2)).sum(0)
-            sums[:, C] += one_hot.sum((0, 2))
+        full = self.covariance.ndim == 3
+        features = features.flatten(2).float()  # (B, C, hw)
+        label = label.flatten(1)  # (B, hw)
+        one_hot = label[:, None] == torch.arange(K, device=label.device)[:, None]
+        one_hot = one_hot.float()  # (B, K, hw), 0 for unknown
+        sums = (one_hot @ features.transpose(1, 2)).sum(0)
+        sums = torch.cat([sums, one_hot.sum((0, 2))[:, None]], 1)
         sums, n_b = common.all_reduce(sums).split([C, 1], 1)  # (K, C), (K, 1)
         mu_b = sums / n_b.clamp(min=1)
 
-        squares = torch.zeros_like(self.covariance)
-        for feature, y, one_hot in parts:
-            # the deviation of unknown pixels has no effect
-            deviation = feature.float() - mu_b[y.clamp(max=K - 1)].transpose(1, 2)  # (b, C, hw)
-            if self.full:
-                for k in range(K):
-                    of_class = deviation * one_hot[:, k : k + 1]
-                    squares[k] += (of_class @ deviation.transpose(1, 2)).sum(0)
-            else:
-                squares += (one_hot @ deviation.square_().transpose(1, 2)).sum(0)
+        deviation = features - mu_b[label.clamp(max=K - 1)].transpose(1, 2)  # unknown: no matter
+        if full:
+            sigma_b = torch.zeros_like(self.covariance)
+            for k in range(K):
+                of_class = deviation * one_hot[:, k : k + 1]
+                sigma_b[k] = (of_class @ deviation.transpose(1, 2)).sum(0)
+        else:
+            sigma_b = (one_hot @ deviation.square().transpose(1, 2)).sum(0)
 
-        ones = [1] * (squares.ndim - 1)
-        sigma_b = common.all_reduce(squares) / n_b.clamp(min=1).view(K, *ones)
-        r = n_b[:, 0] / (self.count + n_b[:, 0]).clamp(min=1)
+        r = n_b / (self.count[:, None] + n_b).clamp(min=1)  # (K, 1)
         gap = self.mean - mu_b
-        gap = gap[:, :, None] * gap[:, None] if self.full else gap.square()
-        self.mean.lerp_(mu_b, r[:, None])
-        r = r.view(K, *ones)
+        self.mean.lerp_(mu_b, r)
+        self.count += n_b[:, 0].long()
+        if full:
+            n_b, r, gap = n_b[:, :, None], r[:, :, None], gap[:, :, None] * gap[:, None]
+        else:
+            gap = gap.square()
+        sigma_b = common.all_reduce(sigma_b) / n_b.clamp(min=1)
         sigma = (1 - r) * self.covariance + r * sigma_b + r * (1 - r) * gap
         self.covariance.copy_(sigma)
-        self.count += n_b[:, 0].long()
-
-    def split(self, features, label):
-        """Parts of a few pictures, so that no copy of all features is made.
-
-        A list of features (b, C, hw), label (b, hw), one-hot label (b, K, hw), 0 for unknown.
-        """
-        pictures = 1
-        if len(features):
-            pictures = max(1, 2**21 // features[0].numel())
-        classes = torch.arange(len(self.mean), device=label.device)[:, None]
-        parts = []
-        for feature, y in zip(features.flatten(2).split(pictures), label.flatten(1).split(pictures)):
-            parts.append((feature, y, (y[:, None] == classes).float()))
-        return parts
 
 
 def augmentation_table(weight, covariance):
     """v^T Sigma_y v of Eq. 3, with v = w_j - w_y, for all y and j: (K, K), 0 on the diagonal.
 
-    weight: w (K, C). covariance: Sigma (K, C) or (K, C, C).
+    w: weight (K, C). Sigma: covariance (K, C) or (K, C, C).
     """
-    # Differences first: the expanded square loses digits, and could become negative.
+    # differences first: the expanded square loses digits, and could become negative
     v = weight - weight[:, None]  # v[y, j], (K, K, C)
     if covariance.ndim == 2:
         return (v.square() * covariance[:, None]).sum(2)
     return (v @ covariance * v).sum(2)
 
 
-def augment_features(features, logits, label, weight, statistics, strength):
-    """FD: the logits p + lambda / 2 v^T Sigma v of the augmented features (Eq. 3).
+def augment_features(features, logits, label, valid, weight, statistics, strength):
+    """FD: p + lambda / 2 v^T Sigma v (Eq. 3), the logits of the augmented features.
 
-    features (B, C, h', w') first update statistics, Sigma. logits: p (B or fewer, K, h, w), of
-    the last of these pictures. label: y (B, h, w); nothing changes where it is 255. weight: w
-    (K, C). strength: lambda. Returns logits of the same shape.
+    features (L + B, C, ..) of L labeled and B unlabeled pictures update Sigma: statistics. y: label
+    (L, h, w). p: logits (B or L + B, K, h, w), valid (.., h, w). w: weight (K, C). lambda: strength.
+    Returns logits like p; those of unknown pixels stay as they are.
     """
-    if features.shape[2:] != logits.shape[2:]:
-        size = logits.shape[2:]
-        features = F.interpolate(features.float(), size, mode="bilinear", align_corners=False)
-    statistics.update(features, label)
+    # Open: y of unlabeled pixels, "pseudo-labels"; the student's prediction, as in the code
+    predicted = hard_label(logits, valid)
+    unlabeled = len(features) - len(label)
+    label = torch.cat([label, predicted[len(predicted) - unlabeled :]])  # (L + B, h, w)
+    statistics.update(common.upsample(features.detach(), label.shape[1:]), label)
     # Open: whether the term has a gradient; w and Sigma are detached, as in the code, so that it
     #   shifts logits and nothing else. In ISDA only Sigma is detached.
-    table = augmentation_table(weight.detach().float(), statistics.covariance)
-    table = F.pad(strength / 2 * table, (0, 0, 0, 1))  # one more row, of zeros, for unknown
+    table = augmentation_table(weight.detach().float().flatten(1), statistics.covariance)
+    table = F.pad(strength / 2 * table, (0, 0, 0, 1))  # a row of zeros for unknown pixels
     label = label[len(label) - len(logits) :].clamp(max=len(table) - 1)
     return logits + table[label].permute(0, 3, 1, 2)  # Eq. 3
 
@@ -416,18 +383,16 @@ def augment_features(features, logits, label, weight, statistics, strength):
 
 
 @torch.no_grad()
-def update_teacher(teacher, student, iteration, gamma):
-    """theta_t <- gamma theta_t + (1 - gamma) theta_s (Eq. 1); buffers are copied.
-
-    theta_t, theta_s: parameters of teacher and student.
-    """
+def update_teachers(teachers, students, iteration, gamma):
+    """theta_t <- gamma theta_t + (1 - gamma) theta_s (Eq. 1), theta: parameters; buffers are copied."""
     # Open: gamma in the first steps; 1 - 1 / t if that is less, as in the code, so that at t = 1
     #   the teacher is its student. The paper takes .4 in all experiments (Table 4)   --gamma
     gamma = min(1 - 1 / (iteration + 1), gamma)
-    of_teacher = list(teacher.parameters())
-    of_student = list(student.parameters())
-    torch._foreach_lerp_(of_teacher, of_student, 1 - gamma)  # Eq. 1
-    torch._foreach_copy_(list(teacher.buffers()), list(student.buffers()))
+    for teacher, student in zip(teachers, students):
+        theta_t = list(teacher.parameters())
+        theta_s = list(student.parameters())
+        torch._foreach_lerp_(theta_t, theta_s, 1 - gamma)  # Eq. 1
+        torch._foreach_copy_(list(teacher.buffers()), list(student.buffers()))
 
 
 # ---- pseudo-labels -------------------------------------------------------------------------------
@@ -437,13 +402,6 @@ def hard_label(logits, valid):
     """arg max over classes of logits (B, K, h, w), 255 where valid (B, h, w) is False: int64."""
     best = logits.detach().max(1).indices  # on a CPU max is much faster than argmax
     return best.masked_fill(~valid, IGNORE)
-
-
-def confident(logits, threshold):
-    """(B, h, w) bool: where the highest class probability is at least the threshold."""
-    if threshold == 0:
-        return torch.ones_like(logits[:, 0], dtype=torch.bool)
-    return logits.softmax(1).amax(1) >= threshold
 
 
 # ---- losses --------------------------------------------------------------------------------------
@@ -493,7 +451,7 @@ def cross_entropy(logits, label):
 
 
 def numbered(name, values):
-    """{"NAME_1": first value, "NAME_2": second value}"""
+    """{NAME_1: first value, NAME_2: second value}"""
     return {f"{name}_{i}": value for i, value in enumerate(values, 1)}
 
 
@@ -504,14 +462,11 @@ def generators(args, name, positions):
 
 def train_supervised(args, run, stream, students, learners, teachers, keep, begin, stop):
     """Learning from labels alone, iterations begin to stop: the warm-up, and the baseline."""
-    device = run.device
-    optimizer = keep["optimizer"]
-    scaler = keep["scaler"]
-    batches = common.batches(stream, args, device, begin, stop)
+    optimizer, scaler = keep["optimizer"], keep["scaler"]
+    batches = common.batches(stream, args, run.device, begin, stop)
     for iteration, labeled in enumerate(batches, begin):
-        # 5 EMA: first, as in Algorithm 1; the baseline has no teachers
-        for teacher, student in zip(teachers, students):
-            update_teacher(teacher, student, iteration, args.gamma)
+        # 5 EMA: first, as in train()
+        update_teachers(teachers, students, iteration, args.gamma)
 
         # 1 batch: weak views
         image, label = labeled["image"], labeled["label"]  # (B, 3, H, W), (B, H, W)
@@ -523,7 +478,7 @@ def train_supervised(args, run, stream, students, learners, teachers, keep, begi
         # 3 losses
         loss_labeled = []
         for learner in learners:
-            with common.autocast(args, device):
+            with common.autocast(args, run.device):
                 _, logits = learner(common.to_float(image))
             logits = common.upsample(logits, args.crop)
             loss_labeled.append(cross_entropy(logits, label))  # Eq. 5
@@ -531,16 +486,15 @@ def train_supervised(args, run, stream, students, learners, teachers, keep, begi
         # 4 backward
         optimizer.zero_grad()
         scaler.scale(sum(loss_labeled)).backward()
-        for group in optimizer.param_groups:
-            group["lr"] = args.lr * (1 - iteration / args.iterations) ** 0.9
+        lr = args.lr * (1 - iteration / args.iterations) ** 0.9
+        optimizer.param_groups[0]["lr"] = lr
         scaler.step(optimizer)
         scaler.update()
         common.average_buffers(students)
 
         # 6 log, evaluate, save
         losses = numbered("loss_labeled", loss_labeled)
-        end = iteration + 1 == stop  # L_st and L_ss follow
-        run.step(iteration, losses, record=end, lr=optimizer.param_groups[0]["lr"])
+        run.step(iteration, losses, record=iteration + 1 == stop, lr=lr)
         if run.due():
             run.evaluate(numbered("student", students) | numbered("teacher", teachers))
             columns = {"labeled picture": image[:4], "label": label[:4]}
@@ -551,97 +505,90 @@ def train_supervised(args, run, stream, students, learners, teachers, keep, begi
 def train(args, run, streams, students, learners, teachers, keep, begin):
     """Algorithm 1, from iteration begin on. streams: of labeled and of unlabeled pictures."""
     device = run.device
-    optimizer = keep["optimizer"]
-    scaler = keep["scaler"]
-    statistics = keep["statistics"]
-    augmented = args.features != "none"
+    optimizer, scaler, statistics = keep["optimizer"], keep["scaler"], keep["statistics"]
+    networks = numbered("student", students) | numbered("teacher", teachers)
     mixed = args.strong and args.cutmix
-    # Open: the size at which L_st and L_ss are taken; the code's, an eighth of the crop, to which
-    #   logits are resized. L_s is taken at the size of the crop   --loss-stride
+    # Open: the size of the logits in L_st and L_ss; an eighth of the crop, as in the code. L_s is
+    #   taken at the size of the crop   --loss-stride
     size = [math.ceil(side / args.loss_stride) for side in args.crop]  # (h, w)
-    batches = [
+    batches = zip(
         common.batches(streams[0], args, device, begin, args.iterations),
         common.batches(streams[1], args, device, begin, args.iterations, overlap=mixed),
-    ]
-    for iteration, (labeled, unlabeled) in enumerate(zip(*batches), begin):
+    )
+    for iteration, (labeled, unlabeled) in enumerate(batches, begin):
         # 5 EMA: first (Algorithm 1, line 6)
-        for teacher, student in zip(teachers, students):
-            update_teacher(teacher, student, iteration, args.gamma)
+        update_teachers(teachers, students, iteration, args.gamma)
 
         # 1 batch: weak views; of unlabeled pictures strong views, too, the same for both students
         image, label = labeled["image"], labeled["label"]  # (B, 3, H, W), (B, H, W)
-        places = unlabeled["position"]
         weak = unlabeled["image"]  # (B, 3, H, W); B + 1 with several processes, see cutmix()
-        strong = weak
-        if args.strong:
-            strong = strong_view(weak, generators(args, "strong", places))
+        places = unlabeled["position"]
+        strong = strong_view(weak, generators(args, "strong", places)) if args.strong else weak
         if args.weak_photometric:
             image = distort(image, generators(args, "distort labeled", labeled["position"]))
             weak = distort(weak, generators(args, "distort", places))
+        B = len(image)
         mask = torch.zeros(label.shape, dtype=torch.bool, device=device)  # m, (B, H, W)
         if mixed:
-            for i, r in enumerate(generators(args, "cutmix", places[: len(mask)])):
+            for i, r in enumerate(generators(args, "cutmix", places[:B])):
                 mask[i] = cutmix_mask(args.crop, r, device)
         strong = cutmix(strong, mask)  # (B, 3, H, W)
-        # L_st and L_ss are taken on the pictures from start on: on all, or the unlabeled ones
-        start = len(image) if args.labeled_consistency else 0
-        small_mask = nearest(mask, size)  # (B, h, w)
-        small_label = nearest(label, size)
-        valid = nearest(torch.cat([labeled["valid"][:start], unlabeled["valid"]]), size)
-        valid = cutmix(valid, small_mask, start)  # (start + B, h, w), False on padding
-
-        # lambda of Eq. 3
-        # Open: lambda in the course of a run; it rises along half a cosine, as in the code  --lambda0
+        # L_st and L_ss: of L + B pictures; L is 0, or B with --labeled-consistency
+        L = B if args.labeled_consistency else 0
+        small_mask, small_label = nearest(mask, size), nearest(label, size)  # (B, h, w)
+        valid = nearest(torch.cat([labeled["valid"][:L], unlabeled["valid"]]), size)
+        valid = cutmix(valid, small_mask, L)  # (L + B, h, w), False on padding
+        # Open: lambda in the course of a run; half a cosine from 0, as in the code   --lambda0
         strength = args.lambda0 * (1 - math.cos(math.pi * (iteration + 1) / args.iterations)) / 2
 
         # 2 pseudo-labels: of both teachers on weak views; their logits are mixed like the pictures
         pseudo_labels = []
         for i, teacher in enumerate(teachers):
             with torch.no_grad(), common.autocast(args, device):
-                features = teacher.features(common.to_float(torch.cat([image[:start], weak])))
+                features = teacher.features(common.to_float(torch.cat([image[:L], weak])))
                 p = teacher.classifier(features)
-            p = cutmix(common.upsample(p, size), small_mask, start)  # p_t, (start + B, K, h, w)
-            sure = valid & confident(p, args.threshold)
-            if args.features_of_teachers and augmented:
-                features = cutmix(common.upsample(features, size), small_mask, start)
-                y = torch.cat([small_label[:start], hard_label(p, valid)[start:]])
-                w = teacher.last.weight.flatten(1)
-                p = augment_features(features, p, y, w, statistics[2 + i], strength)
-            pseudo_labels.append(hard_label(p, sure))  # y_t, (start + B, h, w)
+            p = cutmix(common.upsample(p, size), small_mask, L)  # p_t, (L + B, K, h, w)
+            sure = valid & (p.softmax(1).amax(1) >= args.threshold)
+            if len(statistics) > 2:  # --features-of-teachers
+                features = cutmix(common.upsample(features, size), small_mask, L)
+                w = teacher.last.weight
+                p = augment_features(
+                    features, p, small_label[:L], valid, w, statistics[2 + i], strength
+                )
+            pseudo_labels.append(hard_label(p, sure))  # y_t, (L + B, h, w)
 
         # 3 losses
-        # Open: whether students see both kinds of pictures in one pass; they do, so that batch norm
-        #   (of the backbone, too; over all GPUs) sees them together; the code takes two passes   --batch-norm
+        # Open: one pass for both kinds of pictures, or two; one, so that batch norm (trained in the
+        #   backbone, too) sees them together; the code takes two   --batch-norm
         image = common.to_float(torch.cat([image, strong]))  # (2B, 3, H, W)
-        loss_labeled = []
-        student_logits = []
+        loss_labeled, student_logits = [], []
         for i, learner in enumerate(learners):
             with common.autocast(args, device):
                 features, p = learner(image)
-            p_labeled = common.upsample(p[: len(label)], args.crop)  # p_s^l, (B, K, H, W)
+            p_labeled = common.upsample(p[:B], args.crop)  # p_s^l, (B, K, H, W)
             loss_labeled.append(cross_entropy(p_labeled, label))  # Eq. 5
-            p = common.upsample(p[len(label) - start :], size)  # p_s^u, (start + B, K, h, w)
-            if augmented:
-                # Open: y of an unlabeled pixel; the paper says pseudo-labels; we take the student's
-                #   prediction, as the code does
-                y = torch.cat([small_label, hard_label(p, valid)[start:]])  # (2B, h, w)
-                w = students[i].last.weight.flatten(1)
-                p = augment_features(features.detach(), p, y, w, statistics[i], strength)
+            p = common.upsample(p[B - L :], size)  # p_s^u, (L + B, K, h, w)
+            if statistics:
+                w = students[i].last.weight
+                p = augment_features(features, p, small_label, valid, w, statistics[i], strength)
             student_logits.append(p)
-        p_s1, p_s2 = student_logits
-        y_s1 = hard_label(p_s1, valid)
-        y_s2 = hard_label(p_s2, valid)
         loss_st = []
         for p, i in zip(student_logits, TEACHERS[args.teachers]):
             loss_st.append(cross_entropy(p, pseudo_labels[i]))  # Eq. 2
-        loss_ss = [cross_entropy(p_s1, y_s2), cross_entropy(p_s2, y_s1)]  # as in CPS
+        # Open: whether L_ss takes its labels before or after FD; after, as Algorithm 1 reads
+        predictions = [hard_label(p, valid) for p in student_logits]  # y_s
+        loss_ss = []
+        for p, prediction in zip(student_logits, reversed(predictions)):
+            loss_ss.append(cross_entropy(p, prediction))  # of the other student, as in CPS
+        # Open: whether Table 5 varies alpha or beta; its text says beta, its numbers at 0 and 1 are
+        #   those of Table 3 without and with teachers, which alpha makes   --alpha --beta
         loss = sum(loss_labeled) + args.alpha * sum(loss_st) + args.beta * sum(loss_ss)  # Eq. 4
 
         # 4 backward
         optimizer.zero_grad()
         scaler.scale(loss).backward()
-        for group in optimizer.param_groups:
-            group["lr"] = args.lr * (1 - iteration / args.iterations) ** 0.9
+        lr = args.lr * (1 - iteration / args.iterations) ** 0.9
+        optimizer.param_groups[0]["lr"] = lr
         scaler.step(optimizer)
         scaler.update()
         common.average_buffers(students)
@@ -649,30 +596,22 @@ def train(args, run, streams, students, learners, teachers, keep, begin):
         # 6 log, evaluate, save
         losses = numbered("loss_labeled", loss_labeled)
         losses |= numbered("loss_st", loss_st) | numbered("loss_ss", loss_ss)
-        numbers = {"lr": optimizer.param_groups[0]["lr"]}
-        if augmented:
-            numbers["lambda"] = strength
-        pseudo_labels = numbered("pseudo_miou", [y[start:] for y in pseudo_labels])
+        numbers = {"lr": lr, "lambda": strength} if statistics else {"lr": lr}
+        pseudo_labels = numbered("pseudo_miou", [y[L:] for y in pseudo_labels])
         truth = cutmix(unlabeled["truth"], mask)  # nothing learns from it
         run.step(iteration, losses, pseudo_labels, nearest(truth, size), **numbers)
         if run.due():
-            networks = numbered("student", students) | numbered("teacher", teachers)
             ensemble = {"ensemble": Ensemble(students)} if run.last else {}
             run.evaluate(networks | ensemble, shown=networks)
-            draw(run, weak, strong, truth, pseudo_labels, [y_s1[start:], y_s2[start:]])
+            draw(run, weak, strong, truth, pseudo_labels.values(), [y[L:] for y in predictions])
         run.save(iteration, keep)
 
 
 def draw(run, weak, strong, truth, pseudo_labels, predictions):
     """pictures/batch_*.png: four unlabeled pictures, as teachers and students see them (Fig. 1)."""
-    mixed = ", mixed" if run.args.strong and run.args.cutmix else ""
-    columns = {
-        "weak view": weak,
-        f"strong view{mixed}": strong,
-        f"truth{mixed} (not used)": truth,
-    }
-    for i, label in enumerate(pseudo_labels.values(), 1):
-        columns[f"label of teacher {i}{mixed}"] = nearest(label, truth.shape[1:])
+    columns = {"weak view": weak, "strong view": strong, "truth (not used)": truth}
+    for i, label in enumerate(pseudo_labels, 1):
+        columns[f"label of teacher {i}"] = nearest(label, truth.shape[1:])
     for i, label in enumerate(predictions, 1):
         columns[f"student {i} predicts"] = nearest(label, truth.shape[1:])
     rows = min(4, len(truth))
@@ -693,25 +632,17 @@ def main():
     data = common.open_dataset(args)
     labeled, unlabeled = common.split(args, data)
 
-    # Open: the differences between the students; only their initialization differs (of the heads,
-    #   where the backbone is pretrained). Both see the same views.
+    # Open: what tells the students apart; their initialization alone (of the heads, where the
+    #   backbone is pretrained). Both see the same views.
     # Open: the baseline; it is one student, with the same weak views, learning rate and number of
     #   steps, on labeled pictures alone   --supervised
     members = range(1 if args.supervised else 2)
     students = [common.build_network(args, data, device, member) for member in members]
+    teachers, augmented = [], []
     if not args.supervised:
         same = torch.equal(students[0].last.weight, students[1].last.weight)
         need(not same, f"--weights {args.weights}: both students would begin with the same weights "
              "and stay one network; use a backbone's weights, not those of a whole network")
-    # Open: the network that is reported; it is student 1. The last table has all networks, and the
-    #   mean of both students' logits.
-    method = "mkd-supervised" if args.supervised else "mkd"
-    stages = {1: args.iterations}
-    run = common.Run(method, args, data, labeled, unlabeled, device, stages, "student_1")
-
-    teachers = []
-    augmented = []
-    if not args.supervised:
         if args.teachers != "none":
             teachers = [copy.deepcopy(student).requires_grad_(False).eval() for student in students]
         if args.features != "none":
@@ -726,29 +657,29 @@ def main():
     optimizer = common.make_optimizer(args, args.lr, parameters)
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
 
+    # Open: the network that is reported; student 1. The last table has all networks, and the mean
+    #   of both students' logits.
+    method = "mkd-supervised" if args.supervised else "mkd"
+    stages = {1: args.iterations}
+    run = common.Run(method, args, data, labeled, unlabeled, device, stages, "student_1")
     networks = numbered("student", students) | numbered("teacher", teachers)
     keep = networks | {"statistics": statistics, "optimizer": optimizer, "scaler": scaler}
     begin = run.restore(keep)
     labeled = common.Stream(data, labeled, "labeled", args)
-    unlabeled = common.Stream(data, unlabeled, "unlabeled", args, labeled=False)
     if args.supervised:
         train_supervised(args, run, labeled, students, learners, [], keep, begin, args.iterations)
-        evaluated = networks
-    else:
-        # Open: how students from scratch begin; with labels alone. Without this warm-up they
-        #   agreed on road below and sky above in every picture   --warmup
-        if begin < args.warmup:
-            run.phase = "warm-up"
-            run.images = args.batch_size
-            train_supervised(
-                args, run, labeled, students, learners, teachers, keep, begin, args.warmup
-            )
-        run.phase = None
-        run.images = 2 * args.batch_size
-        begin = max(begin, args.warmup)
-        train(args, run, [labeled, unlabeled], students, learners, teachers, keep, begin)
-        evaluated = networks | {"ensemble": Ensemble(students)}
-    run.finish(evaluated, paper_miou(args))
+        return run.finish(networks)
+
+    # Open: how students from scratch begin; on labels alone. Without this warm-up they agreed on
+    #   road below and sky above in every picture   --warmup
+    if begin < args.warmup:
+        run.phase, run.images = "warm-up", args.batch_size
+        train_supervised(args, run, labeled, students, learners, teachers, keep, begin, args.warmup)
+        run.phase, run.images = None, 2 * args.batch_size
+    unlabeled = common.Stream(data, unlabeled, "unlabeled", args, labeled=False)
+    begin = max(begin, args.warmup)
+    train(args, run, [labeled, unlabeled], students, learners, teachers, keep, begin)
+    run.finish(networks | {"ensemble": Ensemble(students)}, paper_miou(args))
 
 
 def check_arguments(args):
@@ -761,13 +692,14 @@ def check_arguments(args):
          f"--network {args.network} --head {args.head}: this method needs a network that ends in "
          "one linear classifier (Eq. 3) and has no auxiliary head; use --network deeplabv3plus, or "
          "deeplabv2 with --head bottleneck")
-    if not args.supervised:
-        need(args.batch_size > 1 or not (args.cutmix and args.strong),
-             f"--batch-size {args.batch_size}: CutMix mixes neighbors of a batch; use 2 or more, "
-             "or --no-cutmix")
-        need(args.warmup < args.iterations or args.iterations == 0,
-             f"--warmup {args.warmup}: of {args.iterations} iterations none is left for the "
-             "method; use fewer, or more --iterations")
+    if args.supervised:
+        return
+    need(args.batch_size > 1 or not (args.cutmix and args.strong),
+         f"--batch-size {args.batch_size}: CutMix mixes neighbors of a batch; use 2 or more, or "
+         "--no-cutmix")
+    need(args.warmup < args.iterations or args.iterations == 0,
+         f"--warmup {args.warmup}: of {args.iterations} iterations none is left for the method; "
+         "use fewer, or more --iterations")
 
 
 if __name__ == "__main__":
