@@ -1,6 +1,5 @@
 """Semi-supervised Semantic Segmentation with Mutual Knowledge Distillation (MKD)
-Jianlong Yuan, Qi Qian, Fan Wang, Jinchao Ge, Zhibin Wang, Yifan Liu
-ACM Multimedia 2023, arXiv 2208.11499
+Jianlong Yuan, Qi Qian, Fan Wang, Jinchao Ge, Zhibin Wang, Yifan Liu. arXiv 2208.11499 (ACM MM 2023)
 
 Two students of different initialization learn from labeled pictures and from each other's
 pseudo-labels. Each student has a mean teacher, whose pseudo-labels supervise the other student.
@@ -12,28 +11,19 @@ only one more term in the logits, which depends on the pixel's class alone.
     python mkd.py                           (drawn streets, on a CPU, a few minutes)
     torchrun --nproc_per_node=4 mkd.py --dataset cityscapes --data-root DIR --labels 372
 
-paper           -> code
-    Eq. 1          mean teachers                     update_teacher(), --gamma
-    Eq. 2          L_st, teacher to other student    train(), step 3: loss_st
-    Eq. 3          feature augmentation (FD, FDA)    augment_features(), augmentation_table(),
-                                                     ClassStatistics (Sigma), --lambda0
-    Eq. 4          L, the sum                        train(), step 3: loss, --alpha, --beta
-    Eq. 5          L_s, labeled pictures             train(), step 3: loss_labeled
-    Sect. 3.1      L_ss, student to student (CPS)    train(), step 3: loss_ss
-    Sect. 3.2      strong augmentation (SDA)         strong_view()
-                   CutMix                            cutmix_mask(), cutmix()
-    Sect. 4.1      settings                          PAPER
-    Algorithm 1    one step                          train()
-    Tables 1, 2    dagger; *                         --extra all; --threshold .95
-    Table 3        co-training (CPS)                 --teachers none --no-strong --features none
-                   + MT; + Mutual MT                 --teachers own; --teachers mutual
-                   + SDA; + FDA                      --strong; --features diagonal
-    Table 4        gamma of Eq. 1                    --gamma
-    Table 5        loss weight                       --alpha, --beta
-    Fig. 1         the four branches                 draw(): pictures/batch_*.png
-
-`grep -n "# Open:" mkd.py` lists the choices that the paper leaves open, `grep -n "# Code:" mkd.py`
-the differences from the authors' code (github.com/jianlong-yuan/semi-mmseg).
+paper -> code
+    Fig. 1, Algorithm 1   train(); pictures of a batch: draw()
+    Eq. 1, Table 4        mean teachers: update_teachers(), --gamma
+    Eq. 2                 L_st, teacher to the other student: train(), loss_st
+    Sect. 3.1             L_ss, student to student, as in CPS: train(), loss_ss
+    Sect. 3.2             strong augmentation (SDA): strong_view(), cutmix_mask(), cutmix()
+    Eq. 3                 feature augmentation (FD, FDA): augment_features(), augmentation_table(),
+                          ClassStatistics (Sigma), --lambda0
+    Eq. 4, Table 5        L, the sum: train(), loss, --alpha, --beta
+    Eq. 5                 L_s, labeled pictures: train(), loss_labeled
+    Tables 1, 2           PAPER, PAPER_MIOU; dagger: --extra all; *: --threshold .95
+    Table 3               co-training: --teachers none --no-strong --features none; + MT: --teachers
+                          own; + Mutual MT: mutual; + SDA: --strong; + FDA: --features diagonal
 """
 
 import argparse
@@ -51,10 +41,8 @@ from common import IGNORE, need
 # ---- arguments -----------------------------------------------------------------------------------
 
 # The paper's numbers (Sect. 4.1) by dataset, under the arguments' names.
-# Open: the batch size of 16 may hold both kinds of pictures; we take 16 labeled and 16 unlabeled
-#   ones, as the code does (4 + 4 on each of 4 GPUs)   --batch-size
-# Open: neither scale nor iterations; we take the code's for VOC, and 40,000 for Cityscapes, for
-#   which the code has no setting   --scale --iterations
+# Open: the pictures of a batch of 16; 16 labeled and 16 unlabeled ones, as in the code   --batch-size
+# Open: scale and iterations; the code's for VOC, 40,000 on Cityscapes   --scale --iterations
 PAPER = {
     "vocaug": dict(
         labels="662", size=None, crop=(512, 512), scale=(0.5, 2.0), batch_size=16,
@@ -62,50 +50,33 @@ PAPER = {
         batch_norm="sync",
         optimizer="sgd", lr=0.0025, weight_decay=5e-4, iterations=30_000,
         warmup=0, cutmix=True, gamma=0.4, lambda0=1.5, loss_stride=8,
-        workers=4, log_every=50, eval_every=5000, save_every=1000,
-    ),
-    # Small networks from scratch need slower teachers and weaker perturbations.
+        workers=4, log_every=50, eval_every=5000, save_every=1000),
+    # Small networks from scratch need slower teachers and weaker perturbations (tests/RESULTS.md).
     "streets": dict(
         labels="8", size=(64, 128), crop=(64, 64), scale=(0.75, 1.5), batch_size=4,
         network="deeplabv3plus", head="plain", backbone="tiny", weights="none",
         batch_norm="frozen",
         optimizer="adamw", lr=3e-3, weight_decay=1e-2, iterations=2400,
         warmup=500, cutmix=False, gamma=0.99, lambda0=0.3, loss_stride=2,
-        workers=0, log_every=50, eval_every=600, save_every=100,
-    ),
-}
+        workers=0, log_every=50, eval_every=600, save_every=100),
+}  # fmt: skip
 PAPER["voc"] = PAPER["vocaug"] | dict(labels="183")
 PAPER["cityscapes"] = PAPER["vocaug"] | dict(
-    labels="372", size=(1024, 2048), crop=(512, 1024),
-    lr=0.01, iterations=40_000,
-)
+    labels="372", size=(1024, 2048), crop=(512, 1024), lr=0.01, iterations=40_000)
 PAPER["camvid-cpu"] = PAPER["streets"] | dict(
-    labels="1/8", size=(180, 240), crop=(96, 128),
-    lr=2e-3, iterations=1500,
-    warmup=600, cutmix=True,
-    eval_every=500,
-)
+    labels="1/8", size=(180, 240), crop=(96, 128), lr=2e-3, iterations=1500,
+    warmup=600, cutmix=True, eval_every=500)
 PAPER["camvid-gpu"] = PAPER["cityscapes"] | dict(
-    labels="1/8", size=(360, 480), crop=(256, 352),
-    iterations=20_000,
-    eval_every=2000,
-)
+    labels="1/8", size=(360, 480), crop=(256, 352), iterations=20_000, eval_every=2000)
 # Your own pictures: the longer side is shrunk to size, and all of images/ is labeled.
 PAPER["folder-cpu"] = PAPER["camvid-cpu"] | dict(
-    labels="1/1", size=(256,), crop=(128, 128), scale=(0.75, 1.5),
-    iterations=3000,
-    warmup=1500, cutmix=False,
-)
+    labels="1/1", size=(256,), crop=(128, 128), iterations=3000, warmup=1500, cutmix=False)
 PAPER["folder-gpu"] = PAPER["camvid-gpu"] | dict(
-    labels="1/1", size=(640,), crop=(320, 320), scale=(0.5, 1.5),
-    iterations=10_000,
-)
-# Code: it departs from the paper in these four; `--preset official` sets them. It also runs two
-#   passes for the two kinds of pictures, lets teachers normalize by their batches (momentum .001),
-#   and counts padding in the losses; we do not.   --preset
+    labels="1/1", size=(640,), crop=(320, 320), scale=(0.5, 1.5), iterations=10_000)
+# Code: these four depart from the paper. So do two passes for the two kinds of pictures, teachers
+#   that normalize by their batches, and losses on padding, which we leave out   --preset
 OFFICIAL = dict(
-    gamma=0.6, features_of_teachers=True, labeled_consistency=True, weak_photometric=True
-)
+    gamma=0.6, features_of_teachers=True, labeled_consistency=True, weak_photometric=True)
 for name in ("vocaug", "voc", "streets"):
     PAPER[f"{name}-official"] = PAPER[name] | OFFICIAL
 
@@ -129,52 +100,43 @@ TEACHERS = {"none": (), "own": (0, 1), "mutual": (1, 0)}
 
 def get_parser():
     parser = argparse.ArgumentParser(
-        allow_abbrev=False,
-        description=__doc__.split("\n\n")[1],
-        epilog="The table PAPER in mkd.py fills in what is left out, by dataset; a run writes all "
-        "values to args.json.",
-    )
+        allow_abbrev=False, description=__doc__.split("\n\n")[1],
+        epilog="The table PAPER in mkd.py has the values of arguments that are not given, by "
+        "dataset; args.json has all values of a run.")
     add = parser.add_argument_group("mutual knowledge distillation").add_argument
-    flag = argparse.BooleanOptionalAction
+    number = dict(type=float, metavar="X")
+    switch = dict(action=argparse.BooleanOptionalAction)
     add("--teachers", choices=list(TEACHERS), default="mutual",
-        help="the mean teacher that a student learns from, besides the other student: none, its "
-        "own, or the other student's (Table 3: co-training, MT, mutual MT)")
-    add("--strong", action=flag, default=True,
-        help="strong views for the students; without it weak views (Table 3, SDA)")
-    add("--cutmix", action=flag, help="CutMix as a part of the strong view (Sect. 3.2)")
+        help="the mean teacher that a student learns from, besides the other student (Table 3)")
+    add("--strong", **switch, default=True, help="strong views for the students (Table 3, SDA)")
+    add("--cutmix", **switch, help="CutMix as a part of the strong view (Sect. 3.2)")
     add("--features", choices=["none", "diagonal", "full"], default="diagonal",
-        help="feature augmentation, with the diagonal of the covariance or all of it (Eq. 3; "
-        "Table 3, FDA)")
-    add("--lambda0", type=float, metavar="X",
-        help="strength lambda of the feature augmentation at the last iteration (Eq. 3)")
-    add("--gamma", type=float, metavar="X", help="decay of the mean teachers (Eq. 1; Table 4)")
-    add("--alpha", type=float, metavar="X", default=1.5,
-        help="weight of L_st (Eq. 4; default: %(default)s)")
-    add("--beta", type=float, metavar="X", default=1.0,
-        help="weight of L_ss (Eq. 4; Table 5; default: %(default)s)")
+        help="feature augmentation, by the covariance's diagonal or all of it (Table 3, FDA)")
+    add("--lambda0", **number, help="lambda of Eq. 3 at the last iteration")
+    add("--gamma", **number, help="decay of the mean teachers (Eq. 1; Table 4)")
+    add("--alpha", **number, default=1.5, help="weight of L_st (Eq. 4; default: 1.5)")
+    add("--beta", **number, default=1.0, help="weight of L_ss (Eq. 4; Table 5; default: 1)")
     add("--warmup", type=int, metavar="N",
-        help="iterations on labels alone before L_st and L_ss begin; 0 in the paper, whose "
-        "students are pretrained")
-    add("--threshold", type=float, metavar="X", default=0.0,
+        help="iterations on labels alone before L_st and L_ss begin (paper: 0)")
+    add("--threshold", **number, default=0.0,
         help="ignore the teachers' labels below this confidence (Table 1, *: .95)")
-    add("--loss-stride", type=int, metavar="N",
-        help="compute L_st and L_ss at this stride of the crop")
-    add("--features-of-teachers", action=flag,
+    add("--loss-stride", type=int, metavar="N", help="stride of the crop in L_st and L_ss")
+    add("--features-of-teachers", **switch,
         help="feature augmentation of the teachers, too (authors' code)")
-    add("--labeled-consistency", action=flag,
+    add("--labeled-consistency", **switch,
         help="L_st and L_ss on labeled pictures, too (authors' code)")
-    add("--weak-photometric", action=flag,
+    add("--weak-photometric", **switch,
         help="photometric distortion of labeled pictures and weak views (authors' code)")
     common.add_arguments(parser)
-    return parser
+    return parser  # fmt: skip
 
 
 def paper_miou(args):
-    """The paper's mIoU for these arguments, or None."""
-    row = {"backbone", "extra", "threshold"}
-    if args.dataset != "vocaug":  # there Table 2 has other numbers for other lists
-        row.add("split")
-    if args.supervised or set(args.changed) - row:
+    """The mIoU that the paper reports for these arguments; None if it reports none."""
+    of_table = {"backbone", "extra", "threshold"}
+    if args.dataset != "vocaug":  # for other lists Table 2 has other numbers there
+        of_table.add("split")
+    if set(args.changed) - of_table:
         return None
     setting = (args.dataset, args.extra, args.backbone, args.threshold)
     return PAPER_MIOU.get(setting, {}).get(args.labels)
@@ -209,42 +171,37 @@ OPERATIONS = [
 ]
 
 
-def strong_view(images, generators):
-    """SDA: one random operation for each picture (Sect. 3.2); CutMix follows in train().
-
-    images (B, 3, H, W) uint8, generators: a seeded one for each picture -> (B, 3, H, W) uint8.
-    """
-    strong = torch.empty_like(images)
-    for i, r in enumerate(generators):
-        operation = OPERATIONS[r.choice(len(OPERATIONS), p=SHARES)]
-        strong[i] = operation(images[i], r)
-    return strong
+def strong_view(image, r):
+    """SDA of a picture: one random operation (Sect. 3.2); CutMix follows in train()."""
+    operation = OPERATIONS[r.choice(len(OPERATIONS), p=SHARES)]
+    return operation(image, r)
 
 
-def distort(images, generators):
-    """MMSegmentation's photometric distortion, for --weak-photometric: as strong_view()."""
-    distorted = torch.empty_like(images)
-    for i, r in enumerate(generators):
-        image = images[i]
-        parts = [
-            (lambda image, by: (image + by).clamp(0, 255).byte(), r.uniform(-32, 32)),
-            (V.adjust_saturation, r.uniform(0.5, 1.5)),
-            (V.adjust_hue, r.uniform(-0.1, 0.1)),
-        ]
-        place = (1, 3)[r.randint(2)]  # contrast comes second or last
-        parts.insert(place, (V.adjust_contrast, r.uniform(0.5, 1.5)))
-        for part, value in parts:
-            if r.uniform() < 0.5:
-                image = part(image, value)
-        distorted[i] = image
-    return distorted
+def distort(image, r):
+    """MMSegmentation's photometric distortion of a picture, for --weak-photometric."""
+    parts = [
+        (lambda image, by: (image + by).clamp(0, 255).byte(), r.uniform(-32, 32)),
+        (V.adjust_saturation, r.uniform(0.5, 1.5)),
+        (V.adjust_hue, r.uniform(-0.1, 0.1)),
+    ]
+    place = (1, 3)[r.randint(2)]  # contrast comes second or last
+    parts.insert(place, (V.adjust_contrast, r.uniform(0.5, 1.5)))
+    for part, value in parts:
+        if r.uniform() < 0.5:
+            image = part(image, value)
+    return image
+
+
+def views(operation, images, args, name, positions):
+    """operation(image, r) of each picture, r a seeded generator: (B, 3, H, W) uint8 -> the same."""
+    result = torch.empty_like(images)
+    for i, position in enumerate(positions):
+        result[i] = operation(images[i], common.rng(args.seed, name, position))
+    return result
 
 
 def cutmix_mask(size, r, device="cpu"):
-    """The mask m of CutMix: (H, W) bool, on in three boxes, off again where two of them overlap.
-
-    Each box has u / 3 of the picture's area, u from .25 to .5. r: a seeded generator.
-    """
+    """m of CutMix: (H, W) bool, three boxes of u / 3 of the area, off again where two overlap."""
     # Open: the shape of m; we take the code's boxes, and mix every picture. In Table 3 CutMix is
     #   a part of SDA. Not on streets: it harms small networks from scratch   --cutmix
     height, width = size
@@ -314,35 +271,31 @@ class ClassStatistics(nn.Module):
             Sigma <- (1 - r) Sigma + r Sigma_b + r (1 - r) (mu - mu_b) (mu - mu_b)^T
             mu    <- (1 - r) mu + r mu_b
         """
-        K, C = self.mean.shape
-        full = self.covariance.ndim == 3
+        K = len(self.mean)
         features = features.flatten(2).float()  # (B, C, hw)
         label = label.flatten(1)  # (B, hw)
-        one_hot = label[:, None] == torch.arange(K, device=label.device)[:, None]
-        one_hot = one_hot.float()  # (B, K, hw), 0 for unknown
-        sums = (one_hot @ features.transpose(1, 2)).sum(0)
-        sums = torch.cat([sums, one_hot.sum((0, 2))[:, None]], 1)
-        sums, n_b = common.all_reduce(sums).split([C, 1], 1)  # (K, C), (K, 1)
-        mu_b = sums / n_b.clamp(min=1)
+        classes = torch.arange(K, device=label.device)[:, None]
+        one_hot = (label[:, None] == classes).float()  # (B, K, hw), 0 for unknown
+        n_b = common.all_reduce(one_hot.sum((0, 2)))  # (K,)
+        mu_b = common.all_reduce((one_hot @ features.mT).sum(0)) / n_b.clamp(min=1)[:, None]
 
-        deviation = features - mu_b[label.clamp(max=K - 1)].transpose(1, 2)  # unknown: no matter
-        if full:
-            sigma_b = torch.zeros_like(self.covariance)
-            for k in range(K):
-                of_class = deviation * one_hot[:, k : k + 1]
-                sigma_b[k] = (of_class @ deviation.transpose(1, 2)).sum(0)
-        else:
-            sigma_b = (one_hot @ deviation.square().transpose(1, 2)).sum(0)
-
-        r = n_b / (self.count[:, None] + n_b).clamp(min=1)  # (K, 1)
+        deviation = features - mu_b[label.clamp(max=K - 1)].mT  # without meaning for unknown
         gap = self.mean - mu_b
-        self.mean.lerp_(mu_b, r)
-        self.count += n_b[:, 0].long()
-        if full:
-            n_b, r, gap = n_b[:, :, None], r[:, :, None], gap[:, :, None] * gap[:, None]
-        else:
+        if self.covariance.ndim == 2:
+            squares = (one_hot @ deviation.square().mT).sum(0)  # (K, C)
             gap = gap.square()
-        sigma_b = common.all_reduce(sigma_b) / n_b.clamp(min=1)
+        else:
+            squares = torch.zeros_like(self.covariance)
+            for k in range(K):
+                squares[k] = (deviation * one_hot[:, k : k + 1] @ deviation.mT).sum(0)
+            gap = gap[:, :, None] * gap[:, None]
+
+        r = n_b / (self.count + n_b).clamp(min=1)
+        self.count += n_b.long()
+        self.mean.lerp_(mu_b, r[:, None])
+        shape = [K] + [1] * (gap.ndim - 1)
+        sigma_b = common.all_reduce(squares) / n_b.clamp(min=1).view(shape)
+        r = r.view(shape)
         sigma = (1 - r) * self.covariance + r * sigma_b + r * (1 - r) * gap
         self.covariance.copy_(sigma)
 
@@ -455,11 +408,6 @@ def numbered(name, values):
     return {f"{name}_{i}": value for i, value in enumerate(values, 1)}
 
 
-def generators(args, name, positions):
-    """A seeded generator for each picture of a batch."""
-    return [common.rng(args.seed, name, position) for position in positions]
-
-
 def train_supervised(args, run, stream, students, learners, teachers, keep, begin, stop):
     """Learning from labels alone, iterations begin to stop: the warm-up, and the baseline."""
     optimizer, scaler = keep["optimizer"], keep["scaler"]
@@ -471,7 +419,7 @@ def train_supervised(args, run, stream, students, learners, teachers, keep, begi
         # 1 batch: weak views
         image, label = labeled["image"], labeled["label"]  # (B, 3, H, W), (B, H, W)
         if args.weak_photometric:
-            image = distort(image, generators(args, "distort labeled", labeled["position"]))
+            image = views(distort, image, args, "distort labeled", labeled["position"])
 
         # 2 pseudo-labels: none
 
@@ -523,14 +471,15 @@ def train(args, run, streams, students, learners, teachers, keep, begin):
         image, label = labeled["image"], labeled["label"]  # (B, 3, H, W), (B, H, W)
         weak = unlabeled["image"]  # (B, 3, H, W); B + 1 with several processes, see cutmix()
         places = unlabeled["position"]
-        strong = strong_view(weak, generators(args, "strong", places)) if args.strong else weak
+        strong = views(strong_view, weak, args, "strong", places) if args.strong else weak
         if args.weak_photometric:
-            image = distort(image, generators(args, "distort labeled", labeled["position"]))
-            weak = distort(weak, generators(args, "distort", places))
+            image = views(distort, image, args, "distort labeled", labeled["position"])
+            weak = views(distort, weak, args, "distort", places)
         B = len(image)
         mask = torch.zeros(label.shape, dtype=torch.bool, device=device)  # m, (B, H, W)
         if mixed:
-            for i, r in enumerate(generators(args, "cutmix", places[:B])):
+            for i, position in enumerate(places[:B]):
+                r = common.rng(args.seed, "cutmix", position)
                 mask[i] = cutmix_mask(args.crop, r, device)
         strong = cutmix(strong, mask)  # (B, 3, H, W)
         # L_st and L_ss: of L + B pictures; L is 0, or B with --labeled-consistency
@@ -610,10 +559,9 @@ def train(args, run, streams, students, learners, teachers, keep, begin):
 def draw(run, weak, strong, truth, pseudo_labels, predictions):
     """pictures/batch_*.png: four unlabeled pictures, as teachers and students see them (Fig. 1)."""
     columns = {"weak view": weak, "strong view": strong, "truth (not used)": truth}
-    for i, label in enumerate(pseudo_labels, 1):
-        columns[f"label of teacher {i}"] = nearest(label, truth.shape[1:])
-    for i, label in enumerate(predictions, 1):
-        columns[f"student {i} predicts"] = nearest(label, truth.shape[1:])
+    labels = numbered("label of teacher", pseudo_labels) | numbered("label of student", predictions)
+    for title, label in labels.items():
+        columns[title] = nearest(label, truth.shape[1:])
     rows = min(4, len(truth))
     run.panel(f"batch_{run.mark}", {title: cells[:rows] for title, cells in columns.items()})
 
