@@ -41,7 +41,7 @@ from common import IGNORE, need
 # ---- arguments -----------------------------------------------------------------------------------
 
 # The paper's numbers (Sect. 4.1) by dataset, under the arguments' names.
-# Open: the pictures of a batch of 16; 16 labeled and 16 unlabeled ones, as in the code   --batch-size
+# Open: what is in a batch of 16; 16 labeled and 16 unlabeled pictures, as in the code   --batch-size
 # Open: scale and iterations; the code's for VOC, 40,000 on Cityscapes   --scale --iterations
 PAPER = {
     "vocaug": dict(
@@ -144,7 +144,6 @@ def paper_miou(args):
 
 # ---- perturbations -------------------------------------------------------------------------------
 
-
 def color_jitter(image, r):
     """Brightness, contrast, saturation times .5 to 1.5, hue by up to +-.25, in random order."""
     steps = [V.adjust_brightness, V.adjust_contrast, V.adjust_saturation, V.adjust_hue]
@@ -202,8 +201,8 @@ def views(operation, images, args, name, positions):
 
 def cutmix_mask(size, r, device="cpu"):
     """m of CutMix: (H, W) bool, three boxes of u / 3 of the area, off again where two overlap."""
-    # Open: the shape of m; we take the code's boxes, and mix every picture. In Table 3 CutMix is
-    #   a part of SDA. Not on streets: it harms small networks from scratch   --cutmix
+    # Open: the shape of m; the code's boxes, for every picture. In Table 3 CutMix is a part of SDA.
+    #   Streets go without it, since it harms small networks from scratch   --cutmix
     height, width = size
     mask = torch.zeros(height, width, dtype=torch.bool, device=device)
     for _ in range(3):
@@ -252,8 +251,8 @@ class ClassStatistics(nn.Module):
     Buffers: count (K,) int64; mean (K, C); covariance (K, C), its diagonal, or with full (K, C, C).
     """
 
-    # Open: the features that Sigma is taken of; we take all that the student has seen so far, as
-    #   ISDA and the code do, and the diagonal, as the code does; full is ISDA's   --features
+    # Open: the pixels that Sigma is taken of, and its form; all so far, as in ISDA and the code,
+    #   and the diagonal, as in the code; ISDA's is full   --features
     def __init__(self, classes, channels, full=False):
         super().__init__()
         # int64, since float32 stops counting at 2^24
@@ -315,8 +314,8 @@ def augmentation_table(weight, covariance):
 def augment_features(features, logits, label, valid, weight, statistics, strength):
     """FD: p + lambda / 2 v^T Sigma v (Eq. 3), the logits of the augmented features.
 
-    features (L + B, C, ..) of L labeled and B unlabeled pictures update Sigma: statistics. y: label
-    (L, h, w). p: logits (B or L + B, K, h, w), valid (.., h, w). w: weight (K, C). lambda: strength.
+    features (L + B, C, ..) of L labeled and B unlabeled pictures update Sigma, statistics. y: label
+    (L, h, w). p: logits (B or L + B, K, h, w), valid (.., h, w). w: weight. lambda: strength.
     Returns logits like p; those of unknown pixels stay as they are.
     """
     # Open: y of unlabeled pixels, "pseudo-labels"; the student's prediction, as in the code
@@ -334,10 +333,9 @@ def augment_features(features, logits, label, valid, weight, statistics, strengt
 
 # ---- EMA -----------------------------------------------------------------------------------------
 
-
 @torch.no_grad()
 def update_teachers(teachers, students, iteration, gamma):
-    """theta_t <- gamma theta_t + (1 - gamma) theta_s (Eq. 1), theta: parameters; buffers are copied."""
+    """theta_t <- gamma theta_t + (1 - gamma) theta_s (Eq. 1), theta: parameters; copies buffers."""
     # Open: gamma in the first steps; 1 - 1 / t if that is less, as in the code, so that at t = 1
     #   the teacher is its student. The paper takes .4 in all experiments (Table 4)   --gamma
     gamma = min(1 - 1 / (iteration + 1), gamma)
@@ -350,7 +348,6 @@ def update_teachers(teachers, students, iteration, gamma):
 
 # ---- pseudo-labels -------------------------------------------------------------------------------
 
-
 def hard_label(logits, valid):
     """arg max over classes of logits (B, K, h, w), 255 where valid (B, h, w) is False: int64."""
     best = logits.detach().max(1).indices  # on a CPU max is much faster than argmax
@@ -359,33 +356,24 @@ def hard_label(logits, valid):
 
 # ---- losses --------------------------------------------------------------------------------------
 
-
-class WithFeatures(nn.Module):
+class WithFeatures(nn.Sequential):
     """A network that returns its features, too.
 
     forward: images (B, 3, H, W) float -> features (B, C, h, w), logits (B, K, h, w).
     """
 
-    def __init__(self, network):
-        super().__init__()
-        self.network = network
-
     def forward(self, image):
-        features = self.network.features(image)
-        return features, self.network.classifier(features)
+        features = self[0].features(image)
+        return features, self[0].classifier(features)
 
 
-class Ensemble(nn.Module):
+class Ensemble(nn.ModuleList):
     """The mean of the networks' logits."""
 
     align_corners = False
 
-    def __init__(self, networks):
-        super().__init__()
-        self.networks = nn.ModuleList(networks)
-
     def forward(self, image):
-        return sum(network(image) for network in self.networks) / len(self.networks)
+        return sum(network(image) for network in self) / len(self)
 
 
 def cross_entropy(logits, label):
@@ -394,14 +382,13 @@ def cross_entropy(logits, label):
     logits (B, K, H, W), label (B, H, W) with 255 for unknown. Each process returns its share times
     their number, since gradients are averaged over processes.
     """
-    # Open: what counts in the mean; padding does not, nor do labels below the threshold   --threshold
+    # Open: which pixels count; not padding, and not those below the threshold   --threshold
     count = common.all_reduce((label != IGNORE).sum())
     total = F.cross_entropy(logits, label, ignore_index=IGNORE, reduction="sum")
     return total * common.world_size() / count.clamp(min=1)
 
 
 # ---- training ------------------------------------------------------------------------------------
-
 
 def numbered(name, values):
     """{NAME_1: first value, NAME_2: second value}"""
@@ -413,7 +400,7 @@ def train_supervised(args, run, stream, students, learners, teachers, keep, begi
     optimizer, scaler = keep["optimizer"], keep["scaler"]
     batches = common.batches(stream, args, run.device, begin, stop)
     for iteration, labeled in enumerate(batches, begin):
-        # 5 EMA: first, as in train()
+        # 5 EMA: first (Algorithm 1, line 6)
         update_teachers(teachers, students, iteration, args.gamma)
 
         # 1 batch: weak views
@@ -422,7 +409,6 @@ def train_supervised(args, run, stream, students, learners, teachers, keep, begi
             image = views(distort, image, args, "distort labeled", labeled["position"])
 
         # 2 pseudo-labels: none
-
         # 3 losses
         loss_labeled = []
         for learner in learners:
@@ -500,10 +486,8 @@ def train(args, run, streams, students, learners, teachers, keep, begin):
             sure = valid & (p.softmax(1).amax(1) >= args.threshold)
             if len(statistics) > 2:  # --features-of-teachers
                 features = cutmix(common.upsample(features, size), small_mask, L)
-                w = teacher.last.weight
-                p = augment_features(
-                    features, p, small_label[:L], valid, w, statistics[2 + i], strength
-                )
+                w, sigma = teacher.last.weight, statistics[2 + i]
+                p = augment_features(features, p, small_label[:L], valid, w, sigma, strength)
             pseudo_labels.append(hard_label(p, sure))  # y_t, (L + B, h, w)
 
         # 3 losses
@@ -518,17 +502,15 @@ def train(args, run, streams, students, learners, teachers, keep, begin):
             loss_labeled.append(cross_entropy(p_labeled, label))  # Eq. 5
             p = common.upsample(p[B - L :], size)  # p_s^u, (L + B, K, h, w)
             if statistics:
-                w = students[i].last.weight
-                p = augment_features(features, p, small_label, valid, w, statistics[i], strength)
+                w, sigma = students[i].last.weight, statistics[i]
+                p = augment_features(features, p, small_label, valid, w, sigma, strength)
             student_logits.append(p)
         loss_st = []
         for p, i in zip(student_logits, TEACHERS[args.teachers]):
             loss_st.append(cross_entropy(p, pseudo_labels[i]))  # Eq. 2
         # Open: whether L_ss takes its labels before or after FD; after, as Algorithm 1 reads
-        predictions = [hard_label(p, valid) for p in student_logits]  # y_s
-        loss_ss = []
-        for p, prediction in zip(student_logits, reversed(predictions)):
-            loss_ss.append(cross_entropy(p, prediction))  # of the other student, as in CPS
+        y_s1, y_s2 = predictions = [hard_label(p, valid) for p in student_logits]
+        loss_ss = [cross_entropy(student_logits[0], y_s2), cross_entropy(student_logits[1], y_s1)]
         # Open: whether Table 5 varies alpha or beta; its text says beta, its numbers at 0 and 1 are
         #   those of Table 3 without and with teachers, which alpha makes   --alpha --beta
         loss = sum(loss_labeled) + args.alpha * sum(loss_st) + args.beta * sum(loss_ss)  # Eq. 4
@@ -568,7 +550,6 @@ def draw(run, weak, strong, truth, pseudo_labels, predictions):
 
 # ---- main ----------------------------------------------------------------------------------------
 
-
 def main():
     args = common.parse_args(get_parser(), PAPER)
     device = common.setup(args)
@@ -582,11 +563,10 @@ def main():
 
     # Open: what tells the students apart; their initialization alone (of the heads, where the
     #   backbone is pretrained). Both see the same views.
-    # Open: the baseline; it is one student, with the same weak views, learning rate and number of
-    #   steps, on labeled pictures alone   --supervised
+    # Open: the baseline; one student, with the same weak views, learning rate and steps   --supervised
     members = range(1 if args.supervised else 2)
     students = [common.build_network(args, data, device, member) for member in members]
-    teachers, augmented = [], []
+    teachers, statistics = [], nn.ModuleList()
     if not args.supervised:
         same = torch.equal(students[0].last.weight, students[1].last.weight)
         need(not same, f"--weights {args.weights}: both students would begin with the same weights "
@@ -594,17 +574,13 @@ def main():
         if args.teachers != "none":
             teachers = [copy.deepcopy(student).requires_grad_(False).eval() for student in students]
         if args.features != "none":
-            augmented = students + teachers if args.features_of_teachers else students
-    statistics = nn.ModuleList()
-    for network in augmented:
-        full = args.features == "full"
-        statistics.append(ClassStatistics(len(data.names), network.feature_channels, full))
-    statistics.to(device)
+            K, C, full = len(data.names), students[0].feature_channels, args.features == "full"
+            for _ in students + teachers if args.features_of_teachers else students:
+                statistics.append(ClassStatistics(K, C, full).to(device))
     learners = [common.parallel(WithFeatures(student), device) for student in students]
     parameters = [p for student in students for p in student.parameters()]
     optimizer = common.make_optimizer(args, args.lr, parameters)
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
-
     # Open: the network that is reported; student 1. The last table has all networks, and the mean
     #   of both students' logits.
     method = "mkd-supervised" if args.supervised else "mkd"
@@ -613,11 +589,11 @@ def main():
     networks = numbered("student", students) | numbered("teacher", teachers)
     keep = networks | {"statistics": statistics, "optimizer": optimizer, "scaler": scaler}
     begin = run.restore(keep)
+
     labeled = common.Stream(data, labeled, "labeled", args)
     if args.supervised:
         train_supervised(args, run, labeled, students, learners, [], keep, begin, args.iterations)
         return run.finish(networks)
-
     # Open: how students from scratch begin; on labels alone. Without this warm-up they agreed on
     #   road below and sky above in every picture   --warmup
     if begin < args.warmup:
@@ -637,17 +613,15 @@ def check_arguments(args):
     common.check_range(args, 0, math.inf, "alpha", "beta", "lambda0", "warmup")
     plain = args.network == "deeplabv2" and args.head == "plain"
     need(args.network != "pspnet" and not plain,
-         f"--network {args.network} --head {args.head}: this method needs a network that ends in "
-         "one linear classifier (Eq. 3) and has no auxiliary head; use --network deeplabv3plus, or "
-         "deeplabv2 with --head bottleneck")
-    if args.supervised:
-        return
-    need(args.batch_size > 1 or not (args.cutmix and args.strong),
-         f"--batch-size {args.batch_size}: CutMix mixes neighbors of a batch; use 2 or more, or "
-         "--no-cutmix")
-    need(args.warmup < args.iterations or args.iterations == 0,
-         f"--warmup {args.warmup}: of {args.iterations} iterations none is left for the method; "
-         "use fewer, or more --iterations")
+         f"--network {args.network} --head {args.head}: Eq. 3 needs a network that ends in one "
+         "linear classifier; use --network deeplabv3plus, or deeplabv2 with --head bottleneck")
+    if not args.supervised:
+        need(args.batch_size > 1 or not (args.cutmix and args.strong),
+             f"--batch-size {args.batch_size}: CutMix mixes neighbors of a batch; use 2 or more, "
+             "or --no-cutmix")
+        need(args.warmup < args.iterations or args.iterations == 0,
+             f"--warmup {args.warmup}: of {args.iterations} iterations none is left for the "
+             "method; use fewer, or more --iterations")
 
 
 if __name__ == "__main__":
