@@ -1,4 +1,7 @@
-"""Whole runs of mkd.py: that the work happened, what each flag changes, that processes and restarts change nothing, and its errors."""
+"""Whole runs of mkd.py.
+
+They do their work; each flag changes what it says; processes and restarts change nothing; errors.
+"""
 
 import copy
 import os
@@ -33,30 +36,10 @@ from helpers import (
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-SHORT = [
-    "--labels",
-    "4",
-    "--iterations",
-    "4",
-    "--batch-size",
-    "2",
-    "--crop",
-    "32",
-    "64",
-    "--log-every",
-    "1",
-    "--save-every",
-    "2",
-    "--eval-every",
-    "100",
-    "--warmup",
-    "0",
-    "--gamma",
-    ".4",
-    "--lambda0",
-    "1.5",
-    "--cutmix",
-]
+SHORT = (
+    "--labels 4 --iterations 4 --batch-size 2 --crop 32 64 --warmup 0 --gamma .4 --lambda0 1.5 "
+    "--cutmix --log-every 1 --save-every 2 --eval-every 100"
+).split()
 TERMS = {f"loss_{kind}_{j}" for kind in ("labeled", "st", "ss") for j in (1, 2)}
 NETWORKS = ["student_1", "student_2", "teacher_1", "teacher_2"]
 
@@ -85,26 +68,23 @@ def same_end(folder, whole):
     return True
 
 
-# ---- that the work happened ------------------------------------------------------------------------------------------
+# ---- that the work happened ----------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """A run from beginning to end that nothing disturbs: its folder, and the networks before."""
-    folder, saved, save = tmp_path_factory.mktemp("whole") / "run", [], common.Run.save
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    saved = []
+    write = common.Run._write_checkpoint
+
+    def keep_weights(run, iteration, keep):
+        states = {name: copy.deepcopy(keep[name].state_dict()) for name in NETWORKS}
+        saved.append(states)
+        write(run, iteration, keep)
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            common.Run,
-            "save",
-            lambda run, headline, networks, **state: (
-                saved.append(
-                    copy.deepcopy(
-                        {name: network.state_dict() for name, network in networks.items()}
-                    )
-                )
-                or save(run, headline, networks, **state)
-            ),
-        )
+        patch.setattr(common.Run, "_write_checkpoint", keep_weights)
         start("--out", folder)
     return folder, saved[0]
 
@@ -301,11 +281,8 @@ def test_the_papers_number_stands_beside_its_setting(main, tmp_path, monkeypatch
         for name in mkd.PAPER["streets"]
     }
     monkeypatch.setitem(mkd.PAPER, "streets", row)  # so that this is the paper's setting
-    monkeypatch.setattr(
-        mkd,
-        "PAPER_MIOU",
-        {("streets", None, "tiny", 0, 4): 11.0, ("streets", None, "tiny", 0.95, 4): 22.0},
-    )
+    numbers = {("streets", None, "tiny", 0): {4: 11.0}, ("streets", None, "tiny", 0.95): {4: 22.0}}
+    monkeypatch.setattr(mkd, "PAPER_MIOU", numbers)
     for number, flags in (
         (11, []),
         (22, ["--threshold", ".95"]),
@@ -318,14 +295,18 @@ def test_the_papers_number_stands_beside_its_setting(main, tmp_path, monkeypatch
         assert result_of(tmp_path / "run")["paper"] == number, flags
 
 
-# ---- every flag does its work ----------------------------------------------------------------------------------------
+# ---- every flag does its work --------------------------------------------------------------------
 
 ONCE = ["--save-every", "100", "--out", "run"]  # at the end alone: for runs that nothing disturbs
 
 
 @pytest.fixture
 def variant(main, whole, tmp_path):
-    """variant("--flag ..", "loss_ss", ..): a run with it. In the first iteration the terms so named changed and the others did not, save those that may; later all did."""
+    """variant("--flag ..", "loss_ss", ..): a run with the flag.
+
+    In the first iteration the terms of these names differ from the whole run's, and no others but
+    those that may; later all differ.
+    """
 
     def go(flags, *changed, may="none"):
         main(*ONCE, *flags.split())
@@ -374,20 +355,16 @@ def test_with_its_own_teacher(variant):
 
 
 def test_without_strong_views_students_see_the_weak_ones(variant, spy):
-    strong, masks, mixes = spy("strong_view"), spy("cutmix_mask"), spy("cutmix")
+    views, masks, mixes = spy("views"), spy("cutmix_mask"), spy("cutmix")
     variant("--no-strong", "loss_st", "loss_ss")
-    assert (
-        not strong
-        and not masks
-        and len(mixes) == 4 * 5
-        and not any(mask.any() for (_, mask), _ in mixes)
-    )
+    assert not views and not masks
+    assert len(mixes) == 4 * 5 and not any(args[1].any() for args, _ in mixes)
 
 
 def test_without_cutmix(variant, spy):
-    strong, masks, mixes = spy("strong_view"), spy("cutmix_mask"), spy("cutmix")
+    views, masks, mixes = spy("views"), spy("cutmix_mask"), spy("cutmix")
     variant("--no-cutmix", "loss_st", "loss_ss")
-    assert len(strong) == 4 and not masks and not any(mask.any() for (_, mask), _ in mixes)
+    assert len(views) == 4 and not masks and not any(args[1].any() for args, _ in mixes)
 
 
 def test_pictures_truth_and_logits_are_mixed_by_one_mask(main, spy):
@@ -397,17 +374,15 @@ def test_pictures_truth_and_logits_are_mixed_by_one_mask(main, spy):
     for t in range(4):
         mask = torch.stack([result for _, result in masks[2 * t : 2 * t + 2]])
         assert mask.any() and not torch.equal(mask[0], mask[1])
-        small = mask[:, 1::2, 1::2]
-        full, coarse = [
-            [args for args, _ in mixes[5 * t : 5 * t + 5] if args[1].shape[1] == height]
-            for height in (32, 16)
-        ]
-        assert sorted(x.ndim for x, _ in full) == [3, 4] and all(
-            torch.equal(m, mask) for _, m in full
-        )  # truth, picture
-        assert sorted(x.ndim for x, _ in coarse) == [3, 4, 4] and all(
-            torch.equal(m, small) for _, m in coarse
-        )  # what is no padding, both teachers' logits
+        of_step = [args for args, _ in mixes[5 * t : 5 * t + 5]]
+        full = [args for args in of_step if args[1].shape[1] == 32]
+        coarse = [args for args in of_step if args[1].shape[1] == 16]
+        # truth and picture
+        assert sorted(args[0].ndim for args in full) == [3, 4]
+        assert all(torch.equal(args[1], mask) for args in full)
+        # valid pixels and both teachers' logits
+        assert sorted(args[0].ndim for args in coarse) == [3, 4, 4]
+        assert all(torch.equal(args[1], mask[:, 1::2, 1::2]) for args in coarse)
 
 
 def test_without_feature_augmentation(variant):
@@ -442,22 +417,16 @@ def test_alpha_0_is_as_if_there_were_no_teachers(variant, tmp_path):
     assert equal({name: ours[name] for name in NETWORKS[:2]}, theirs) and terms(folder) == TERMS
 
 
-def test_beta_0_is_as_if_students_did_not_look_at_each_other(variant, monkeypatch, tmp_path):
+def test_beta_0_is_as_if_students_did_not_learn_from_each_other(variant, monkeypatch, tmp_path):
     folder = variant("--beta 0")
-    real, calls = (
-        mkd.cross_entropy,
-        [],
-    )  # of each iteration: labeled 1 and 2, st 1, ss 1, st 2, ss 2
-    monkeypatch.setattr(
-        mkd,
-        "cross_entropy",
-        lambda logits, label: (
-            calls.append(1)
-            or real(
-                logits, torch.full_like(label, 255) if (len(calls) - 1) % 6 in (3, 5) else label
-            )
-        ),
-    )
+    calls = []  # in each iteration: labeled 1 and 2, st 1 and 2, ss 1 and 2
+
+    def cross_entropy(logits, label, real=mkd.cross_entropy):
+        calls.append(label)
+        of_ss = len(calls) % 6 in (5, 0)
+        return real(logits, torch.full_like(label, 255) if of_ss else label)
+
+    monkeypatch.setattr(mkd, "cross_entropy", cross_entropy)
     start(*ONCE[:2], "--out", tmp_path / "blind")
     assert equal(last(folder)["models"], last(tmp_path / "blind")["models"])
 
@@ -465,15 +434,13 @@ def test_beta_0_is_as_if_students_did_not_look_at_each_other(variant, monkeypatc
 def test_threshold_1_leaves_nothing_of_the_teachers_and_all_of_the_students(variant, spy):
     calls = spy("cross_entropy")
     folder = variant("--threshold 1", "loss_st")
-    assert all(
-        (value == 0) == key[2].startswith("loss_st") for key, value in losses(folder).items()
-    )
+    for (*_, name), value in losses(folder).items():
+        assert (value == 0) == name.startswith("loss_st")
     assert {r["pseudo_coverage"] for r in records(folder) if "lr" in r} == {0}
     for t in range(4):
-        _, _, st_1, ss_1, st_2, ss_2 = [label for (_, label), _ in calls[6 * t : 6 * t + 6]]
-        assert (
-            (st_1 == 255).all() and (st_2 == 255).all() and (ss_1 < 10).all() and (ss_2 < 10).all()
-        )
+        _, _, st_1, st_2, ss_1, ss_2 = [label for (_, label), _ in calls[6 * t : 6 * t + 6]]
+        assert (st_1 == 255).all() and (st_2 == 255).all()
+        assert (ss_1 < 10).all() and (ss_2 < 10).all()
 
 
 @pytest.mark.parametrize("stride, size", [(1, (32, 64)), (8, (4, 8)), (7, (5, 10))])
@@ -488,20 +455,13 @@ def test_features_of_teachers_are_augmented_too(variant, spy):
     calls = spy("augment_features")
     folder = variant("--features-of-teachers", may="loss_st")
     statistics = last(folder)["statistics"]
-    assert (
-        set(statistics)
-        == {f"{i}.{name}" for i in range(4) for name in ("count", "mean", "covariance")}
-        and len(calls) == 4 * 4
-    )
-    assert [int(statistics[f"{i}.count"].sum()) for i in (2, 3)] == 2 * [
-        4 * 2 * 16 * 32
-    ]  # unlabeled pixels
-    assert [logits.requires_grad for (_, logits, *_), _ in calls[:4]] == [
-        False,
-        False,
-        True,
-        True,
-    ] and not any(args[0].requires_grad for args, _ in calls)
+    names = {f"{i}.{name}" for i in range(4) for name in ("count", "mean", "covariance")}
+    assert set(statistics) == names and len(calls) == 4 * 4
+    pixels = [int(statistics[f"{i}.count"].sum()) for i in (2, 3)]
+    assert pixels == 2 * [4 * 2 * 16 * 32]  # unlabeled pixels
+    # two teachers, then two students
+    gradients = [logits.requires_grad for (_, logits, *_), _ in calls[:4]]
+    assert gradients == [False, False, True, True]
 
 
 def test_consistency_on_labeled_pictures(variant, spy):
@@ -511,13 +471,15 @@ def test_consistency_on_labeled_pictures(variant, spy):
 
 
 def test_weak_photometric(variant, spy):
-    calls, strong = spy("distort"), spy("strong_view")
+    calls = spy("views")
     variant("--weak-photometric", "loss_labeled", "loss_st", may="loss_ss")
-    assert len(calls) == 8 and not torch.equal(calls[0][1], calls[0][0][0])
+    assert len(calls) == 4 * 3
     for t in range(4):
-        assert torch.equal(
-            calls[2 * t + 1][0][0], strong[t][0][0]
-        )  # strong views are of the undistorted picture
+        by_name = {args[3]: (args[1], result) for args, result in calls[3 * t : 3 * t + 3]}
+        assert set(by_name) == {"strong", "distort labeled", "distort"}
+        # strong views are of the undistorted picture
+        assert torch.equal(by_name["distort"][0], by_name["strong"][0])
+    assert not torch.equal(*by_name["distort labeled"])
 
 
 def test_preset_official_and_its_parts(main, tmp_path):
@@ -628,11 +590,12 @@ def test_other_settings(main, tmp_path, flags):
     assert len(set(result_of(tmp_path / "run")["miou"])) == 5
 
 
-# ---- nothing is lost -------------------------------------------------------------------------------------------------
+# ---- nothing is lost -----------------------------------------------------------------------------
 
 
 def at(iteration):
-    return lambda run, stage, i, losses: i == iteration
+    """The condition that Run.step, or Run._write_checkpoint, is called at this iteration."""
+    return lambda run, i, *_, **__: i == iteration
 
 
 @pytest.mark.parametrize(
@@ -645,20 +608,20 @@ def test_interrupted_at_many_points_and_resumed_ends_with_the_same_bits(
     if flags:
         main(*flags, "--out", "whole")
         whole = tmp_path / "whole"
-    kill(common.Run, "watch", at(0), *flags)
-    kill(common.Run, "watch", at(1), *flags)
-    kill(common.Run, "save", lambda *_, **state: state["iteration"] == 2, *flags)
-    kill(common.Run, "watch", at(2), *flags)  # from here on after a checkpoint
-    kill(common.Run, "watch", at(3), *flags)
+    kill(common.Run, "step", at(0), *flags)
+    kill(common.Run, "step", at(1), *flags)
+    kill(common.Run, "_write_checkpoint", at(2), *flags)
+    kill(common.Run, "step", at(2), *flags)  # from here on after a checkpoint
+    kill(common.Run, "step", at(3), *flags)
     kill(common, "evaluate", lambda *_: True, *flags)
-    kill(common.Run, "save", lambda *_, **state: state["iteration"] == 4, *flags)
+    kill(common.Run, "_write_checkpoint", at(4), *flags)
     main(*flags, "--out", "run")
     assert "resumed after iteration 2 of 4" in capsys.readouterr().out
     assert same_end(folder, whole)
 
 
 def test_killed_before_the_report(main, kill, whole, tmp_path):
-    kill(common.Run, "finish", lambda *_: True)
+    kill(common.Run, "finish", lambda *_, **__: True)
     main("--out", "run")
     assert same_end(tmp_path / "run", whole)
 
@@ -691,18 +654,22 @@ def test_an_unfinished_run_of_another_configuration_names_the_argument(
     assert f"with {name} = " in message and "--overwrite" in message
 
 
-# ---- processes -------------------------------------------------------------------------------------------------------
+# ---- processes -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     "flags",
     [
         "--batch-size 4",
-        "--batch-size 2 --features full --features-of-teachers --labeled-consistency --weak-photometric --scale .4 .9",
+        "--batch-size 2 --features full --features-of-teachers --labeled-consistency "
+        "--weak-photometric --scale .4 .9",
     ],
 )
 def test_two_processes_give_one_processs_losses(main, tmp_path, flags):
-    """With SGD: AdamW divides by gradients near zero, which makes rounding visible. With a batch of 2 each process has one picture of a kind, and mixes it with the other's."""
+    """With SGD: AdamW divides by gradients near zero, which makes rounding visible.
+
+    With a batch of 2 each process has one picture of a kind, and mixes it with the other's.
+    """
     flags = [*ONCE[:2], "--optimizer", "sgd", "--lr", "0.005", *flags.split()]
     processes = two_processes(mkd, tmp_path, *SHORT, *flags, "--out", "two")
     main(*flags, "--out", "one")
@@ -734,7 +701,7 @@ def test_two_processes_give_one_processs_losses(main, tmp_path, flags):
     assert result_of(one)["miou"] == pytest.approx(result_of(two)["miou"], abs=0.1)
 
 
-# ---- errors ----------------------------------------------------------------------------------------------------------
+# ---- errors --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -767,7 +734,7 @@ def test_a_wrong_value_is_named_before_the_training(error, argv, tmp_path):
     )
 
 
-def test_batch_norm_over_one_picture_is_told_in_words(monkeypatch, capsys):
+def test_batch_norm_over_one_picture_has_a_message(monkeypatch, capsys):
     monkeypatch.setattr(os, "_exit", sys.exit)
     with pytest.raises(SystemExit) as exit:
         common.run_main(lambda: torch.nn.BatchNorm2d(3)(torch.zeros(1, 3, 1, 1)))
