@@ -281,7 +281,7 @@ class ClassStatistics(nn.Module):
         deviation = features - mu_b[label.clamp(max=K - 1)].mT  # without meaning for unknown
         gap = self.mean - mu_b
         if self.covariance.ndim == 2:
-            squares = (one_hot @ deviation.square().mT).sum(0)  # (K, C)
+            squares = (one_hot @ deviation.square_().mT).sum(0)  # (K, C)
             gap = gap.square()
         else:
             squares = torch.zeros_like(self.covariance)

@@ -1,11 +1,14 @@
-"""What does MKD's feature augmentation cost as a table of classes x classes, and what as the tensor of pixels x classes x channels?
+"""What does MKD's feature augmentation cost?
 
-For one batch of the paper (21 classes, 256 channels, 16 pictures of 64 x 64 cells = 65,536 pixels): seconds and memory of both forms, the covariance's
-update included, each in a process of its own; the largest difference of their results; and what share of a step's network passes
-the table takes (DeepLabv3+ on ResNet-50, crop 512 x 512; on a CPU passes of 1 + 1 pictures, times the batch).
+Two forms: a table of classes x classes, as in mkd.py, and a tensor of pixels x classes x channels.
+For one batch of the paper (21 classes, 256 channels, 16 pictures of 64 x 64 cells = 65,536 pixels):
+seconds and memory of both forms, with the covariance's update, each in a process of its own; the
+largest difference of their results; and the share of a step's network passes that the table takes
+(DeepLabv3+ on ResNet-50, crop 512 x 512; on a CPU passes of 1 + 1 pictures, times the batch).
 
     python tests/benchmark_features.py              two minutes and 8 GB on two CPU cores
-    python tests/benchmark_features.py --full       the whole covariance instead of its diagonal; the direct form with 4 x 4 cells a picture, 256 pixels
+    python tests/benchmark_features.py --full       the full covariance instead of its diagonal;
+                                                    the direct form with 256 pixels alone
 """
 
 import multiprocessing
@@ -23,15 +26,15 @@ import common
 import mkd
 
 CLASSES, CHANNELS, PICTURES = 21, 256, 16
+STRENGTH = 1.5
 FULL = "--full" in sys.argv
 
 
 def inputs(side, device):
     """Features, logits, labels with some 255, and the classifier's weight."""
     torch.manual_seed(0)
-    features = torch.rand(PICTURES, CHANNELS, side, side, device=device) + 0.1 * torch.rand(
-        CHANNELS, 1, 1, device=device
-    )
+    features = torch.rand(PICTURES, CHANNELS, side, side, device=device)
+    features += 0.1 * torch.rand(CHANNELS, 1, 1, device=device)
     weight = 0.05 * torch.randn(CLASSES, CHANNELS, device=device)
     logits = F.conv2d(features, weight[:, :, None, None])
     label = torch.randint(CLASSES + 1, (PICTURES, side, side), device=device)
@@ -39,45 +42,44 @@ def inputs(side, device):
 
 
 def table_form(features, logits, label, weight):
-    return mkd.augment_features(
-        features,
-        logits,
-        label,
-        weight,
-        mkd.ClassStatistics(CLASSES, CHANNELS, FULL).to(features.device),
-        1.5,
-    )
+    statistics = mkd.ClassStatistics(CLASSES, CHANNELS, FULL).to(features.device)
+    valid = label != common.IGNORE
+    return mkd.augment_features(features, logits, label, valid, weight, statistics, STRENGTH)
 
 
 def direct_form(features, logits, label, weight):
-    """The same by tensors of pixels x classes x channels (with the whole covariance pixels x channels x channels)."""
-    x, y = features.permute(0, 2, 3, 1).flatten(0, 2), label.flatten()  # (N, C), (N,)
+    """The same by tensors of pixels x classes x channels.
+
+    With the full covariance: pixels x channels x channels.
+    """
+    x = features.permute(0, 2, 3, 1).flatten(0, 2)  # (N, C)
+    y = label.flatten()  # (N,)
     known = (y != common.IGNORE).float()
     y = y.where(y != common.IGNORE, 0)
     one_hot = F.one_hot(y, CLASSES).float() * known[:, None]  # (N, K)
-    n = one_hot.sum(0).clamp(min=1)
-    mean = (x[:, None] * one_hot[:, :, None]).sum(0) / n[:, None]
+    count = one_hot.sum(0).clamp(min=1)
+    mean = (x[:, None] * one_hot[:, :, None]).sum(0) / count[:, None]
     v = weight - weight[y][:, None]  # (N, K, C)
     if FULL:
         deviation = (x - mean[y]) * known[:, None]
         outer = deviation[:, :, None] * deviation[:, None]  # (N, C, C)
-        covariance = (
-            torch.zeros(CLASSES, CHANNELS, CHANNELS, device=x.device).index_add_(0, y, outer)
-            / n[:, None, None]
-        )
+        covariance = torch.zeros(CLASSES, CHANNELS, CHANNELS, device=x.device)
+        covariance = covariance.index_add_(0, y, outer) / count[:, None, None]
         term = (v @ covariance[y] * v).sum(2)
     else:
         deviation = x[:, None] * one_hot[:, :, None] - mean * one_hot[:, :, None]  # (N, K, C)
-        covariance = deviation.square().sum(0) / n[:, None]
+        covariance = deviation.square().sum(0) / count[:, None]
         term = (v.square() * covariance[y][:, None]).sum(2)
-    return logits + 0.75 * (term * known[:, None]).unflatten(0, label.shape).permute(0, 3, 1, 2)
+    term = (term * known[:, None]).unflatten(0, label.shape).permute(0, 3, 1, 2)
+    return logits + STRENGTH / 2 * term
 
 
 def measure(form, side, answers):
-    """Median seconds of three runs, and the memory in MiB that the first one took on top of its inputs."""
+    """Median seconds of three runs, and the memory in MiB that the first run took."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     form(*inputs(4, device))  # libraries are loaded
-    data, seconds = inputs(side, device), []
+    data = inputs(side, device)
+    seconds = []
 
     def resident():  # MiB at most, since the last reset
         if device.type == "cuda":
@@ -87,9 +89,8 @@ def measure(form, side, answers):
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     else:
-        Path("/proc/self/clear_refs").write_text(
-            "5"
-        )  # Linux: the peak begins again at what is resident now
+        # Linux: the peak begins again at what is resident now
+        Path("/proc/self/clear_refs").write_text("5")
     before = resident()
     for i in range(3):
         start = time.perf_counter()
@@ -114,7 +115,10 @@ def in_a_process(form, side):
 
 
 def network_passes():
-    """Seconds of the passes of a step of the paper: two students forward and backward on 16 + 16 pictures, two teachers forward on 16."""
+    """Seconds of the network passes of a step of the paper.
+
+    Two students forward and backward on 16 + 16 pictures, two teachers forward on 16.
+    """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     network = common.make_network(
         dict(
@@ -126,8 +130,9 @@ def network_passes():
         )
     ).to(device)
     pictures = PICTURES if device.type == "cuda" else 1
-    x, times = torch.rand(2 * pictures, 3, 512, 512, device=device), []
-    network.pool.eval()  # batch norm of one number a channel has no statistics, where there is one picture
+    x = torch.rand(2 * pictures, 3, 512, 512, device=device)
+    times = []
+    network.pool.eval()  # with one picture, its batch norm has one number a channel: no statistics
     for _ in range(3):
         start = time.perf_counter()
         network(x).sum().backward()
@@ -140,21 +145,27 @@ def network_passes():
 
 
 def main():
-    side, direct_side = 64, 4 if FULL else 64
+    side = 64
+    direct_side = 4 if FULL else 64
     seconds, memory, result = in_a_process(table_form, side)
     direct_seconds, direct_memory, direct_result = in_a_process(direct_form, direct_side)
     if direct_side != side:
         *_, result = in_a_process(table_form, direct_side)
-    difference, passes = abs(result - direct_result).max(), network_passes()
-    term = (
-        3 * seconds
-    )  # two students, with labeled and unlabeled pictures each: four updates, and two terms
+    difference = abs(result - direct_result).max()
+    passes = network_passes()
+    term = 3 * seconds  # two students: four updates (labeled and unlabeled pictures), and two terms
+    form = "full covariance" if FULL else "diagonal"
+    print(f"{CLASSES} classes, {CHANNELS} channels, {form}, {torch.get_num_threads()} threads")
+    for name, cells, took, mib in (
+        ("table ", side, seconds, memory),
+        ("direct", direct_side, direct_seconds, direct_memory),
+    ):
+        print(f"{name}    {PICTURES * cells**2} pixels: {1000 * took:.1f} ms, {mib:.1f} MiB")
+    largest = abs(direct_result).max()
+    print(f"largest difference of the logits (of up to {largest:.1f}): {difference:.1e}")
     print(
-        f"{CLASSES} classes, {CHANNELS} channels, {'whole covariance' if FULL else 'diagonal'}, {torch.get_num_threads()} threads\n"
-        f"table     {PICTURES * side**2} pixels: {1000 * seconds:.1f} ms, {memory:.1f} MiB\n"
-        f"direct    {PICTURES * direct_side**2} pixels: {1000 * direct_seconds:.1f} ms, {direct_memory:.1f} MiB\n"
-        f"largest difference of the logits (of up to {abs(direct_result).max():.1f}): {difference:.1e}\n"
-        f"a step's network passes take {passes:.2f} s, its feature augmentation about {term:.3f} s: {100 * term / passes:.2f} %"
+        f"network passes of a step: {passes:.2f} s, feature augmentation about {term:.3f} s: "
+        f"{100 * term / passes:.2f} %"
     )
 
 
