@@ -1,6 +1,7 @@
 """tests/figure_rml.py: total variation against a loop, digits, learners, pictures, and errors."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -243,6 +244,14 @@ def test_a_folder_that_cannot_be_written_is_reported_first(main, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(common.UserError, match="file/run: cannot be written"):
         main(*SHORT, "--out", "file/run")
+
+
+def test_the_commands_of_the_readme_parse():
+    readme = (Path(figure_rml.__file__).parent.parent / "README.md").read_text()
+    commands = re.findall(r"python tests/figure_rml.py ([^`\n]+)", readme)
+    assert {command.split()[0] for command in commands} == {"coupling", "compare"}
+    for command in commands:
+        figure_rml.get_parser().parse_args(command.split())
 
 
 def test_curves_are_drawn_where_their_numbers_are():
