@@ -416,7 +416,8 @@ def train_supervised(args, iterations, scale, data, labeled_ids, keep, learner, 
 
     scale: range of random scales; keep: what last.pt holds; learner: the student, over all
     processes; note(tables): more numbers for the log of an evaluation."""
-    student, optimizer, scaler = keep["student"], keep["optimizer"], keep["scaler"]
+    student = keep["student"]
+    optimizer, scaler = keep["optimizer"], keep["scaler"]
     begin = run.restore(keep)
     stream = common.Stream(data, labeled_ids, "labeled, round 0", args, scale=scale,
                            cut=rotate_and_blur)
