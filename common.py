@@ -908,11 +908,11 @@ def read_split(paths, data):
 # ---- weak views and streams ----------------------------------------------------------------------
 
 def weak_view(image, label, generator, crop, scale=(1.0, 1.0), cut=None):
-    """The weak augmentation: random scale, crop and horizontal flip, the same for image and label.
+    """Scale, crop and flip at random, image and label alike.
 
     image (H, W, 3) uint8, label (H, W) uint8; crop (h, w); scale: the range of the random factor.
     cut(image (3, H, W), label (H, W), top, left, crop, generator) -> image, label: a method's way
-    to take the crop out of the scaled picture; a third result replaces valid.
+    to take the crop out of the scaled picture; a third result takes the place of valid.
     Returns image (3, h, w) uint8, label (h, w) uint8, valid (h, w) bool, and for crop_map()
     view = (top, left, bottom, right, flip), the crop in fractions of the picture.
     valid is False where the crop reaches beyond the picture: there label is 255, never 0."""
@@ -959,7 +959,7 @@ def crop_map(soft, view, size):
 class Stream(torch.utils.data.Dataset):
     """An endless, seeded sequence of weak views. Position p is a function of (seed, name, p) alone.
 
-    name: two streams of one name have one order.  scale, cut: see weak_view().
+    name: streams of different names have different orders.  scale, cut: see weak_view().
     labeled: False reads no mask to learn from; the sample's "truth" is for the log alone.
     soft_labels: folders with a map of each picture, which is cropped with it at this stride.
     pseudo_labels: a folder whose pseudo-labels take the place of the masks.
@@ -1019,9 +1019,7 @@ def write_soft_label(folder, id, prob):
 
 
 def write_pseudo_label(folder, id, label, colors):
-    """Write a whole picture's pseudo-label (H, W) uint8 as a palette PNG; 255 is white.
-
-    colors (K, 3) uint8: of the classes. A UserError if the disk is full."""
+    """Write a picture's pseudo-label (H, W) uint8 as a PNG in the colors (K, 3) of the classes."""
     picture = Image.fromarray(label)
     picture.putpalette(colorize(np.arange(256), colors).tobytes())
     save = partial(picture.save, format="PNG", compress_level=1)
@@ -1061,8 +1059,8 @@ def batches(stream, args, device, start, stop, batch_size=None, overlap=False):
 
     batch_size: of all processes together (default: --batch-size). Shares differ by one where it
     does not divide; a process without a share gets batches of no pictures.
-    overlap: with several processes, a share has one picture more, the first of the next share:
-    a method that mixes neighbours then mixes the same ones.
+    overlap: of several processes each gets one picture more, the first of the next share: then a
+    method that mixes neighbours mixes the same ones as on one process.
     label and truth become int64; "position" is a list of numbers, for augmentations."""
     size = batch_size or args.batch_size
     first, last = (math.ceil(r * size / world_size()) for r in (rank(), rank() + 1))
@@ -1104,9 +1102,7 @@ def to_float(image):
 # ---- evaluation ----------------------------------------------------------------------------------
 
 def confusion_matrix(label, prediction, classes):
-    """(K, K) int64 counts: rows are labels, columns predictions, 255 is left out. Without a sync.
-
-    label, prediction: int64 of one shape, class ids or 255."""
+    """(K, K) int64 counts of (label, prediction) without label 255 or prediction 255; no sync."""
     side = classes + 1  # the last row and column take what is left out
     index = label.clamp(max=classes) * side + prediction.clamp(max=classes)
     table = torch.zeros(side * side, dtype=torch.int64, device=label.device)
@@ -1134,8 +1130,7 @@ def predict(network, image, args, size, logits=False,
 
     They are the mean over --scales and, with --flip, over the picture and its mirror image. With
     --base-size the longer side is resized to that length, and the network sees windows (slide).
-    logits: the mean of the logits instead.
-    scales, flip, base_size, precision: used instead of the arguments' values."""
+    logits: the mean of the logits instead.  The rest takes the place of the arguments' values."""
     scales = args.scales if scales is None else scales
     flip = args.flip if flip is None else flip
     base_size = args.base_size if base_size is None else base_size
@@ -1168,8 +1163,8 @@ def predict(network, image, args, size, logits=False,
 def upsample(logits, size, align_corners=False):
     """Logits (B, K, h, w) at size (H, W), in float32.
 
-    align_corners holds only where H = (h - 1) stride + 1, as in crops of 361 or 713: there
-    corners lie on corners. Elsewhere it would stretch the map."""
+    align_corners counts only where H = (h - 1) stride + 1, as in crops of 361 or 713: there corners
+    lie on corners. Elsewhere it would stretch the map."""
     for side, cells in zip(size, logits.shape[2:]):
         fits = [stride * (cells - 1) + 1 for stride in (1, 2, 4, 8, 16)]
         align_corners = align_corners and side in fits
@@ -1179,9 +1174,8 @@ def upsample(logits, size, align_corners=False):
 def slide(predict_window, image, window):
     """The mean of the predictions of overlapping windows: (B, 3, H, W) -> (B, K, H, W).
 
-    predict_window((B, 3, h, w), (h, w)) -> (B, K, h, w), with window = (h, w).
-    Windows lie two thirds of a window apart, the last ones at the edge. A picture smaller than a
-    window is padded with the mean colour."""
+    window: (h, w).  predict_window((B, 3, h, w), (h, w)) -> (B, K, h, w). Windows lie two thirds of
+    a window apart, the last ones at the edge. A small picture is padded with the mean colour."""
     (height, width), (h, w) = image.shape[2:], window
     mean = image.new_tensor(MEAN_COLOR).view(3, 1, 1) / 255
     image = F.pad(image - mean, (0, max(w - width, 0), 0, max(h - height, 0))) + mean
@@ -1198,9 +1192,9 @@ def slide(predict_window, image, window):
 
 
 def windows(size, window, step):
-    """Walk over a picture of size (H, W) in windows (h, w), by rows: top, left, bottom, right.
+    """Walk over (H, W) in windows (h, w) at multiples of step; the last ones end at the edge.
 
-    Windows begin at multiples of step; the last one of a row or column is cut off at the edge."""
+    Yields top, left, bottom, right, row by row."""
     for top in range(0, size[0] - window[0] + step[0], step[0]):
         for left in range(0, size[1] - window[1] + step[1], step[1]):
             yield top, left, min(top + window[0], size[0]), min(left + window[1], size[1])
@@ -1210,9 +1204,9 @@ def windows(size, window, step):
 def evaluate(networks, data, args, device):
     """Confusion matrices {name: (K, K) int64 on the CPU} of networks {name: module} on val.
 
-    Every picture is predicted whole and counts once, whatever the number of processes; every
-    process gets the result. Labels have the pictures' size, or with --full-size-labels the one of
-    their file. Networks are left in the mode in which they came."""
+    Every picture counts once and every process gets the result, however many there are. Labels
+    have the pictures' size, or with --full-size-labels the one of their file. Networks keep their
+    mode."""
     K = len(data.names)
     modes = {name: network.training for name, network in networks.items()}
     tables = {name: torch.zeros(K, K, dtype=torch.int64, device=device) for name in networks}
@@ -1226,8 +1220,8 @@ def evaluate(networks, data, args, device):
             tables[name] += confusion_matrix(label, prediction, K)
     for name, network in networks.items():
         network.train(modes[name])
-        all_reduce(tables[name])
-    return {name: table.cpu() for name, table in tables.items()}
+        tables[name] = all_reduce(tables[name]).cpu()
+    return tables
 
 
 # ==================================================================================================
@@ -1266,10 +1260,10 @@ class ResNet(resnet.ResNet):
 
     Stride 8: dilation 2 in all blocks of layer3 and 4 in all of layer4, as in DeepLab (the option
     of torchvision leaves the first block of each at the dilation before). Stride 16: dilation 2 in
-    layer4 alone, and 1 in its first block, as in MMSegmentation's DeepLabv3+.
+    layer4 without its first block, as in MMSegmentation's DeepLabv3+.
     slim: divides the widths of layer1 to layer4.  caffe: see STYLES.
-    deep_stem: the channels after three 3x3 convs that replace the 7x7 one; True is 128, as in
-    semseg's PSPNet, 64 as in MMSegmentation's ResNetV1c."""
+    deep_stem: channels of the stem of three 3x3 convs that replace the 7x7 one. True is 128, as in
+    semseg's PSPNet; MMSegmentation's ResNetV1c has 64."""
 
     def __init__(self, block, depths, norm, slim=1, caffe=False, deep_stem=False, output_stride=8):
         self.slim, self.stem = slim, 128 if deep_stem is True else deep_stem
@@ -1321,10 +1315,9 @@ RESNETS = ["resnet50", "resnet101", "tiny"]
 
 
 def make_backbone(name, batch_norm="frozen", caffe=False, deep_stem=False, output_stride=8):
-    """A ResNet of RESNETS with random weights; batch_norm and the rest as in ResNet.
+    """A ResNet with random weights. tiny: a ResNet-18 of an eighth of the width at stride 4.
 
-    tiny: a ResNet-18 of an eighth of the width at stride 4, to train from scratch on a CPU. It has
-    group norm, and ignores the other arguments."""
+    tiny is for training from scratch on a CPU; it has group norm and no use for the arguments."""
     if name == "tiny":
         tiny = ResNet(resnet.BasicBlock, [2, 2, 2, 2], group_norm, slim=8)
         tiny.conv1 = nn.Conv2d(3, 64, 3, stride=2, padding=1, bias=False)
@@ -1335,8 +1328,7 @@ def make_backbone(name, batch_norm="frozen", caffe=False, deep_stem=False, outpu
     return ResNet(resnet.Bottleneck, depths, norm, 1, caffe, deep_stem, output_stride)
 
 
-# Side of a patch, layers, attention heads, channels: two of torchvision's, and one to train from
-# scratch on a CPU.
+# Side of a patch, layers, attention heads, channels. tiny is for training from scratch on a CPU.
 VITS = {"vit_b_16": (16, 12, 12, 768), "vit_l_16": (16, 24, 16, 1024), "tiny": (8, 4, 4, 64)}
 
 
@@ -1375,12 +1367,12 @@ class ViT(vision_transformer.VisionTransformer):
 class SegmentationNetwork(nn.Module):
     """logits = classifier(features(image)). The classes below, and those of scripts, add a head.
 
-    image     (B, 3, H, W) float RGB in [0, 1]; the network normalises it as its weights expect
+    image     (B, 3, H, W) float RGB in [0, 1]; the network normalises it in the style (of STYLES)
     features  (B, .feature_channels, h, w), with h = H / .stride and w = W / .stride, rounded up
     logits    (B, K, h, w)
     .stride is 8, of DeepLabv3+ 4, of both on tiny half of that, of SETR always 2. With caffe's
     backbones a map has one row and column more where the side is even.
-    align_corners: for upsample().  style: a key of STYLES."""
+    align_corners: for upsample()."""
 
     align_corners = False
 
@@ -1410,10 +1402,9 @@ class SegmentationNetwork(nn.Module):
 class DeepLabV2(SegmentationNetwork):
     """DeepLabv2: a ResNet at stride 8, and atrous spatial pyramid pooling (ASPP) at these rates.
 
-    head "plain": the classifier is the sum of dilated 3x3 convs; the features are layer4's (2048).
-    head "bottleneck" (ProDA): a 1x1 conv and dilated 3x3 convs with group norm, concatenated,
-    weighted by squeeze-and-excitation, then a 3x3 conv to width: the features (256). The
-    classifier is a 1x1 conv.
+    head "plain": the features are layer4's (2048), the classifier is the sum of dilated 3x3 convs.
+    head "bottleneck" (ProDA): a 1x1 conv and dilated 3x3 convs with group norm, concatenated, and
+    squeeze-and-excitation; a 3x3 conv to width gives the features; a 1x1 conv classifies.
     dropout, before the classifier, is an Identity that a method may replace."""
 
     def __init__(self, backbone, classes, head="bottleneck", rates=(6, 12, 18, 24), width=256,
@@ -1453,10 +1444,10 @@ class DeepLabV2(SegmentationNetwork):
 class DeepLabV3Plus(SegmentationNetwork):
     """DeepLabv3+ as in MMSegmentation: a ResNet at stride 16, ASPP, and a decoder at stride 4.
 
-    ASPP: a pooled branch, a 1x1 conv and separable 3x3 convs at these rates, each to width;
-    concatenated; a 3x3 conv to width. Decoder: this at the size of layer1, concatenated with
-    layer1 (by a 1x1 conv to low_width), two separable 3x3 convs to width: the features; dropout,
-    an Identity that a method may replace; a 1x1 conv. On tiny: ASPP at stride 4, decoder at 2."""
+    ASPP: a pooled branch, a 1x1 conv and separable 3x3 convs at these rates, then a 3x3 conv, each
+    to width. Decoder: ASPP at the size of layer1, beside layer1 (by a 1x1 conv to low_width); two
+    separable 3x3 convs to width give the features; dropout, an Identity that a method may replace;
+    a 1x1 conv. On tiny ASPP has stride 4, the decoder 2."""
 
     def __init__(self, backbone, classes, rates=(6, 12, 18), width=256, low_width=48,
                  style="torchvision", norm=nn.BatchNorm2d):
@@ -1495,9 +1486,7 @@ def last_conv(width, classes):
 
 
 class PyramidPooling(nn.Module):
-    """PSPNet's module: (B, C, h, w) -> (B, width, h, w).
-
-    Means over 1, 2, 3 and 6 bins (1x1 conv to C / 4) beside the features, then a 3x3 conv."""
+    """PSPNet's module: means over bins beside the features. (B, C, h, w) -> (B, width, h, w)."""
 
     def __init__(self, channels, width=512, norm=nn.BatchNorm2d):
         super().__init__()
@@ -1516,8 +1505,8 @@ class PyramidPooling(nn.Module):
 class PSPNet(SegmentationNetwork):
     """PSPNet as in semseg: pyramid pooling to width (the features), dropout and a 1x1 conv.
 
-    An auxiliary head of half the width sits on layer3. The paper's crops have 8 n + 1 pixels (361,
-    713), hence align_corners, which upsample() takes for such sizes alone."""
+    An auxiliary head of half the width sits on layer3. The paper's crops have 8 n + 1 pixels,
+    hence align_corners."""
 
     align_corners = True
 
@@ -1548,9 +1537,9 @@ class SETR(SegmentationNetwork):
     times for patches of 16. The last x 2 comes after the 1x1 conv to the classes, in upsample():
     both are linear, so the logits are the same, and features and logits stay at stride 2.
     naive: 1x1 conv to width, norm, ReLU, scaled up to stride 2 at once, 1x1 conv to the classes.
-    The layer norm that either begins with is the encoder's last one. The norms of this decoder are
-    always trained: it comes with no weights. dropout, before the last conv, is an Identity that a
-    method may replace."""
+    The first layer norm of both is the encoder's last one. The norms here are always trained: they
+    come with no weights. dropout, before the last conv, is an Identity that a method may replace.
+    """
 
     def __init__(self, backbone, classes, naive=False, width=256, style="torchvision",
                  norm=nn.BatchNorm2d):
@@ -1578,13 +1567,12 @@ TRANSFORMERS = ["setr", "setr-naive"]  # on a ViT
 
 
 def make_network(spec):
-    """The network of a description (every checkpoint holds one), with random weights.
+    """The network of a description (in every checkpoint), with random weights.
 
-    A UserError if only its script can make this network."""
+    A UserError if it is a script's network."""
     name, classes, style = spec.get("network", "deeplabv2"), spec["classes"], spec["style"]
-    if name not in NETWORKS + TRANSFORMERS:
-        raise UserError(f"this checkpoint's network is the one of {name}.py; "
-                        "use it with that script")
+    need(name in NETWORKS + TRANSFORMERS,
+         f"this checkpoint's network is the one of {name}.py; use it with that script")
     tiny = spec["backbone"] == "tiny"
     options = dict(style=style, norm=group_norm if tiny else nn.BatchNorm2d)
     if name in TRANSFORMERS:
@@ -1605,8 +1593,8 @@ def make_network(spec):
 def build_network(args, data, device, member=0, make=make_network, **more):
     """The network of the arguments, with its weights, on the device; .spec is its description.
 
-    member (0, 1, ..) gives each network of an ensemble its own initialisation.
-    make(description), more: a script's own network, and what its description needs beside.
+    member (0, 1, ..): each network of an ensemble has another initialisation.
+    make(description), more: a script's network, and what its description needs beside.
     A UserError if network and backbone, or backbone and weights, do not fit."""
     transformer = args.network in TRANSFORMERS
     names = list(VITS) if transformer else RESNETS
@@ -3228,8 +3216,8 @@ def draw_bars(title, categories, series, font=ImageFont.load_default(15)):
 def use_checkpoint(args, device, make=make_network):
     """--evaluate: print IoU of every network of --checkpoint. --predict: pictures of its headline.
 
-    make: as in build_network(). Size, crop, windows and flip are those of the training, if not
-    given. A UserError if the file is no checkpoint of these scripts, or of other classes."""
+    make: as in build_network(). Size, crop, windows and flip are those of the run, if not given.
+    A UserError if the file is no checkpoint of these scripts, or of other classes."""
     path = Path(args.checkpoint)
     path = path / "last.pt" if path.is_dir() else path
     need(path.is_file(), f"--checkpoint {path}: no such file; expected the last.pt of a run folder")
@@ -3268,7 +3256,7 @@ def use_checkpoint(args, device, make=make_network):
 def open_val(state, args, path):
     """The dataset to evaluate a checkpoint on. A UserError if its classes are others."""
     trained = state["dataset"]
-    if args.dataset == "streets" != trained:
+    if args.dataset == "streets" and trained != "streets":
         raise UserError(f"--checkpoint {path}: was trained on {trained}; "
                         f"add --dataset {trained} --data-root DIR")
     data = open_dataset(args)
@@ -3287,10 +3275,9 @@ def predict_pictures(network, state, args, device):
     """Predict the picture --predict, or every picture in and below that folder, into --out.
 
     For each: NAME.png (class ids, as a palette picture), NAME_color.png, NAME_overlay.png and
-    NAME_confidence.png (the largest probability, 0 black, 1 white); and overview.jpg, the first
-    five with a legend. The results have the picture's own size, whatever shown_size() is.
-    A picture that cannot be read does not stop the others: it is named at the end, with exit
-    status 1. A UserError if a single picture cannot be read, an OSError if none can be written."""
+    NAME_confidence.png (the largest probability, 0 black, 1 white), in the picture's size; and
+    overview.jpg, the first five with a legend. An unreadable picture of a folder does not stop the
+    others: it is named at the end, with exit status 1. A single one is a UserError."""
     Image.MAX_IMAGE_PIXELS = None  # any size
     source, out = Path(args.predict), Path(args.out)
     jobs = plan_predictions(source, out, state["dataset"])
@@ -3327,10 +3314,9 @@ CITYSCAPES_PICTURE = re.compile(r".+_\d{6}_\d{6}_leftImg8bit\.png")
 def plan_predictions(source, out, dataset):
     """What to predict, and where: a list of (path, four files, label_ids).
 
-    The files are for class ids, color, overlay and confidence.
-    After training on Cityscapes its pictures get CITY_000000_000000_labelIds.png, with label ids
-    as the evaluation server takes them. The server reads CITY_000000_000000*.png and wants one
-    such file, so the others are JPEGs.
+    The files are for class ids, color, overlay and confidence. After training on Cityscapes its
+    pictures get label ids in CITY_000000_000000_labelIds.png, as the evaluation server wants them;
+    it wants no other CITY_000000_000000*.png, so the other files are JPEGs.
     A UserError if there is no picture, or a result would take the place of another file."""
     need(source.exists(), f"--predict {source}: no such picture or folder")
     paths = [source]
@@ -3365,10 +3351,9 @@ def plan_predictions(source, out, dataset):
 
 
 def shown_size(size, base_size, picture):
-    """(H, W) at which a network sees a PIL picture, in the picture's proportions.
+    """(H, W) at which a network sees a PIL picture, which keeps its proportions.
 
-    As high as the pictures of the training (size H W), or no longer than they (size N, base_size).
-    """
+    The height of size (H, W); or a longer side of at most size (N,) or base_size."""
     if size and len(size) == 2:
         factor = size[0] / picture.height
     else:
@@ -3381,14 +3366,14 @@ def predict_tiled(network, picture, size, args, device, tile=1024, margin=128, b
     """Class ids (H, W) uint8 of a PIL picture and their probabilities (H, W) uint8, 255 is 1.
 
     The network sees the picture at size (h, w), more than two million pixels in tiles with a margin
-    around each that does not count. Probabilities are scaled up in bands: never more than a tile
+    around each that does not count. Probabilities are scaled up band by band: then at most a tile
     and a band are in memory with all their classes."""
     small = to_tensor(np.asarray(picture.resize(size[::-1], Image.Resampling.BILINEAR)))
     full = np.array([picture.height, picture.width])
     label, confidence = np.zeros(full, np.uint8), np.zeros(full, np.uint8)
     window = size
-    if math.prod(size) > 2**21 and not args.base_size:  # with it predict() sees windows anyway
-        window = [math.ceil(side / math.ceil(side / tile)) for side in size]  # tiles, alike
+    if math.prod(size) > 2**21 and not args.base_size:  # base_size: predict() walks over windows
+        window = [math.ceil(side / math.ceil(side / tile)) for side in size]  # tiles of one size
     for box in windows(size, window, window):
         inner = np.reshape(box, (2, 2))  # top, left; bottom, right
         start, stop = np.maximum(inner[0] - margin, 0), np.minimum(inner[1] + margin, size)
@@ -3430,15 +3415,13 @@ def say_predictions(jobs, out, names, unreadable):
     """Print what was written. Exit with status 1 if a picture could not be read."""
     print(f"{len(jobs) - len(unreadable)} of {len(jobs)} pictures, in {out}; "
           f"look at {out / 'overview.jpg'}")
-    kinds = {label_ids for _, _, label_ids in jobs}
-    if False in kinds:
-        classes = ", ".join(f"{k} {name}" for k, name in enumerate(names))
-        print("NAME.png (class ids), NAME_color.png, NAME_overlay.png, NAME_confidence.png; "
-              f"classes: {classes}")
-    if True in kinds:
-        classes = ", ".join(f"{k} {name}" for k, name in zip(CITYSCAPES_IDS, names))
-        print("CITY_000000_000000_labelIds.png, for Cityscapes' evaluation server, and "
-              f".._leftImg8bit_color.jpg, _overlay.jpg, _confidence.jpg; label ids: {classes}")
+    files = {False: "NAME.png (class ids), NAME_color.png, NAME_overlay.png, NAME_confidence.png",
+             True: "CITY_000000_000000_labelIds.png, for Cityscapes' evaluation server, and "
+                   ".._leftImg8bit_color.jpg, _overlay.jpg, _confidence.jpg"}
+    for label_ids in sorted({label_ids for _, _, label_ids in jobs}):
+        ids = CITYSCAPES_IDS if label_ids else range(len(names))
+        classes = ", ".join(f"{k} {name}" for k, name in zip(ids, names))
+        print(f"{files[label_ids]}; ids: {classes}")
     if unreadable:
         print(f"error: {len(unreadable)} of {len(jobs)} could not be predicted:",
               *unreadable, sep="\n", file=sys.stderr, flush=True)
