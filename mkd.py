@@ -41,7 +41,7 @@ from common import IGNORE, need
 # ---- arguments -----------------------------------------------------------------------------------
 
 # The paper's numbers (Sect. 4.1) by dataset, under the arguments' names.
-# Open: what is in a batch of 16; 16 labeled and 16 unlabeled pictures, as in the code   --batch-size
+# Open: a batch of 16; 16 labeled and 16 unlabeled pictures, as in the code   --batch-size
 # Open: scale and iterations; the code's for VOC, 40,000 on Cityscapes   --scale --iterations
 PAPER = {
     "vocaug": dict(
@@ -62,10 +62,11 @@ PAPER = {
 }  # fmt: skip
 PAPER["voc"] = PAPER["vocaug"] | dict(labels="183")
 PAPER["cityscapes"] = PAPER["vocaug"] | dict(
-    labels="372", size=(1024, 2048), crop=(512, 1024), lr=0.01, iterations=40_000)
+    labels="372", size=(1024, 2048), crop=(512, 1024),
+    lr=0.01, iterations=40_000)
 PAPER["camvid-cpu"] = PAPER["streets"] | dict(
-    labels="1/8", size=(180, 240), crop=(96, 128), lr=2e-3, iterations=1500,
-    warmup=600, cutmix=True, eval_every=500)
+    labels="1/8", size=(180, 240), crop=(96, 128),
+    lr=2e-3, iterations=1500, warmup=600, cutmix=True, eval_every=500)
 PAPER["camvid-gpu"] = PAPER["cityscapes"] | dict(
     labels="1/8", size=(360, 480), crop=(256, 352), iterations=20_000, eval_every=2000)
 # Your own pictures: the longer side is shrunk to size, and all of images/ is labeled.
@@ -133,13 +134,12 @@ def get_parser():
 
 def paper_miou(args):
     """The mIoU that the paper reports for these arguments; None if it reports none."""
-    of_table = {"backbone", "extra", "threshold"}
-    if args.dataset != "vocaug":  # for other lists Table 2 has other numbers there
-        of_table.add("split")
-    if set(args.changed) - of_table:
-        return None
+    others = set(args.changed) - {"backbone", "extra", "threshold"}
+    if args.dataset != "vocaug":  # there U2PL's lists have other numbers
+        others.discard("split")
     setting = (args.dataset, args.extra, args.backbone, args.threshold)
-    return PAPER_MIOU.get(setting, {}).get(args.labels)
+    numbers = {} if others else PAPER_MIOU.get(setting, {})
+    return numbers.get(args.labels)
 
 
 # ---- perturbations -------------------------------------------------------------------------------
@@ -153,17 +153,11 @@ def color_jitter(image, r):
     return image
 
 
-def blur(image, r):
-    side = int(r.choice([3, 5, 7]))
-    sigma = r.uniform(0.1, 2.0)
-    return V.gaussian_blur(image, [side, side], [sigma, sigma])
-
-
-# Open: how often each operation is applied, and its range; we take the code's.
+# Open: the share of each operation, and its range; the code's
 SHARES = [3 / 15, 5 / 15, 1 / 15, 1 / 15, 5 / 15]
 OPERATIONS = [
     color_jitter,
-    blur,
+    lambda image, r: V.gaussian_blur(image, int(r.choice([3, 5, 7])), r.uniform(0.1, 2.0)),
     lambda image, r: V.equalize(image),
     lambda image, r: V.solarize(image, 128),
     lambda image, r: V.rgb_to_grayscale(image, 3),
@@ -219,8 +213,8 @@ def cutmix_mask(size, r, device="cpu"):
 def cutmix(x, mask, start=0):
     """x = (1 - m) x_i + m x_j (Sect. 3.2), where j is the next picture; after the last the first.
 
-    x (start + B, .., H, W), m: mask (B, H, W) bool -> (start + B, .., H, W). The first start
-    pictures stay as they are. If x holds one more picture, it is only the last one's next picture.
+    x (start + B, .., H, W), m: mask (B, H, W) bool -> like x; the first start pictures stay as they
+    are. One more picture in x is the last one's next picture.
     """
     if x.ndim == 4:
         mask = mask[:, None]  # for all channels
@@ -246,17 +240,13 @@ def nearest(x, size):
 
 
 class ClassStatistics(nn.Module):
-    """Sigma of Eq. 3: the covariance of each class's features, over all batches so far.
-
-    Buffers: count (K,) int64; mean (K, C); covariance (K, C), its diagonal, or with full (K, C, C).
-    """
+    """Sigma of Eq. 3: the covariance of each class's features (K, C, C), or its diagonal (K, C)."""
 
     # Open: the pixels that Sigma is taken of, and its form; all so far, as in ISDA and the code,
     #   and the diagonal, as in the code; ISDA's is full   --features
     def __init__(self, classes, channels, full=False):
         super().__init__()
-        # int64, since float32 stops counting at 2^24
-        self.register_buffer("count", torch.zeros(classes, dtype=torch.int64))
+        self.register_buffer("count", torch.zeros(classes, dtype=torch.int64))  # exact over 2^24
         self.register_buffer("mean", torch.zeros(classes, channels))
         size = (classes, channels, channels) if full else (classes, channels)
         self.register_buffer("covariance", torch.zeros(size))
@@ -265,8 +255,8 @@ class ClassStatistics(nn.Module):
     def update(self, features, label):
         """Add a batch of all processes: features (B, C, h, w), label (B, h, w), 255 for unknown.
 
-        A class has n_b pixels in the batch, of mean mu_b and covariance Sigma_b (before: n, mu,
-        Sigma). With r = n_b / (n + n_b), which is 0 for an absent class,
+        A class has n_b pixels in the batch, with mean mu_b and covariance Sigma_b; before n, mu and
+        Sigma. With r = n_b / (n + n_b), which is 0 for an absent class,
             Sigma <- (1 - r) Sigma + r Sigma_b + r (1 - r) (mu - mu_b) (mu - mu_b)^T
             mu    <- (1 - r) mu + r mu_b
         """
@@ -275,37 +265,30 @@ class ClassStatistics(nn.Module):
         label = label.flatten(1)  # (B, hw)
         classes = torch.arange(K, device=label.device)[:, None]
         one_hot = (label[:, None] == classes).float()  # (B, K, hw), 0 for unknown
-        n_b = common.all_reduce(one_hot.sum((0, 2)))  # (K,)
-        mu_b = common.all_reduce((one_hot @ features.mT).sum(0)) / n_b.clamp(min=1)[:, None]
+        n_b = common.all_reduce(one_hot.sum((0, 2))[:, None])  # (K, 1)
+        mu_b = common.all_reduce((one_hot @ features.mT).sum(0)) / n_b.clamp(min=1)
+        r = n_b / (self.count[:, None] + n_b).clamp(min=1)
+        gap = self.mean - mu_b
+        self.count += n_b[:, 0].long()
+        self.mean.lerp_(mu_b, r)
 
         deviation = features - mu_b[label.clamp(max=K - 1)].mT  # without meaning for unknown
-        gap = self.mean - mu_b
         if self.covariance.ndim == 2:
             squares = (one_hot @ deviation.square_().mT).sum(0)  # (K, C)
             gap = gap.square()
         else:
-            squares = torch.zeros_like(self.covariance)
-            for k in range(K):
-                squares[k] = (deviation * one_hot[:, k : k + 1] @ deviation.mT).sum(0)
+            classes = one_hot.split(1, 1)
+            squares = torch.stack([(deviation * one @ deviation.mT).sum(0) for one in classes])
             gap = gap[:, :, None] * gap[:, None]
-
-        r = n_b / (self.count + n_b).clamp(min=1)
-        self.count += n_b.long()
-        self.mean.lerp_(mu_b, r[:, None])
-        shape = [K] + [1] * (gap.ndim - 1)
-        sigma_b = common.all_reduce(squares) / n_b.clamp(min=1).view(shape)
-        r = r.view(shape)
-        sigma = (1 - r) * self.covariance + r * sigma_b + r * (1 - r) * gap
-        self.covariance.copy_(sigma)
+            n_b = n_b[..., None]  # (K, 1, 1)
+            r = r[..., None]
+        sigma_b = common.all_reduce(squares) / n_b.clamp(min=1)
+        self.covariance = (1 - r) * self.covariance + r * sigma_b + r * (1 - r) * gap
 
 
 def augmentation_table(weight, covariance):
-    """v^T Sigma_y v of Eq. 3, with v = w_j - w_y, for all y and j: (K, K), 0 on the diagonal.
-
-    w: weight (K, C). Sigma: covariance (K, C) or (K, C, C).
-    """
-    # differences first: the expanded square loses digits, and could become negative
-    v = weight - weight[:, None]  # v[y, j], (K, K, C)
+    """v^T Sigma_y v of Eq. 3, v = w_j - w_y, for all y, j: (K, K). w: weight, Sigma: covariance."""
+    v = weight - weight[:, None]  # v[y, j], (K, K, C); the expanded square would lose digits
     if covariance.ndim == 2:
         return (v.square() * covariance[:, None]).sum(2)
     return (v @ covariance * v).sum(2)
@@ -323,11 +306,10 @@ def augment_features(features, logits, label, valid, weight, statistics, strengt
     unlabeled = len(features) - len(label)
     label = torch.cat([label, predicted[len(predicted) - unlabeled :]])  # (L + B, h, w)
     statistics.update(common.upsample(features.detach(), label.shape[1:]), label)
-    # Open: whether the term has a gradient; w and Sigma are detached, as in the code, so that it
-    #   shifts logits and nothing else. In ISDA only Sigma is detached.
+    # Open: whether the term has a gradient; none, as in the code; in ISDA w has one
     table = augmentation_table(weight.detach().float().flatten(1), statistics.covariance)
     table = F.pad(strength / 2 * table, (0, 0, 0, 1))  # a row of zeros for unknown pixels
-    label = label[len(label) - len(logits) :].clamp(max=len(table) - 1)
+    label = label[-len(logits) :].clamp(max=len(table) - 1)
     return logits + table[label].permute(0, 3, 1, 2)  # Eq. 3
 
 
@@ -357,10 +339,7 @@ def hard_label(logits, valid):
 # ---- losses --------------------------------------------------------------------------------------
 
 class WithFeatures(nn.Sequential):
-    """A network that returns its features, too.
-
-    forward: images (B, 3, H, W) float -> features (B, C, h, w), logits (B, K, h, w).
-    """
+    """A network that returns its features (B, C, h, w), too, before its logits (B, K, h, w)."""
 
     def forward(self, image):
         features = self[0].features(image)
@@ -377,10 +356,9 @@ class Ensemble(nn.ModuleList):
 
 
 def cross_entropy(logits, label):
-    """l_ce: the mean over known pixels of all processes; 0 if there are none. A 0-dim tensor.
+    """l_ce of logits (B, K, H, W) and label (B, H, W), 255 for unknown: the mean over known pixels.
 
-    logits (B, K, H, W), label (B, H, W) with 255 for unknown. Each process returns its share times
-    their number, since gradients are averaged over processes.
+    0 if there are none. It is a sum over processes, times their number, since DDP averages.
     """
     # Open: which pixels count; not padding, and not those below the threshold   --threshold
     count = common.all_reduce((label != IGNORE).sum())
@@ -395,16 +373,28 @@ def numbered(name, values):
     return {f"{name}_{i}": value for i, value in enumerate(values, 1)}
 
 
+def update_students(students, optimizer, scaler, args, iteration):
+    """A step of the optimizer. Returns its learning rate, which falls to 0 ("poly", Sect. 4.1)."""
+    lr = args.lr * (1 - iteration / args.iterations) ** 0.9
+    optimizer.param_groups[0]["lr"] = lr
+    scaler.step(optimizer)
+    scaler.update()
+    common.average_buffers(students)
+    return lr
+
+
 def train_supervised(args, run, stream, students, learners, teachers, keep, begin, stop):
     """Learning from labels alone, iterations begin to stop: the warm-up, and the baseline."""
-    optimizer, scaler = keep["optimizer"], keep["scaler"]
+    optimizer = keep["optimizer"]
+    scaler = keep["scaler"]
     batches = common.batches(stream, args, run.device, begin, stop)
     for iteration, labeled in enumerate(batches, begin):
         # 5 EMA: first (Algorithm 1, line 6)
         update_teachers(teachers, students, iteration, args.gamma)
 
         # 1 batch: weak views
-        image, label = labeled["image"], labeled["label"]  # (B, 3, H, W), (B, H, W)
+        image = labeled["image"]  # (B, 3, H, W)
+        label = labeled["label"]  # (B, H, W)
         if args.weak_photometric:
             image = views(distort, image, args, "distort labeled", labeled["position"])
 
@@ -420,30 +410,26 @@ def train_supervised(args, run, stream, students, learners, teachers, keep, begi
         # 4 backward
         optimizer.zero_grad()
         scaler.scale(sum(loss_labeled)).backward()
-        lr = args.lr * (1 - iteration / args.iterations) ** 0.9
-        optimizer.param_groups[0]["lr"] = lr
-        scaler.step(optimizer)
-        scaler.update()
-        common.average_buffers(students)
+        lr = update_students(students, optimizer, scaler, args, iteration)
 
         # 6 log, evaluate, save
         losses = numbered("loss_labeled", loss_labeled)
         run.step(iteration, losses, record=iteration + 1 == stop, lr=lr)
         if run.due():
             run.evaluate(numbered("student", students) | numbered("teacher", teachers))
-            columns = {"labeled picture": image[:4], "label": label[:4]}
-            run.panel(f"batch_{run.mark}", columns)
+            run.panel(f"batch_{run.mark}", {"labeled picture": image[:4], "label": label[:4]})
         run.save(iteration, keep)
 
 
 def train(args, run, streams, students, learners, teachers, keep, begin):
     """Algorithm 1, from iteration begin on. streams: of labeled and of unlabeled pictures."""
     device = run.device
-    optimizer, scaler, statistics = keep["optimizer"], keep["scaler"], keep["statistics"]
+    optimizer = keep["optimizer"]
+    scaler = keep["scaler"]
+    statistics = keep["statistics"]  # of students; with --features-of-teachers of teachers, too
     networks = numbered("student", students) | numbered("teacher", teachers)
     mixed = args.strong and args.cutmix
-    # Open: the size of the logits in L_st and L_ss; an eighth of the crop, as in the code. L_s is
-    #   taken at the size of the crop   --loss-stride
+    # Open: the size of p in L_st and L_ss; an eighth of the crop, as in the code   --loss-stride
     size = [math.ceil(side / args.loss_stride) for side in args.crop]  # (h, w)
     batches = zip(
         common.batches(streams[0], args, device, begin, args.iterations),
@@ -454,7 +440,8 @@ def train(args, run, streams, students, learners, teachers, keep, begin):
         update_teachers(teachers, students, iteration, args.gamma)
 
         # 1 batch: weak views; of unlabeled pictures strong views, too, the same for both students
-        image, label = labeled["image"], labeled["label"]  # (B, 3, H, W), (B, H, W)
+        image = labeled["image"]  # (B, 3, H, W)
+        label = labeled["label"]  # (B, H, W)
         weak = unlabeled["image"]  # (B, 3, H, W); B + 1 with several processes, see cutmix()
         places = unlabeled["position"]
         strong = views(strong_view, weak, args, "strong", places) if args.strong else weak
@@ -462,7 +449,7 @@ def train(args, run, streams, students, learners, teachers, keep, begin):
             image = views(distort, image, args, "distort labeled", labeled["position"])
             weak = views(distort, weak, args, "distort", places)
         B = len(image)
-        mask = torch.zeros(label.shape, dtype=torch.bool, device=device)  # m, (B, H, W)
+        mask = torch.zeros_like(label, dtype=torch.bool)  # m, (B, H, W)
         if mixed:
             for i, position in enumerate(places[:B]):
                 r = common.rng(args.seed, "cutmix", position)
@@ -470,7 +457,8 @@ def train(args, run, streams, students, learners, teachers, keep, begin):
         strong = cutmix(strong, mask)  # (B, 3, H, W)
         # L_st and L_ss: of L + B pictures; L is 0, or B with --labeled-consistency
         L = B if args.labeled_consistency else 0
-        small_mask, small_label = nearest(mask, size), nearest(label, size)  # (B, h, w)
+        small_mask = nearest(mask, size)  # (B, h, w)
+        small_label = nearest(label, size)
         valid = nearest(torch.cat([labeled["valid"][:L], unlabeled["valid"]]), size)
         valid = cutmix(valid, small_mask, L)  # (L + B, h, w), False on padding
         # Open: lambda in the course of a run; half a cosine from 0, as in the code   --lambda0
@@ -480,37 +468,43 @@ def train(args, run, streams, students, learners, teachers, keep, begin):
         pseudo_labels = []
         for i, teacher in enumerate(teachers):
             with torch.no_grad(), common.autocast(args, device):
-                features = teacher.features(common.to_float(torch.cat([image[:L], weak])))
+                teacher_input = common.to_float(torch.cat([image[:L], weak]))
+                features = teacher.features(teacher_input)
                 p = teacher.classifier(features)
             p = cutmix(common.upsample(p, size), small_mask, L)  # p_t, (L + B, K, h, w)
-            sure = valid & (p.softmax(1).amax(1) >= args.threshold)
-            if len(statistics) > 2:  # --features-of-teachers
+            confidence = p.softmax(1).amax(1)
+            if args.features_of_teachers and statistics:
                 features = cutmix(common.upsample(features, size), small_mask, L)
-                w, sigma = teacher.last.weight, statistics[2 + i]
+                w = teacher.last.weight
+                sigma = statistics[2 + i]
                 p = augment_features(features, p, small_label[:L], valid, w, sigma, strength)
-            pseudo_labels.append(hard_label(p, sure))  # y_t, (L + B, h, w)
+            pseudo_label = hard_label(p, valid & (confidence >= args.threshold))
+            pseudo_labels.append(pseudo_label)  # y_t, (L + B, h, w)
 
         # 3 losses
-        # Open: one pass for both kinds of pictures, or two; one, so that batch norm (trained in the
-        #   backbone, too) sees them together; the code takes two   --batch-norm
-        image = common.to_float(torch.cat([image, strong]))  # (2B, 3, H, W)
-        loss_labeled, student_logits = [], []
+        # Open: one pass of both kinds of pictures, or two; one, for joint batch norm   --batch-norm
+        student_input = common.to_float(torch.cat([image, strong]))  # (2B, 3, H, W)
+        loss_labeled = []
+        student_logits = []
         for i, learner in enumerate(learners):
             with common.autocast(args, device):
-                features, p = learner(image)
+                features, p = learner(student_input)
             p_labeled = common.upsample(p[:B], args.crop)  # p_s^l, (B, K, H, W)
             loss_labeled.append(cross_entropy(p_labeled, label))  # Eq. 5
             p = common.upsample(p[B - L :], size)  # p_s^u, (L + B, K, h, w)
             if statistics:
-                w, sigma = students[i].last.weight, statistics[i]
+                w = students[i].last.weight
+                sigma = statistics[i]
                 p = augment_features(features, p, small_label, valid, w, sigma, strength)
             student_logits.append(p)
         loss_st = []
         for p, i in zip(student_logits, TEACHERS[args.teachers]):
             loss_st.append(cross_entropy(p, pseudo_labels[i]))  # Eq. 2
         # Open: whether L_ss takes its labels before or after FD; after, as Algorithm 1 reads
-        y_s1, y_s2 = predictions = [hard_label(p, valid) for p in student_logits]
-        loss_ss = [cross_entropy(student_logits[0], y_s2), cross_entropy(student_logits[1], y_s1)]
+        p_s1, p_s2 = student_logits
+        y_s1 = hard_label(p_s1, valid)
+        y_s2 = hard_label(p_s2, valid)
+        loss_ss = [cross_entropy(p_s1, y_s2), cross_entropy(p_s2, y_s1)]  # as in CPS
         # Open: whether Table 5 varies alpha or beta; its text says beta, its numbers at 0 and 1 are
         #   those of Table 3 without and with teachers, which alpha makes   --alpha --beta
         loss = sum(loss_labeled) + args.alpha * sum(loss_st) + args.beta * sum(loss_ss)  # Eq. 4
@@ -518,33 +512,30 @@ def train(args, run, streams, students, learners, teachers, keep, begin):
         # 4 backward
         optimizer.zero_grad()
         scaler.scale(loss).backward()
-        lr = args.lr * (1 - iteration / args.iterations) ** 0.9
-        optimizer.param_groups[0]["lr"] = lr
-        scaler.step(optimizer)
-        scaler.update()
-        common.average_buffers(students)
+        lr = update_students(students, optimizer, scaler, args, iteration)
 
         # 6 log, evaluate, save
-        losses = numbered("loss_labeled", loss_labeled)
-        losses |= numbered("loss_st", loss_st) | numbered("loss_ss", loss_ss)
-        numbers = {"lr": lr, "lambda": strength} if statistics else {"lr": lr}
+        losses = numbered("loss_labeled", loss_labeled) | numbered("loss_st", loss_st)
+        losses |= numbered("loss_ss", loss_ss)
+        numbers = {"lr": lr}
+        if statistics:
+            numbers["lambda"] = strength
         pseudo_labels = numbered("pseudo_miou", [y[L:] for y in pseudo_labels])
         truth = cutmix(unlabeled["truth"], mask)  # nothing learns from it
         run.step(iteration, losses, pseudo_labels, nearest(truth, size), **numbers)
         if run.due():
             ensemble = {"ensemble": Ensemble(students)} if run.last else {}
             run.evaluate(networks | ensemble, shown=networks)
-            draw(run, weak, strong, truth, pseudo_labels.values(), [y[L:] for y in predictions])
+            draw(run, weak, strong, truth, pseudo_labels.values(), [y_s1[L:], y_s2[L:]])
         run.save(iteration, keep)
 
 
 def draw(run, weak, strong, truth, pseudo_labels, predictions):
-    """pictures/batch_*.png: four unlabeled pictures, as teachers and students see them (Fig. 1)."""
+    """pictures/batch_*.png: unlabeled pictures as teachers and students see them (Fig. 1)."""
     columns = {"weak view": weak, "strong view": strong, "truth (not used)": truth}
     labels = numbered("label of teacher", pseudo_labels) | numbered("label of student", predictions)
-    for title, label in labels.items():
-        columns[title] = nearest(label, truth.shape[1:])
-    rows = min(4, len(truth))
+    columns |= {title: nearest(label, truth.shape[1:]) for title, label in labels.items()}
+    rows = min(4, len(truth))  # weak may hold one more picture
     run.panel(f"batch_{run.mark}", {title: cells[:rows] for title, cells in columns.items()})
 
 
@@ -557,57 +548,6 @@ def main():
         return common.check_data(args)
     if args.evaluate or args.predict:
         return common.use_checkpoint(args, device)
-    check_arguments(args)
-    data = common.open_dataset(args)
-    labeled, unlabeled = common.split(args, data)
-
-    # Open: what tells the students apart; their initialization alone (of the heads, where the
-    #   backbone is pretrained). Both see the same views.
-    # Open: the baseline; one student, with the same weak views, learning rate and steps   --supervised
-    members = range(1 if args.supervised else 2)
-    students = [common.build_network(args, data, device, member) for member in members]
-    teachers, statistics = [], nn.ModuleList()
-    if not args.supervised:
-        same = torch.equal(students[0].last.weight, students[1].last.weight)
-        need(not same, f"--weights {args.weights}: both students would begin with the same weights "
-             "and stay one network; use a backbone's weights, not those of a whole network")
-        if args.teachers != "none":
-            teachers = [copy.deepcopy(student).requires_grad_(False).eval() for student in students]
-        if args.features != "none":
-            K, C, full = len(data.names), students[0].feature_channels, args.features == "full"
-            for _ in students + teachers if args.features_of_teachers else students:
-                statistics.append(ClassStatistics(K, C, full).to(device))
-    learners = [common.parallel(WithFeatures(student), device) for student in students]
-    parameters = [p for student in students for p in student.parameters()]
-    optimizer = common.make_optimizer(args, args.lr, parameters)
-    scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
-    # Open: the network that is reported; student 1. The last table has all networks, and the mean
-    #   of both students' logits.
-    method = "mkd-supervised" if args.supervised else "mkd"
-    stages = {1: args.iterations}
-    run = common.Run(method, args, data, labeled, unlabeled, device, stages, "student_1")
-    networks = numbered("student", students) | numbered("teacher", teachers)
-    keep = networks | {"statistics": statistics, "optimizer": optimizer, "scaler": scaler}
-    begin = run.restore(keep)
-
-    labeled = common.Stream(data, labeled, "labeled", args)
-    if args.supervised:
-        train_supervised(args, run, labeled, students, learners, [], keep, begin, args.iterations)
-        return run.finish(networks)
-    # Open: how students from scratch begin; on labels alone. Without this warm-up they agreed on
-    #   road below and sky above in every picture   --warmup
-    if begin < args.warmup:
-        run.phase, run.images = "warm-up", args.batch_size
-        train_supervised(args, run, labeled, students, learners, teachers, keep, begin, args.warmup)
-        run.phase, run.images = None, 2 * args.batch_size
-    unlabeled = common.Stream(data, unlabeled, "unlabeled", args, labeled=False)
-    begin = max(begin, args.warmup)
-    train(args, run, [labeled, unlabeled], students, learners, teachers, keep, begin)
-    run.finish(networks | {"ensemble": Ensemble(students)}, paper_miou(args))
-
-
-def check_arguments(args):
-    """Raise a UserError for values that do not fit this method."""
     common.check_range(args, 1, min(args.crop), "loss_stride")
     common.check_range(args, 0, 1, "gamma", "threshold")
     common.check_range(args, 0, math.inf, "alpha", "beta", "lambda0", "warmup")
@@ -615,13 +555,59 @@ def check_arguments(args):
     need(args.network != "pspnet" and not plain,
          f"--network {args.network} --head {args.head}: Eq. 3 needs a network that ends in one "
          "linear classifier; use --network deeplabv3plus, or deeplabv2 with --head bottleneck")
+    mixed = args.cutmix and args.strong and not args.supervised
+    need(args.batch_size > 1 or not mixed,
+         f"--batch-size {args.batch_size}: CutMix mixes neighbors of a batch; use 2 or more, or "
+         "--no-cutmix")
+    need(args.warmup < args.iterations or args.iterations == 0 or args.supervised,
+         f"--warmup {args.warmup}: of {args.iterations} iterations none is left for the method; "
+         "use fewer, or more --iterations")
+    data = common.open_dataset(args)
+    labeled, unlabeled = common.split(args, data)
+
+    # Open: the differences of the students; the initialization (of heads on a pretrained backbone)
+    # Open: the baseline; one student on the same weak views, for as many steps   --supervised
+    members = range(1 if args.supervised else 2)
+    students = [common.build_network(args, data, device, member) for member in members]
+    teachers = []
+    statistics = nn.ModuleList()
     if not args.supervised:
-        need(args.batch_size > 1 or not (args.cutmix and args.strong),
-             f"--batch-size {args.batch_size}: CutMix mixes neighbors of a batch; use 2 or more, "
-             "or --no-cutmix")
-        need(args.warmup < args.iterations or args.iterations == 0,
-             f"--warmup {args.warmup}: of {args.iterations} iterations none is left for the "
-             "method; use fewer, or more --iterations")
+        same = torch.equal(students[0].last.weight, students[1].last.weight)
+        need(not same, f"--weights {args.weights}: both students would begin with the same weights "
+             "and stay one network; use a backbone's weights, not those of a whole network")
+        if args.teachers != "none":
+            teachers = [copy.deepcopy(student).requires_grad_(False).eval() for student in students]
+        if args.features != "none":
+            augmented = students + teachers if args.features_of_teachers else students
+            full = args.features == "full"
+            for network in augmented:
+                channels = network.feature_channels
+                statistics.append(ClassStatistics(len(data.names), channels, full).to(device))
+    learners = [common.parallel(WithFeatures(student), device) for student in students]
+    optimizer = common.make_optimizer(args, args.lr, nn.ModuleList(students).parameters())
+    scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
+    # Open: the network that is reported; student 1. The last table has all of them, and their mean.
+    method = "mkd-supervised" if args.supervised else "mkd"
+    stages = {1: args.iterations}
+    run = common.Run(method, args, data, labeled, unlabeled, device, stages, "student_1")
+    networks = numbered("student", students) | numbered("teacher", teachers)
+    keep = networks | {"statistics": statistics, "optimizer": optimizer, "scaler": scaler}
+    begin = run.restore(keep)
+    labeled = common.Stream(data, labeled, "labeled", args)
+    if args.supervised:
+        train_supervised(args, run, labeled, students, learners, [], keep, begin, args.iterations)
+        return run.finish(networks)
+    # Open: how students from scratch begin; with labels alone, since else they collapse   --warmup
+    if begin < args.warmup:
+        run.phase = "warm-up"
+        run.images = args.batch_size
+        train_supervised(args, run, labeled, students, learners, teachers, keep, begin, args.warmup)
+        run.phase = None
+        run.images = 2 * args.batch_size
+    unlabeled = common.Stream(data, unlabeled, "unlabeled", args, labeled=False)
+    begin = max(begin, args.warmup)
+    train(args, run, [labeled, unlabeled], students, learners, teachers, keep, begin)
+    run.finish(networks | {"ensemble": Ensemble(students)}, paper_miou(args))
 
 
 if __name__ == "__main__":
