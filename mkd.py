@@ -14,13 +14,11 @@ only one more term in the logits, which depends on the pixel's class alone.
 paper -> code
     Fig. 1, Algorithm 1   train(); pictures of a batch: draw()
     Eq. 1, Table 4        mean teachers: update_teachers(), --gamma
-    Eq. 2                 L_st, teacher to the other student: train(), loss_st
-    Sect. 3.1             L_ss, student to student, as in CPS: train(), loss_ss
+    Eq. 2, Sect. 3.1      L_st, teacher to the other student; L_ss, between students: train()
     Sect. 3.2             strong augmentation (SDA): strong_view(), cutmix_mask(), cutmix()
     Eq. 3                 feature augmentation (FD, FDA): augment_features(), augmentation_table(),
                           ClassStatistics (Sigma), --lambda0
-    Eq. 4, Table 5        L, the sum: train(), loss, --alpha, --beta
-    Eq. 5                 L_s, labeled pictures: train(), loss_labeled
+    Eqs. 4, 5, Table 5    L, and its part L_s on labeled pictures: train(), --alpha, --beta
     Tables 1, 2           PAPER, PAPER_MIOU; dagger: --extra all; *: --threshold .95
     Table 3               co-training: --teachers none --no-strong --features none; + MT: --teachers
                           own; + Mutual MT: mutual; + SDA: --strong; + FDA: --features diagonal
@@ -68,12 +66,15 @@ PAPER["camvid-cpu"] = PAPER["streets"] | dict(
     labels="1/8", size=(180, 240), crop=(96, 128),
     lr=2e-3, iterations=1500, warmup=600, cutmix=True, eval_every=500)
 PAPER["camvid-gpu"] = PAPER["cityscapes"] | dict(
-    labels="1/8", size=(360, 480), crop=(256, 352), iterations=20_000, eval_every=2000)
+    labels="1/8", size=(360, 480), crop=(256, 352),
+    iterations=20_000, eval_every=2000)
 # Your own pictures: the longer side is shrunk to size, and all of images/ is labeled.
 PAPER["folder-cpu"] = PAPER["camvid-cpu"] | dict(
-    labels="1/1", size=(256,), crop=(128, 128), iterations=3000, warmup=1500, cutmix=False)
+    labels="1/1", size=(256,), crop=(128, 128),
+    iterations=3000, warmup=1500, cutmix=False)
 PAPER["folder-gpu"] = PAPER["camvid-gpu"] | dict(
-    labels="1/1", size=(640,), crop=(320, 320), scale=(0.5, 1.5), iterations=10_000)
+    labels="1/1", size=(640,), crop=(320, 320), scale=(0.5, 1.5),
+    iterations=10_000)
 # Code: these four depart from the paper. So do two passes for the two kinds of pictures, teachers
 #   that normalize by their batches, and losses on padding, which we leave out   --preset
 OFFICIAL = dict(
@@ -272,7 +273,7 @@ class ClassStatistics(nn.Module):
         self.count += n_b[:, 0].long()
         self.mean.lerp_(mu_b, r)
 
-        deviation = features - mu_b[label.clamp(max=K - 1)].mT  # without meaning for unknown
+        deviation = features - mu_b[label.clamp(max=K - 1)].mT  # (B, C, hw), not used where unknown
         if self.covariance.ndim == 2:
             squares = (one_hot @ deviation.square_().mT).sum(0)  # (K, C)
             gap = gap.square()
@@ -533,7 +534,8 @@ def train(args, run, streams, students, learners, teachers, keep, begin):
 def draw(run, weak, strong, truth, pseudo_labels, predictions):
     """pictures/batch_*.png: unlabeled pictures as teachers and students see them (Fig. 1)."""
     columns = {"weak view": weak, "strong view": strong, "truth (not used)": truth}
-    labels = numbered("label of teacher", pseudo_labels) | numbered("label of student", predictions)
+    labels = numbered("label of teacher", pseudo_labels)
+    labels |= numbered("prediction of student", predictions)
     columns |= {title: nearest(label, truth.shape[1:]) for title, label in labels.items()}
     rows = min(4, len(truth))  # weak may hold one more picture
     run.panel(f"batch_{run.mark}", {title: cells[:rows] for title, cells in columns.items()})

@@ -6,7 +6,9 @@ A whole step by hand, the paper's settings, and what the method needs of common.
 import copy
 import itertools
 import math
+import re
 from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -886,6 +888,16 @@ def test_settings_of_sect_4_1(dataset, lr, crop):
         for group in common.make_optimizer(args, args.lr, small_network().parameters()).param_groups
     }
     assert momentum == 0.9
+
+
+def test_the_flags_of_open_choices_exist():
+    source = Path(mkd.__file__).read_text()
+    choices = re.findall(r"# (?:Open|Code): .*(?:\n *#   .*)*", source)
+    flags = {flag for choice in choices for flag in re.findall(r"--[a-z][\w-]+", choice)}
+    options = {option for action in mkd.get_parser()._actions for option in action.option_strings}
+    assert len(choices) >= 18 and len(flags) >= 10
+    assert flags <= options
+    assert all(";" in choice for choice in choices if "# Open" in choice)
 
 
 @pytest.mark.parametrize("dataset", ["voc", "vocaug", "streets"])
