@@ -2,6 +2,7 @@
 
 import copy
 import math
+import sys
 from itertools import product
 from types import SimpleNamespace
 
@@ -414,10 +415,9 @@ def test_table_vii_sizes_of_the_branches(classes, aspp_2, aspp_3):
         hat, tilde = (
             three_stage.SecondBranch(network, classes, kind) for kind in ("g-hat", "g-tilde")
         )
-        for branch, kind in ((hat, "g-hat"), (tilde, "g-tilde")):
-            assert [
-                tuple(x.shape) for x in three_stage.TwoBranches(network, branch, kind)(image)
-            ] == [(2, classes, 41, 41)] * 2
+        for branch in (hat, tilde):
+            for logits in three_stage.TwoBranches(network, branch)(image):
+                assert logits.shape == (2, classes, 41, 41)
             assert [conv.dilation for conv in branch.aspp] == [(6, 6), (12, 12), (18, 18), (24, 24)]
     conv6 = 3 * (
         1024 * 256 + 3 * 3 * 256 * 256 + 256 * 1024
@@ -453,7 +453,7 @@ def moved_by_g(kind):
     """Names of the parameters of f to which a loss on g alone gives gradient."""
     network = network_of("tiny", K)
     branch = three_stage.SecondBranch(network, K, kind)
-    f, g = three_stage.TwoBranches(network, branch, kind)(torch.rand(2, 3, 32, 64))
+    f, g = three_stage.TwoBranches(network, branch)(torch.rand(2, 3, 32, 64))
     g.square().sum().backward()
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in branch.parameters())
     assert not {id(p) for p in branch.parameters()} & {id(p) for p in network.parameters()}
@@ -489,13 +489,12 @@ def test_g_teaches_f_through_the_shared_blocks_alone(kind, shared):
 def test_f_beside_a_branch_is_the_network_alone_bit_for_bit(backbone, size):
     network, image = network_of(backbone, K).eval(), torch.rand(2, 3, *size)
     alone = network(image)
-    for kind in three_stage.BRANCHES:
-        f, g = three_stage.TwoBranches(network, three_stage.SecondBranch(network, K, kind), kind)(
-            image
-        )
+    for kind in ["g-hat", "g-tilde"]:
+        branch = three_stage.SecondBranch(network, K, kind)
+        f, g = three_stage.TwoBranches(network, branch)(image)
         assert torch.equal(f, alone) and g.shape == f.shape and not torch.equal(f, g)
-    (only,) = three_stage.TwoBranches(network, None, kind)(image)
-    assert torch.equal(only, alone)
+    f, g = three_stage.TwoBranches(network, None)(image)
+    assert torch.equal(f, alone) and g is None
 
 
 # ---- the mean teacher ------------------------------------------------------------------------------------------------
@@ -601,10 +600,122 @@ def arguments(*argv):
     return common.parse_args(three_stage.get_parser(), three_stage.PAPER, list(map(str, argv)))
 
 
+STEP = """--labels 3 --stage1-iterations 2 --iterations 2 --crop 32 64 --scale .3 .45 --batch-size 3
+    --labeled-batch-size 2 --stage1-batch-size 2 --lambda1 .3 --lambda2 .7
+    --ema-decay .5 .6 .7 .8 --precision fp32""".split()
+
+
+class SixStreets(common.Streets):
+    def __init__(self):
+        super().__init__()
+        self.train, self.val = self.train[:6], self.val[:1]
+
+
+def turn(maps):
+    """A rotation by 180 degrees."""
+    return maps.flip(-1, -2)
+
+
+@pytest.fixture
+def second_step(tmp_path, monkeypatch):
+    """second_step(stage, flags): what went through the second step of a stage, a namespace.
+
+    Pseudo-masks are the number of their stage everywhere. A and B are a rotation by 180 degrees,
+    and A inverts the picture."""
+    seen = SimpleNamespace(batches=[], teachers=[], passes=[], drawn=[], decays=[])
+    real = SimpleNamespace(
+        batches=common.batches,
+        write=common.write_pseudo_label,
+        update=three_stage.update_teacher,
+        step=common.Run.step,
+        parallel=common.parallel,
+    )
+
+    def batches(*args):
+        for batch in real.batches(*args):
+            seen.batches.append(batch)
+            yield batch
+
+    def write(folder, id, label, colors):
+        real.write(folder, id, np.full_like(label, int(folder.name[-1])), colors)
+
+    def parallel(network, device):
+        """What a network gets and returns is written down."""
+
+        def write_down(module, inputs, outputs):
+            seen.passes.append((module, inputs[0], outputs))
+
+        network = copy.copy(network)
+        network._forward_hooks = network._forward_hooks.copy()
+        network.register_forward_hook(write_down)
+        return real.parallel(network, device)
+
+    def update(teacher, student, decay):
+        assert all(p.grad is None and not p.requires_grad for p in teacher.parameters())
+        real.update(teacher, student, decay)
+        seen.decays.append(decay)
+        seen.teachers.append(copy.deepcopy(teacher))
+
+    def turned(images, labels, randoms, side):
+        assert side == 8 and labels.dtype == torch.uint8
+        assert len(images) == len(labels) == len(randoms) == 3
+        seen.drawn.append([r.randint(10**9) for r in randoms])
+        return 255 - turn(images), turn(labels)
+
+    def scale(scaler, loss):
+        seen.loss = loss.item()
+        return loss
+
+    def go(stage, flags):
+        def step(run, iteration, losses, *rest, **numbers):
+            if (run.stage, iteration) == (stage, 1):
+                seen.losses = {name: value.item() for name, value in losses.items()}
+                raise Stop
+            real.step(run, iteration, losses, *rest, **numbers)
+
+        argv = [*STEP, "--stages", str(stage), "--out", str(tmp_path / "run"), *flags.split()]
+        monkeypatch.setattr(sys, "argv", ["three_stage.py", *argv])
+        monkeypatch.setattr(common, "Streets", SixStreets)
+        monkeypatch.setattr(common, "batches", batches)
+        monkeypatch.setattr(common, "write_pseudo_label", write)
+        monkeypatch.setattr(common, "parallel", parallel)
+        monkeypatch.setattr(three_stage, "update_teacher", update)
+        monkeypatch.setattr(three_stage, "strong_view", turned)
+        monkeypatch.setattr(common.Run, "step", step)
+        monkeypatch.setattr(common.Run, "panel", lambda *_: None)
+        monkeypatch.setattr(torch.amp.GradScaler, "scale", scale)
+        with pytest.raises(Stop):
+            three_stage.main()
+        seen.args = arguments(*argv)
+        return seen
+
+    return go
+
+
+def at_crop(logits):
+    return F.interpolate(logits, (32, 64), mode="bilinear", align_corners=False)
+
+
+def loss_of(logits, label):
+    return F.cross_entropy(logits, label, ignore_index=255).item()
+
+
+def test_eq_2_the_loss_of_a_step_of_stage_1(second_step):
+    seen = second_step(1, "")
+    _, image, logits = seen.passes[-1]
+    labeled = seen.batches[-1]
+    assert len(labeled["image"]) == 2
+    assert (labeled["label"] == 255).any()  # small pictures: the crop reaches beyond them
+    assert torch.equal(image, labeled["image"] / 255)
+    expected = loss_of(at_crop(logits), labeled["label"])
+    assert seen.losses == pytest.approx({"loss_labeled": expected}, abs=1e-5)
+    assert seen.loss == pytest.approx(expected, abs=1e-5)
+    assert seen.decays == [0.5, 0.6]
+
+
 @pytest.mark.parametrize(
     "stage, flags",
     [
-        (1, ""),
         (2, ""),
         (3, ""),
         (2, "--no-strong"),
@@ -616,172 +727,50 @@ def arguments(*argv):
         (2, "--no-ema"),
     ],
 )
-def test_eqs_1_to_5_the_losses_of_a_step(stage, flags, tmp_path, monkeypatch):
-    """The second step of a stage, computed again from what came in. Pseudo-masks are the number of their stage everywhere; A and B turn by 180 degrees,
-    and A inverts."""
-    args = arguments(
-        "--stages",
-        stage,
-        "--out",
-        tmp_path / "run",
-        "--crop",
-        32,
-        64,
-        "--scale",
-        0.3,
-        0.45,
-        "--batch-size",
-        3,
-        "--labeled-batch-size",
-        2,
-        "--stage1-batch-size",
-        2,
-        "--lambda1",
-        0.3,
-        "--lambda2",
-        0.7,
-        "--ema-decay",
-        0.5,
-        0.6,
-        0.7,
-        0.8,
-        "--precision",
-        "fp32",
-        *flags.split(),
-    )
-    data, seen = (
-        common.Streets(),
-        {"batches": [], "teachers": [], "passes": [], "drawn": [], "decays": []},
-    )
-    data.train, data.val = data.train[:6], data.val[:1]
-    real = SimpleNamespace(
-        batches=common.batches,
-        write=common.write_pseudo_label,
-        forward=three_stage.TwoBranches.forward,
-        update=three_stage.update_teacher,
-        watch=common.Run.watch,
-    )
+def test_eqs_1_to_5_the_losses_of_a_step(stage, flags, second_step):
+    """Computed again from the batches, the teacher and the outputs of the networks."""
+    seen = second_step(stage, flags)
+    args = seen.args
+    decays = [0.0, 0.0] if "--no-ema" in flags else [0.5, 0.6]  # the stage begins; half is done
+    assert seen.decays == decays * stage
+    module, image, (f, g) = seen.passes[-1]
+    labeled, labeled_masks, union = seen.batches[-3:]
+    assert len(labeled["image"]) == 2 and len(union["image"]) == 3
+    assert (labeled["label"] == 255).any() and not union["valid"].all()
 
-    def batches(*a):
-        for batch in real.batches(*a):
-            seen["batches"].append(batch)
-            yield batch
+    strong = args.strong and (args.consistency or args.pseudo_masks)
+    move = turn if strong else lambda maps: maps
+    view = 255 - turn(union["image"]) if strong else union["image"]
+    view = torch.cat([labeled["image"], view])  # Sub-batch 2: A = B = identity
+    assert torch.equal(image, view / 255)
+    drawn = sum(seen.drawn[-2:], [])  # every picture of two steps has its own generator
+    assert len(set(drawn)) == (6 if strong else 0)
 
-    def forward(module, image):
-        outputs = real.forward(module, image)
-        seen["passes"].append((module, image, outputs))
-        return outputs
-
-    def update(teacher, student, decay):
-        assert all(p.grad is None and not p.requires_grad for p in teacher.parameters())
-        real.update(teacher, student, decay)
-        seen["decays"].append(decay)
-        seen["teachers"].append(copy.deepcopy(teacher))
-
-    def turned(images, labels, randoms, side):
-        assert (
-            side == 8
-            and len(images) == len(labels) == len(randoms) == 3
-            and labels.dtype == torch.uint8
-        )
-        seen["drawn"].append([r.randint(10**9) for r in randoms])
-        return 255 - images.flip(-1, -2), labels.flip(-1, -2)
-
-    def watch(run, s, iteration, losses):
-        if (s, iteration) == (stage, 1):
-            seen["losses"] = {name: value.item() for name, value in losses.items()}
-            raise Stop
-        real.watch(run, s, iteration, losses)
-
-    monkeypatch.setattr(common, "batches", batches)
-    monkeypatch.setattr(
-        common,
-        "write_pseudo_label",
-        lambda folder, id, label, colors: real.write(
-            folder, id, np.full_like(label, int(folder.name[-1])), colors
-        ),
-    )
-    monkeypatch.setattr(three_stage.TwoBranches, "forward", forward)
-    monkeypatch.setattr(three_stage, "update_teacher", update)
-    monkeypatch.setattr(three_stage, "strong_view", turned)
-    monkeypatch.setattr(common.Run, "watch", watch)
-    monkeypatch.setattr(common.Run, "panel", lambda *_: None)
-    monkeypatch.setattr(
-        torch.amp.GradScaler, "scale", lambda scaler, loss: seen.update(loss=loss.item()) or loss
-    )
-    with pytest.raises(Stop):
-        three_stage.train(
-            args,
-            [(s, 2 if s == stage else 1) for s in range(1, stage + 1)],
-            data,
-            data.train[:3],
-            data.train[3:],
-            CPU,
-        )
-
-    assert seen["decays"] == [
-        0 if "--no-ema" in flags else decay for decay in [0.5] * stage + [0.6]
-    ]  # half of the stage is done
-    module, image, outputs = seen["passes"][-1]
-    consistency, masks = stage > 1 and args.consistency, stage > 1 and args.pseudo_masks
-    sources = 1 + (stage > 1) + masks
-    labeled, everything, pseudo = (seen["batches"][-sources:] + [None, None])[:3]
-    logits = [F.interpolate(x, (32, 64), mode="bilinear", align_corners=False) for x in outputs]
-    expected = {
-        "loss_labeled": F.cross_entropy(logits[0][:2], labeled["label"], ignore_index=255).item()
-    }
-    assert (
-        len(labeled["image"]) == 2 and (labeled["label"] == 255).any() and len(outputs) == 1 + masks
-    )  # small pictures: the crop reaches beyond them
-    if stage == 1:
-        assert torch.equal(image, labeled["image"] / 255)
+    f = at_crop(f)
+    expected = {"loss_labeled": loss_of(f[:2], labeled["label"])}  # Eq. 2
+    total = expected["loss_labeled"]
+    if args.consistency:
+        weak = torch.cat([labeled["image"], union["image"]])
+        valid = torch.cat([labeled["valid"], union["valid"]])
+        teacher_label = at_crop(seen.teachers[-2](weak / 255)).argmax(1).masked_fill(~valid, 255)
+        target = torch.cat([teacher_label[:2], move(teacher_label[2:])])
+        expected["loss_consistency"] = loss_of(f, target)  # Eq. 1
+        total += 0.3 * expected["loss_consistency"]
+    if args.pseudo_masks:
+        for part in (labeled_masks, union):  # labeled pictures have pseudo-masks too
+            assert torch.equal(part["label"], torch.where(part["valid"], stage - 1, 255))
+        for key in ("image", "valid"):
+            assert torch.equal(labeled_masks[key], labeled[key])
+        target = torch.cat([labeled_masks["label"], move(union["label"])])
+        expected["loss_pseudo"] = loss_of(at_crop(g), target)  # Eq. 3
+        total += 0.7 * expected["loss_pseudo"]
+        default = stage == 2 and flags != "--branch g-tilde"
+        is_g_hat = module.branch.conv6 is not None
+        assert is_g_hat == (default or flags == "--branch g-hat")
     else:
-
-        def move(maps):
-            return maps.flip(-1, -2) if strong else maps
-
-        strong = args.strong and (consistency or masks)
-        weak, valid = (torch.cat([labeled[key], everything[key]]) for key in ("image", "valid"))
-        assert len(everything["image"]) == 3 and not valid.all()
-        assert torch.equal(
-            image, torch.cat([weak[:2], 255 - weak[2:].flip(-1, -2) if strong else weak[2:]]) / 255
-        )  # Sub-batch 2: A = B = identity
-        assert (
-            len(set(sum(seen["drawn"][-2:], []))) == 6 * strong
-        )  # all pictures of two steps have generators of their own
-        teacher_label = (
-            F.interpolate(
-                seen["teachers"][-2](weak / 255), (32, 64), mode="bilinear", align_corners=False
-            )
-            .argmax(1)
-            .masked_fill(~valid, 255)
-        )
-        if consistency:
-            target = torch.cat([teacher_label[:2], move(teacher_label[2:])])
-            expected["loss_consistency"] = F.cross_entropy(
-                logits[0], target, ignore_index=255
-            ).item()  # Eq. 1
-        if masks:
-            for part in (pseudo, everything):  # labeled pictures have pseudo-masks too
-                assert torch.equal(part["label"], torch.where(part["valid"], stage - 1, 255))
-            assert torch.equal(pseudo["image"], labeled["image"]) and torch.equal(
-                pseudo["valid"], labeled["valid"]
-            )
-            target = torch.cat([pseudo["label"], move(everything["label"])])
-            expected["loss_pseudo"] = F.cross_entropy(
-                logits[1], target, ignore_index=255
-            ).item()  # Eq. 3
-            assert hasattr(module.branch.conv6, "0") == (
-                flags == "--branch g-hat" or stage == 2 and flags != "--branch g-tilde"
-            )  # g-hat or g-tilde
-    total = (
-        expected["loss_labeled"]
-        + 0.3 * expected.get("loss_consistency", 0)
-        + 0.7 * expected.get("loss_pseudo", 0)
-    )  # Eqs. 2, 4, 5
-    assert seen["losses"] == pytest.approx(expected, abs=1e-5) and seen["loss"] == pytest.approx(
-        total, abs=1e-5
-    )
+        assert g is None
+    assert seen.losses == pytest.approx(expected, abs=1e-5)
+    assert seen.loss == pytest.approx(total, abs=1e-5)  # Eqs. 4, 5
 
 
 # ---- batches over processes ------------------------------------------------------------------------------------------
@@ -909,17 +898,15 @@ TABLES = {  # Tables II, III, IV, the rows "Ours"
 def test_tables_ii_to_iv():
     expected = {}
     for (dataset, weights), row in TABLES.items():
-        data = SimpleNamespace(
-            name=dataset, train=range(2975 if dataset == "cityscapes" else 10_582)
-        )
-        expected |= {
-            (dataset, weights, common.count_labels(labels, data)): number
-            for labels, number in row.items()
-        }
-    expected["cityscapes", "imagenet", 1448] = expected[
-        "cityscapes", "imagenet", 1488
-    ]  # Sect. IV-A says 1448
-    assert three_stage.PAPER_MIOU == expected and len(expected) == 13
+        pictures = range(2975 if dataset == "cityscapes" else 10_582)
+        data = SimpleNamespace(name=dataset, train=pictures)
+        expected[dataset, weights] = {}
+        for labels, number in row.items():
+            expected[dataset, weights][common.count_labels(labels, data)] = number
+    cityscapes = expected["cityscapes", "imagenet"]
+    cityscapes[1448] = cityscapes[1488]  # Sect. IV-A says 1448
+    assert three_stage.PAPER_MIOU == expected
+    assert sum(len(row) for row in expected.values()) == 13
 
 
 @pytest.mark.parametrize(
