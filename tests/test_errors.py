@@ -371,7 +371,7 @@ def test_values_outside_the_classes(camvid, kind, value, part, tmp_path):
     path = camvid / f"{part}annot" / f"{NAMES[part][0]}.png"
     path.unlink()
     Image.fromarray(mask).save(path, format="TIFF" if kind == np.int32 else "PNG")
-    data = common.open_camvid(camvid, None, tmp_path / "cache")
+    data = common.open_listed("camvid", camvid, None, tmp_path / "cache")
     with pytest.raises(common.UserError) as caught:
         data.label(f"{part}/{NAMES[part][0]}")
     assert (
@@ -406,7 +406,7 @@ def test_a_palette_mask_with_valid_indices_works_and_one_with_others_does_not(ca
         mask.save(camvid / "trainannot/a_1.png")
         with Image.open(camvid / "trainannot/a_1.png") as picture:
             assert picture.mode == "P"
-        data = common.open_camvid(camvid, None, tmp_path / "cache")
+        data = common.open_listed("camvid", camvid, None, tmp_path / "cache")
         if largest == 11:
             np.testing.assert_array_equal(
                 data.label("train/a_1"), np.where(label == 11, 255, label)

@@ -149,7 +149,7 @@ def test_a_voc_list_that_does_not_fit_is_named(tmp_path):
     (tmp_path / "JPEGImages/2008_000008.jpg").unlink()
     assert "train.txt" in refused(tmp_path) and "2008_000008" in refused(tmp_path)
     (tmp_path / "ImageSets/Segmentation/train.txt").write_text("\n")
-    assert "train.txt" in refused(tmp_path) and "names no picture" in refused(tmp_path)
+    assert "train.txt" in refused(tmp_path) and "no picture in it" in refused(tmp_path)
     (tmp_path / "ImageSets/Segmentation/train.txt").write_text("2007_000032\n2007_000042\n")
     assert "2007_000042" in refused(tmp_path) and "val.txt" in refused(tmp_path)
     (tmp_path / "ImageSets/Segmentation/train.txt").unlink()
