@@ -23,11 +23,9 @@ import hashlib
 import json
 import math
 import os
-import pickle
 import re
 import resource
 import shutil
-import struct
 import subprocess
 import sys
 import time
@@ -1637,13 +1635,14 @@ class SegmentationNetwork(nn.Module):
     logits    (B, K, h, w)
     .stride is 8, of DeepLabv3+ 4, of both on tiny half of that, of SETR always 2. With caffe's
     backbones a map has one row and column more where the side is even.
-    align_corners: for upsample()."""
+    align_corners: for upsample().  dropout, before the last conv: a method may replace it."""
 
     align_corners = False
 
-    def __init__(self, backbone, style):
+    def __init__(self, backbone, style, width=None):
         super().__init__()
         self.backbone, self.stride = backbone, backbone.stride
+        self.feature_channels, self.dropout = width, nn.Identity()
         for name in ("mean", "std"):
             value = torch.tensor(STYLES[style][name]).view(3, 1, 1)
             self.register_buffer(name, value, persistent=False)
@@ -1669,21 +1668,19 @@ class DeepLabV2(SegmentationNetwork):
 
     head "plain": the features are layer4's (2048), the classifier is the sum of dilated 3x3 convs.
     head "bottleneck" (ProDA): a 1x1 conv and dilated 3x3 convs with group norm, concatenated, and
-    squeeze-and-excitation; a 3x3 conv to width gives the features; a 1x1 conv classifies.
-    dropout, before the classifier, is an Identity that a method may replace."""
+    squeeze-and-excitation; a 3x3 conv to width gives the features; a 1x1 conv classifies."""
 
     def __init__(self, backbone, classes, head="bottleneck", rates=(6, 12, 18, 24), width=256,
                  style="torchvision"):
-        super().__init__(backbone, style)
-        self.head, self.dropout, channels = head, nn.Identity(), backbone.channels
+        channels = backbone.channels
+        super().__init__(backbone, style, channels if head == "plain" else width)
+        self.head = head
         if head == "plain":
-            self.feature_channels = channels
             convs = [nn.Conv2d(channels, classes, 3, padding=r, dilation=r) for r in rates]
             self.branches = nn.ModuleList(convs)
             for conv in convs:
                 nn.init.normal_(conv.weight, 0, 0.01)
             return
-        self.feature_channels = width
         conv = partial(ConvNormReLU, channels, width, norm_layer=group_norm, bias=True)
         self.branches = nn.ModuleList([conv(kernel_size=1), *(conv(dilation=r) for r in rates)])
         total = width * len(self.branches)
@@ -1711,13 +1708,12 @@ class DeepLabV3Plus(SegmentationNetwork):
 
     ASPP: a pooled branch, a 1x1 conv and separable 3x3 convs at these rates, then a 3x3 conv, each
     to width. Decoder: ASPP at the size of layer1, beside layer1 (by a 1x1 conv to low_width); two
-    separable 3x3 convs to width give the features; dropout, an Identity that a method may replace;
-    a 1x1 conv. On tiny ASPP has stride 4, the decoder 2."""
+    separable 3x3 convs to width give the features; a 1x1 conv classifies. On tiny ASPP has stride
+    4, the decoder 2."""
 
     def __init__(self, backbone, classes, rates=(6, 12, 18), width=256, low_width=48,
                  style="torchvision", norm=nn.BatchNorm2d):
-        super().__init__(backbone, style)
-        self.feature_channels, self.dropout = width, nn.Identity()
+        super().__init__(backbone, style, width)
         self.stride = 2 if backbone.stride == 4 else 4
         conv = partial(ConvNormReLU, norm_layer=norm)
 
@@ -1776,8 +1772,7 @@ class PSPNet(SegmentationNetwork):
     align_corners = True
 
     def __init__(self, backbone, classes, width=512, style="torchvision", norm=nn.BatchNorm2d):
-        super().__init__(backbone, style)
-        self.feature_channels = width
+        super().__init__(backbone, style, width)
         self.pyramid = PyramidPooling(backbone.channels, width, norm)
         self.dropout = nn.Dropout2d(0.1)
         self.last = nn.Conv2d(width, classes, 1)
@@ -1802,14 +1797,13 @@ class SETR(SegmentationNetwork):
     times for patches of 16. The last x 2 comes after the 1x1 conv to the classes, in upsample():
     both are linear, so the logits are the same, and features and logits stay at stride 2.
     naive: 1x1 conv to width, norm, ReLU, scaled up to stride 2 at once, 1x1 conv to the classes.
-    The first layer norm of both is the encoder's last one. The norms here are always trained: they
-    come with no weights. dropout, before the last conv, is an Identity that a method may replace.
-    """
+    The first layer norm of both is the encoder's last one. The norms of the decoder are always
+    trained: there are no weights for them."""
 
     def __init__(self, backbone, classes, naive=False, width=256, style="torchvision",
                  norm=nn.BatchNorm2d):
-        super().__init__(backbone, style)
-        self.stride, self.feature_channels, self.dropout = 2, width, nn.Identity()
+        super().__init__(backbone, style, width)
+        self.stride = 2
         conv = partial(ConvNormReLU, norm_layer=norm)
         enlarge = partial(nn.Upsample, mode="bilinear")
         layers = [*conv(backbone.channels, width, 1 if naive else 3)]
@@ -3635,7 +3629,7 @@ def predict_tiled(network, picture, size, args, device, tile=1024, margin=128, b
     and a band are in memory with all their classes."""
     small = to_tensor(np.asarray(picture.resize(size[::-1], Image.Resampling.BILINEAR)))
     full = np.array([picture.height, picture.width])
-    label, confidence = np.zeros(full, np.uint8), np.zeros(full, np.uint8)
+    label, confidence = np.zeros((2, *full), np.uint8)
     window = size
     if math.prod(size) > 2**21 and not args.base_size:  # base_size: predict() walks over windows
         window = [math.ceil(side / math.ceil(side / tile)) for side in size]  # tiles of one size
@@ -3643,7 +3637,7 @@ def predict_tiled(network, picture, size, args, device, tile=1024, margin=128, b
         inner = np.reshape(box, (2, 2))  # top, left; bottom, right
         start, stop = np.maximum(inner[0] - margin, 0), np.minimum(inner[1] + margin, size)
         image = small[None, :, start[0] : stop[0], start[1] : stop[1]].to(device)
-        prob = predict(network, image, args, tuple(image.shape[2:]))[0].cpu()  # (K, h', w')
+        prob = predict(network, image, args, image.shape[2:])[0].cpu()  # (K, h', w')
         # The inner part in the picture's own pixels, band by band.
         (top, left), (bottom, right) = (inner * (full / size)).round().astype(int).tolist()
         for begin in range(top, bottom, band):
