@@ -1,4 +1,4 @@
-"""PASCAL-Context: its layouts, its two kinds of masks, and what is refused. Small trees, made here."""
+"""PASCAL-Context: its layouts, its two kinds of masks, and its errors. The trees are made here."""
 
 from pathlib import Path
 
@@ -91,7 +91,7 @@ def test_59_classes_where_background_is_unknown(tmp_path, capsys):
     }  # the same colours
 
 
-def test_a_class_has_vocs_colours_and_one_of_its_own():
+def test_classes_have_vocs_colours_and_all_differ():
     assert (
         list(common.CONTEXT.values())[:21] == list(common.VOC.values())
         and len(set(common.CONTEXT.values())) == 60
@@ -156,7 +156,7 @@ def test_what_does_not_fit_is_named(tmp_path):
 
 
 def test_the_classifier_learns_no_background(tmp_path, monkeypatch):
-    """A run on each kind of masks: 59 outputs of the classifier both times, for 60 and for 59 classes."""
+    """A run on each kind of masks: the classifier has 59 outputs for 60 and for 59 classes."""
     monkeypatch.chdir(tmp_path)
     for classes in (60, 59):
         make_context(tmp_path / str(classes), classes)

@@ -1,4 +1,6 @@
-"""Datasets, splits, weak views and streams. Alignment is checked by content: pictures that hold their own coordinates."""
+"""Datasets, splits, weak views and streams.
+
+Alignment is checked by content: the pictures hold their coordinates."""
 
 import hashlib
 import os
@@ -56,13 +58,13 @@ def noise(height, width, seed=0):
 
 
 def blocks(height, width, classes=5):
-    """A label of 8x8 blocks whose class tells the block's row and column apart from its neighbours'."""
+    """A label of 8x8 blocks; neighbours in a row or a column have different classes."""
     rows, columns = np.mgrid[:height, :width]
     return ((rows // 8 * 3 + columns // 8) % classes).astype(np.uint8)
 
 
 class Coordinates(common.Dataset):
-    """Pictures of 48x56 whose channels are 4 x row, 4 x column, and the picture's number (from 100 on); labels are blocks."""
+    """Pictures of 48x56: channels are 4 x row, 4 x column, 100 + number; labels are blocks."""
 
     def __init__(self, count=20):
         ids = [f"picture_{i:02d}" for i in range(count)]
@@ -86,12 +88,14 @@ class Coordinates(common.Dataset):
 
 
 def coordinate_map(number=0):
-    """(3, 6, 7): the map at stride 8 of a Coordinates picture: row and column of each cell's centre, and the number."""
+    """(3, 6, 7): the map at stride 8 of a Coordinates picture.
+
+    It holds the row and the column of each cell's centre, and 100 + number."""
     rows, columns = np.mgrid[:6, :7] * 8 + 3.5
     return torch.from_numpy(np.stack([rows, columns, np.full_like(rows, 100 + number)])).float()
 
 
-# ---- seeds -----------------------------------------------------------------------------------------------------------
+# ---- seeds ---------------------------------------------------------------------------------------
 
 
 def test_rng_is_the_same_on_every_machine_and_differs_by_every_key():
@@ -125,7 +129,7 @@ def test_rng_leaves_the_global_generators_alone():
     )
 
 
-# ---- streets ---------------------------------------------------------------------------------------------------------
+# ---- streets -------------------------------------------------------------------------------------
 
 
 def test_streets_is_a_function_of_the_id():
@@ -176,7 +180,7 @@ def test_streets_takes_no_other_size():
     assert data.image("train_0000").shape == (64, 128, 3)
 
 
-# ---- reading ---------------------------------------------------------------------------------------------------------
+# ---- reading -------------------------------------------------------------------------------------
 
 
 def dataset(image, mask, size=None, cache=None, classes=4, values=None):
@@ -293,7 +297,7 @@ def test_a_kept_label_goes_through_a_weak_view_without_a_warning(tmp_path, recwa
     assert [str(w.message) for w in recwarn] == []
 
 
-# ---- camvid and cityscapes -------------------------------------------------------------------------------------------
+# ---- camvid and cityscapes -----------------------------------------------------------------------
 
 
 def make_camvid(root, suffix=".png", lists=True):
@@ -318,7 +322,8 @@ def make_camvid(root, suffix=".png", lists=True):
 
 @pytest.mark.parametrize("suffix, lists", [(".png", True), (".jpg", True), (".png", False)])
 def test_camvid(tmp_path, suffix, lists):
-    data = common.open_listed("camvid", make_camvid(tmp_path, suffix, lists), None, tmp_path / "cache")
+    root = make_camvid(tmp_path, suffix, lists)
+    data = common.open_listed("camvid", root, None, tmp_path / "cache")
     assert data.train == [
         "train/0001TP_006690",
         "train/0001TP_006720",
@@ -359,7 +364,7 @@ def make_cityscapes(root, kind="labelIds", fill=None):
     return root
 
 
-# The 19 training classes of Cityscapes, by their id in the labelIds files (from the dataset's own table).
+# The 19 training classes of Cityscapes by their id in the labelIds files (the dataset's table).
 TRAIN_IDS = {
     7: 0,
     8: 1,
@@ -428,7 +433,7 @@ def test_a_stray_file_in_a_city_does_no_harm_and_one_between_the_cities_is_named
         common.open_cityscapes(tmp_path, None, tmp_path / "cache")
 
 
-# ---- splits ----------------------------------------------------------------------------------------------------------
+# ---- splits --------------------------------------------------------------------------------------
 
 
 def ids_only(name, ids):
@@ -553,8 +558,10 @@ LISTS = {
     "CPS VOC": (b"2007_000032\n2007_000515\n", [0, 1]),
     "CPS VOC, CRLF": (b"2007_000733\r\n2010_004493\r\n", [2, 3]),
     "CPS Cityscapes, tab and leading slash": (
-        b"/images/train/jena_000078_000019.png\t/segmentation/train/jena_000078_000019_gtFine.png\n"
-        b"/images/train/jena_000065_000019.png\t/segmentation/train/jena_000065_000019_gtFine.png\n",
+        b"/images/train/jena_000078_000019.png\t"
+        b"/segmentation/train/jena_000078_000019_gtFine.png\n"
+        b"/images/train/jena_000065_000019.png\t"
+        b"/segmentation/train/jena_000065_000019_gtFine.png\n",
         [0, 1],
     ),
     "U2PL VOC": (b"2011_000068\n2008_004588\n", [5, 6]),
@@ -569,8 +576,10 @@ LISTS = {
         [2, 3],
     ),
     "UniMatch Cityscapes": (
-        b"leftImg8bit/train/jena/jena_000078_000019_leftImg8bit.png gtFine/train/jena/jena_000078_000019_gtFine_labelTrainIds.png\n"
-        b"leftImg8bit/train/aachen/aachen_000005_000019_leftImg8bit.png gtFine/train/aachen/aachen_000005_000019_gtFine_labelTrainIds.png\n",
+        b"leftImg8bit/train/jena/jena_000078_000019_leftImg8bit.png "
+        b"gtFine/train/jena/jena_000078_000019_gtFine_labelTrainIds.png\n"
+        b"leftImg8bit/train/aachen/aachen_000005_000019_leftImg8bit.png "
+        b"gtFine/train/aachen/aachen_000005_000019_gtFine_labelTrainIds.png\n",
         [0, 4],
     ),
     "DARS VOC, trailing spaces": (
@@ -579,8 +588,10 @@ LISTS = {
         [0, 4],
     ),
     "DARS Cityscapes": (
-        b"leftImg8bit/train/aachen/aachen_000005_000019_leftImg8bit.png gtFine/train/aachen/aachen_000005_000019_gtFine_labelTrainIds.png\n"
-        b"leftImg8bit/train/aachen/aachen_000010_000019_leftImg8bit.png gtFine/train/aachen/aachen_000010_000019_gtFine_labelTrainIds.png\n",
+        b"leftImg8bit/train/aachen/aachen_000005_000019_leftImg8bit.png "
+        b"gtFine/train/aachen/aachen_000005_000019_gtFine_labelTrainIds.png\n"
+        b"leftImg8bit/train/aachen/aachen_000010_000019_leftImg8bit.png "
+        b"gtFine/train/aachen/aachen_000010_000019_gtFine_labelTrainIds.png\n",
         [4, 5],
     ),
     "GuidedMix VOC, leading slash": (
@@ -589,7 +600,8 @@ LISTS = {
         [0, 4],
     ),
     "GuidedMix Cityscapes": (
-        b"strasbourg/strasbourg_000001_026106_leftImg8bit.png\nhanover/hanover_000000_044085_leftImg8bit.png\n",
+        b"strasbourg/strasbourg_000001_026106_leftImg8bit.png\n"
+        b"hanover/hanover_000000_044085_leftImg8bit.png\n",
         [6, 7],
     ),
     "byte order mark, empty lines": (b"\xef\xbb\xbf2007_000032\n\n2007_000515\n\n", [0, 1]),
@@ -645,7 +657,7 @@ def test_a_list_decides_over_the_number_of_labels(tmp_path):
     assert labeled == ["train_0003", "train_0001"] and len(unlabeled) == 254 and args.labels == 2
 
 
-# ---- weak views ------------------------------------------------------------------------------------------------------
+# ---- weak views ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -685,7 +697,7 @@ def test_image_label_and_map_move_together(crop, scale):
             + torch.div(column + 0.5, 8, rounding_mode="floor")
         ) % 5
         assert torch.equal(label[inner].float(), block[inner])
-        # The map at stride 8: a cell is the mean of its 8x8 pixels, since rows and columns are linear.
+        # The map at stride 8: a cell is the mean of its 8x8 pixels (rows, columns are linear).
         soft = common.crop_map(coordinate_map(7), view, (crop[0] // 8, crop[1] // 8))
         cells = torch.nn.functional.avg_pool2d(
             torch.stack([row, column, image[2].float()])[None], 8
@@ -749,7 +761,7 @@ def test_the_map_of_the_whole_picture_is_itself_and_flips_exactly():
     )
 
 
-# ---- streams ---------------------------------------------------------------------------------------------------------
+# ---- streams -------------------------------------------------------------------------------------
 
 NAMES = [
     "labeled 0, stage 0",
@@ -767,7 +779,9 @@ def stream(name="labeled", seed=0, count=20, **options):
 
 
 def draw(s, positions):
-    """(picture, row and column of the upper left corner, flipped) at each position, read from the picture's content."""
+    """(picture, row and column of the upper left corner, flipped) at each position.
+
+    All is read from the picture's content."""
     images = [s[p]["image"] for p in positions]
     return [
         (
@@ -809,7 +823,7 @@ def test_two_names_never_share_an_order_or_crops():
             assert same_picture < 0.25 and same_crop < 0.1, (a, b)  # by chance 1/20 and 1/425
 
 
-def test_every_epoch_holds_every_picture_once_in_an_order_of_its_own():
+def test_every_epoch_holds_every_picture_once_in_another_order():
     pictures = [place[0] for place in draw(stream(), range(100))]
     epochs = [tuple(pictures[i : i + 20]) for i in range(0, 100, 20)]
     assert all(sorted(epoch) == list(range(20)) for epoch in epochs)
@@ -828,7 +842,7 @@ def test_batches_are_the_same_with_and_without_workers():
 
 
 def test_a_stream_can_be_sent_to_a_loader_process():
-    """Where processes are spawned and not forked (macOS, and Linux from Python 3.14 on) the stream is pickled."""
+    """Where processes are spawned (macOS, and Linux from Python 3.14 on) it is pickled."""
     s = stream()
     assert draw(pickle.loads(pickle.dumps(s)), range(5)) == draw(s, range(5))
 
@@ -875,7 +889,7 @@ def test_to_float():
     )
 
 
-# ---- soft labels -----------------------------------------------------------------------------------------------------
+# ---- soft labels ---------------------------------------------------------------------------------
 
 
 def test_soft_labels_are_kept_in_half_precision(tmp_path):
@@ -887,7 +901,7 @@ def test_soft_labels_are_kept_in_half_precision(tmp_path):
     assert len(list((tmp_path / "new folder").iterdir())) == 1  # no temporary file stays behind
 
 
-def test_each_picture_comes_with_its_own_map_moved_as_it_was_moved(tmp_path):
+def test_each_picture_comes_with_its_map_and_both_move_together(tmp_path):
     data = Coordinates()
     for i, id in enumerate(data.train):
         common.write_soft_label(tmp_path / "model 1", id, coordinate_map(i))

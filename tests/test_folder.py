@@ -80,10 +80,10 @@ def main(tmp_path, monkeypatch):
     return start
 
 
-# ---- the dataset -----------------------------------------------------------------------------------------------------
+# ---- the dataset ---------------------------------------------------------------------------------
 
 
-def test_what_is_labeled_unlabeled_and_val(own, capsys):
+def test_labeled_unlabeled_and_val_pictures(own, capsys):
     data = common.open_folder(own, None, None)
     assert (
         len(data.train) == 3
@@ -108,7 +108,7 @@ def test_what_is_labeled_unlabeled_and_val(own, capsys):
     assert common.open_folder(own, None, None).val == data.val  # always the same
 
 
-def test_a_fifth_is_held_out_and_val_pictures_of_ones_own_are_used(own):
+def test_a_fifth_is_held_out_or_val_images_are_used(own):
     for i in range(4, 15):
         save(own / f"images/more {i}.png", noise(i))
         save(own / f"masks/more {i}.png", mask(i))
@@ -180,7 +180,7 @@ def test_any_mode_of_picture_is_read_as_rgb(own, mode):
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_rotation(own, orientation, tmp_path):
-    """The picture is as a viewer shows it, and so must its mask be; also what has no mask has that size."""
+    """Picture and mask are as a viewer shows the picture; without a mask the size is the same."""
     exif = Image.Exif()
     exif[274] = orientation
     upright = Image.fromarray(noise(5, 60, 90))
@@ -212,7 +212,7 @@ def test_exif_rotation(own, orientation, tmp_path):
     assert data.label("images/photo 0").shape == size
 
 
-def test_a_turned_photo_with_a_mask_is_worth_a_look(own, main, capsys):
+def test_a_turned_photo_with_a_mask_deserves_a_check(own, main, capsys):
     """Upside down the mask has the right size, so nobody else would notice."""
     exif = Image.Exif()
     exif[274] = 3
@@ -223,8 +223,8 @@ def test_a_turned_photo_with_a_mask_is_worth_a_look(own, main, capsys):
     assert len(notes) == 1 and "images/photo 0.png" in notes[0] and "masks/photo 0.png" in notes[0]
 
 
-def test_what_is_kept_on_disk_is_that_of_the_file_and_the_classes(own, tmp_path):
-    """A file put in its place counts, also an older one; and with fewer classes a mask is looked at anew."""
+def test_the_cache_belongs_to_the_file_and_the_classes(own, tmp_path):
+    """Another file in its place counts, also an older one; with fewer classes it is read again."""
     import os
 
     for seed in (0, 1):
@@ -271,11 +271,11 @@ def test_the_longer_side_is_shrunk_and_never_grown(own, tmp_path):
     )
 
 
-# ---- what is wrong is named ------------------------------------------------------------------------------------------
+# ---- what is wrong is named ----------------------------------------------------------------------
 
 
 def spoil(own):
-    """A folder of fifty pictures with one of each kind of bad file -> {kind: words that must name it}."""
+    """A folder of fifty pictures with each kind of bad file -> {kind: words that name it}."""
     shutil.rmtree(own)
     for i in range(50):
         part = "images" if i < 30 else "unlabeled"
@@ -323,7 +323,7 @@ def test_every_kind_of_bad_file_is_named_in_one_run(own, main, capsys):
 
 
 def test_each_kind_of_bad_file_stops_a_run_before_it_begins(own, main):
-    """What --check-data calls a problem is one, and is told in one line."""
+    """What --check-data calls a problem stops a run with one line."""
     kinds = spoil(own)
     remaining = set(kinds)
     while remaining:
@@ -418,7 +418,7 @@ def test_each_kind_of_bad_file_stops_a_run_before_it_begins(own, main):
         (lambda own: (own / "unlabeled/trip").mkdir(), ("unlabeled/trip", "move them")),
     ],
 )
-def test_a_folder_that_is_not_as_it_must_be(own, main, change, words):
+def test_a_folder_with_a_mistake(own, main, change, words):
     change(own)
     with pytest.raises(common.UserError) as error:
         main("--iterations", "1")
@@ -454,7 +454,7 @@ def test_without_unlabeled_pictures_the_ways_out_are_named(own, main):
         main()
 
 
-def test_files_that_are_no_pictures_are_told(own, capsys):
+def test_files_that_are_no_pictures_are_warned_of(own, capsys):
     (own / "unlabeled/IMG_1.HEIC").write_text("x")
     (own / "images/.DS_Store").write_text("x")
     common.open_folder(own, None, None)
@@ -462,7 +462,7 @@ def test_files_that_are_no_pictures_are_told(own, capsys):
     assert "IMG_1.HEIC" in said and "HEIC, to JPEG" in said and "DS_Store" not in said
 
 
-def test_palettes_that_differ_are_worth_a_look(own, main, capsys):
+def test_palettes_that_differ_deserve_a_check(own, main, capsys):
     for i in range(2):
         index = Image.fromarray(mask(i, 60 + i))
         index.putpalette([i, 2, 3] * 256)
@@ -471,7 +471,7 @@ def test_palettes_that_differ_are_worth_a_look(own, main, capsys):
     assert "2 different palettes" in capsys.readouterr().out
 
 
-def test_pictures_that_a_prediction_does_not_read_are_told(own, main, capsys):
+def test_pictures_that_a_prediction_does_not_read_are_warned_of(own, main, capsys):
     main(*SHORT[rml], "--batch-size", "2", "--size", "80", "--crop", "48", "48", "--out", "run")
     (own / "unlabeled/IMG_1.HEIC").write_text("x")
     main("--predict", own / "unlabeled", "--checkpoint", "run", "--out", "out")
@@ -498,7 +498,7 @@ def test_other_classes_are_another_run(own, main, kill):
         main(*SHORT[rml], "--batch-size", "2", "--size", "80", "--crop", "48", "48", "--out", "run")
 
 
-# ---- --check-data ----------------------------------------------------------------------------------------------------
+# ---- --check-data --------------------------------------------------------------------------------
 
 
 def table(text):
@@ -540,7 +540,7 @@ def test_the_table_counts_pictures_sizes_modes_and_pixels(own, main, capsys):
     ]
 
 
-def test_absent_classes_and_duplicates_are_worth_a_look(own, main, capsys):
+def test_absent_classes_and_duplicates_deserve_a_check(own, main, capsys):
     (own / "classes.txt").write_text("a\nb\nc\nunicorn\n")
     val = Path(common.open_folder(own, None, None).val[0]).name
     shutil.copy(
@@ -617,7 +617,7 @@ def test_streets_are_checked(monkeypatch, capsys):
     ] == pytest.approx(28.97, abs=0.01)
 
 
-# ---- from photos to overlays -----------------------------------------------------------------------------------------
+# ---- from photos to overlays ---------------------------------------------------------------------
 
 SHORT = {
     rml: ["--stages", "1", "--stage0-iterations", "2", "--iterations", "2"],
@@ -643,7 +643,9 @@ SHORT = {
 
 @pytest.mark.parametrize("script", list(SHORT))
 def test_from_photos_to_overlays(own, main, script, tmp_path, capsys):
-    """Training on photos of several sizes, then predictions of every photo, with the classes, colours and size of the checkpoint alone."""
+    """Training on photos of several sizes, then a prediction of each photo.
+
+    Classes, colours and size come from the checkpoint."""
     (own / "classes.txt").write_text("road 1 2 3\nsky 4 5 6\ntree 7 8 9\n")
     main(
         *SHORT[script],
@@ -737,11 +739,11 @@ def test_unlabeled_pictures_have_no_truth_and_that_is_no_number(own, main):
     )
 
 
-# ---- --predict -------------------------------------------------------------------------------------------------------
+# ---- --predict -----------------------------------------------------------------------------------
 
 
 class Pointwise(torch.nn.Module):
-    """Class probabilities that depend on a pixel alone: with any tiles the answer is that of the whole picture."""
+    """Class probabilities that depend on one pixel: any tiles give what the picture gives."""
 
     align_corners = False
     seen = []
@@ -826,7 +828,7 @@ def test_tiles_of_a_picture_that_is_scaled():
 
 
 def test_every_pixel_has_its_margin(monkeypatch):
-    """A network that looks 100 pixels far gives at every pixel what it gives on the whole picture."""
+    """A network that sees 100 pixels far gives at each pixel what it gives on the picture."""
 
     class Far(torch.nn.Module):
         align_corners = False
@@ -879,7 +881,7 @@ def test_a_picture_of_any_size_is_predicted(own, main, tmp_path, monkeypatch):
     assert Path("out/photo 4_confidence.png").exists()
 
 
-# ---- tests/benchmark_memory.py ---------------------------------------------------------------------------------------
+# ---- tests/benchmark_memory.py -------------------------------------------------------------------
 
 
 def test_the_memory_of_a_pass_is_what_autograd_keeps():

@@ -1,4 +1,4 @@
-"""PASCAL VOC, its 10,582 pictures, Cityscapes' additional pictures and held-out test. Small trees, made here."""
+"""PASCAL VOC, its 10,582 pictures, Cityscapes' additional pictures and held-out test."""
 
 import hashlib
 import json
@@ -42,7 +42,9 @@ def mask_of(id, shift=0):
 
 
 def make_voc(root, augmented=False, lists="train_aug.txt", line="{0}\n"):
-    """VOC's layout in the folder root: JPEGs, palette masks; augmented: the index masks, whose classes are shifted by one, and their list."""
+    """VOC's layout in the folder root: JPEGs, palette masks.
+
+    augmented: also index masks, whose classes are shifted by one, and their list."""
     for i, id in enumerate(TRAIN + VAL + EXTRA * augmented):
         save(root / "JPEGImages" / f"{id}.jpg", noise(*SIZES[id], i))
         if id not in EXTRA:
@@ -88,7 +90,7 @@ def refused(root, **changes):
     return str(caught.value)
 
 
-# ---- voc -------------------------------------------------------------------------------------------------------------
+# ---- voc -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("inner", ["VOCdevkit/VOC2012", ""])
@@ -107,8 +109,8 @@ def test_voc_has_its_classes_in_its_colours(tmp_path):
     assert (
         list(common.VOC)
         == (
-            "background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person "
-            "pottedplant sheep sofa train tvmonitor"
+            "background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog "
+            "horse motorbike person pottedplant sheep sofa train tvmonitor"
         ).split()
     )
     for k, color in enumerate(common.VOC.values()):
@@ -213,7 +215,7 @@ def test_flags_of_another_dataset_are_refused():
     assert "--download" in refused(None, dataset="camvid", download=True)
 
 
-# ---- vocaug ----------------------------------------------------------------------------------------------------------
+# ---- vocaug --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -266,7 +268,7 @@ def test_vocaug_without_its_masks_or_list_says_where_people_get_them(tmp_path, l
 
 
 def test_as_many_labels_as_the_official_list_are_the_official_list(tmp_path):
-    """DARS: the 1464 labeled, the other 9,118 unlabeled; any other number goes by the hash, over all training pictures."""
+    """DARS: 1464 labeled, the other 9,118 unlabeled; other numbers: the order of the hash."""
     make_voc(tmp_path, True)
     by_hash = {
         seed: sorted(
@@ -292,7 +294,7 @@ def test_as_many_labels_as_the_official_list_are_the_official_list(tmp_path):
     assert any(set(by_hash[seed][:4]) != set(TRAIN) for seed in range(3))
 
 
-# ---- lists -----------------------------------------------------------------------------------------------------------
+# ---- lists ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -329,7 +331,8 @@ def test_public_lists_of_voc(tmp_path, line):
     [
         "/images/train/{1}.png\t/segmentation/train/{1}_gtFine.png\n",
         "leftImg8bit/train/{0}/{1}_leftImg8bit.png\n",
-        "leftImg8bit/train/{0}/{1}_leftImg8bit.png gtFine/train/{0}/{1}_gtFine_labelTrainIds.png \r\n",
+        "leftImg8bit/train/{0}/{1}_leftImg8bit.png "
+        "gtFine/train/{0}/{1}_gtFine_labelTrainIds.png \r\n",
         "/leftImg8bit/train/{0}/{1}_leftImg8bit.png\n",
         "{0}/{1}_leftImg8bit.png\n",
         "{1}\n",
@@ -351,7 +354,7 @@ def test_a_list_of_vocaug_on_voc_says_which_dataset_it_needs(tmp_path):
     ) and "vocaug" in refused(tmp_path, split=[str(tmp_path / "list.txt")])
 
 
-# ---- pictures of differing sizes -------------------------------------------------------------------------------------
+# ---- pictures of differing sizes -----------------------------------------------------------------
 
 
 def test_a_crop_larger_than_the_picture_is_padded_with_unknown(tmp_path):
@@ -417,7 +420,7 @@ def test_a_panel_holds_pictures_of_differing_sizes():
         assert (panel == value).all(2).sum() >= count
 
 
-# ---- the scripts -----------------------------------------------------------------------------------------------------
+# ---- the scripts ---------------------------------------------------------------------------------
 
 
 def run_rml(monkeypatch, *argv):
@@ -444,13 +447,14 @@ SHORT = [
 def test_a_method_without_numbers_for_a_dataset_names_those_it_has(monkeypatch):
     with pytest.raises(
         common.UserError,
-        match="this paper has no numbers for context; choose among camvid, cityscapes, folder, streets, voc, vocaug$",
+        match="this paper has no numbers for context; choose among camvid, cityscapes, folder, "
+        "streets, voc, vocaug$",
     ):
         run_rml(monkeypatch, "--dataset", "context")
 
 
 def test_a_run_on_pictures_of_differing_sizes(tmp_path, monkeypatch, capsys):
-    """From the first batch to evaluation and prediction, with a crop that is larger than many pictures."""
+    """From training to evaluation and prediction; the crop is larger than many pictures."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(rml.PAPER, "vocaug", rml.PAPER["streets"] | dict(size=None, crop=(64, 64)))
     common_part = ["--dataset", "vocaug", "--data-root", make_voc(tmp_path / "voc", True)]
@@ -469,7 +473,7 @@ def test_a_run_on_pictures_of_differing_sizes(tmp_path, monkeypatch, capsys):
         assert Image.open(f"predictions/{id}.png").size == SIZES[id][::-1]
 
 
-# ---- cityscapes: additional pictures ---------------------------------------------------------------------------------
+# ---- cityscapes: additional pictures -------------------------------------------------------------
 
 ADDITIONAL = [
     f"{city}/{city}_{i:06d}_{7 * i:06d}" for city in ("augsburg", "wurzburg") for i in range(4)
@@ -593,7 +597,7 @@ def test_a_run_with_extra_pictures_where_all_others_are_labeled(cityscapes, tmp_
     assert any(record.get("pseudo_miou_1", 0) is None for record in records)
 
 
-# ---- cityscapes: the held-out test -----------------------------------------------------------------------------------
+# ---- cityscapes: the held-out test ---------------------------------------------------------------
 
 
 @pytest.fixture
