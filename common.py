@@ -2,19 +2,16 @@
 
 Three parts, each in the order in which a run meets its functions:
 
-    DATASETS  streets (drawn, no download), camvid, cityscapes, voc, vocaug, context, and folder (your
+    DATASETS  streets (drawn, no download), camvid, cityscapes, voc, vocaug, context, folder (your
               own pictures); splits; --check-data; weak views; streams of batches; mIoU
     NETWORKS  DeepLabv2, DeepLabv3+, PSPNet on ResNets, SETR on Vision Transformers, and all of them
               on a tiny backbone; weights
     SETUP     arguments, processes, precision, run folder, log, checkpoints, pictures, --predict
 
-Conventions:
-    image   RGB, (H, W, 3) uint8 as an array, (3, H, W) uint8 as a tensor; a network takes floats in
-            [0, 1] and normalizes them itself
-    label   class ids 0..K-1, and 255 (IGNORE) for unknown pixels: void classes, padding
-    ids     strings that name a picture within its dataset, the same on all machines
-    random  numbers come from rng(seed, "labeled", 7), the same on all machines; noise of a model from
-            a torch seed that is set before the forward pass
+An image is RGB uint8, (H, W, 3) as an array and (3, H, W) as a tensor; a network takes floats in
+[0, 1] and normalizes them itself. A label holds class ids 0..K-1, and 255 (IGNORE) for unknown
+pixels. An id names a picture within its dataset, the same on all machines, as are the numbers of
+rng(seed, "labeled", 7); the noise of a model has a torch seed, set before the forward pass.
 """
 
 import argparse
@@ -127,19 +124,12 @@ class Dataset:
     exif_note = advice = ""  # ends of error messages
 
     def __init__(self, name, classes, train, val, files, values, size=None, cache=None):
-        self.name = name
-        self.classes = classes
-        self.names = list(classes)
+        self.name, self.classes, self.names = name, classes, list(classes)
         self.colors = np.array(list(classes.values()), np.uint8)
-        self.train = train
-        self.val = val
-        self.official = []
-        self.extra = []
-        self.files = files
+        self.train, self.val, self.official, self.extra = train, val, [], []
+        self.files, self.size, self.cache = files, size, cache
         self.values = np.full(65537, -1, np.int16)  # the last: any value beyond
         self.values[list(values)] = list(values.values())
-        self.size = size
-        self.cache = cache
 
     def image(self, id):
         """(H, W, 3) uint8 RGB. A UserError names a file that cannot be read."""
@@ -262,14 +252,33 @@ def in_threads(function, items):
         yield from pool.map(function, items)
 
 
-def files_by_stem(folder, suffixes=(".png", ".jpg", ".jpeg")):
-    """{file stem: path} of the files in a folder with one of these suffixes."""
-    found = {}
-    for name in sorted(os.listdir(folder)) if folder.is_dir() else []:
-        stem, suffix = os.path.splitext(name)
-        if suffix.lower() in suffixes:
-            found[stem] = folder / name
+def pictures_in(folder, suffixes=(".png", ".jpg", ".jpeg"), problems=None):
+    """{file stem: path} of the pictures in a folder, which need not exist.
+
+    problems: a list that gets sub-folders and files of one name; with it other files are named."""
+    found, others = {}, []
+    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
+        is_picture = path.suffix.lower() in suffixes
+        if is_picture and (problems is None or path.stem not in found):
+            found[path.stem] = path
+        elif problems is not None and path.is_dir():
+            problems.append(f"{path}: pictures in a sub-folder are not read; move them to {folder}")
+        elif problems is not None and is_picture:
+            problems.append(f"{path}: has the name of {found[path.stem].name}, and one mask cannot "
+                            "belong to both; rename or remove one")
+        elif not path.name.startswith("."):
+            others.append(path.name)
+    if problems is not None:
+        warn_of_others(folder, others)
     return found
+
+
+def warn_of_others(folder, names):
+    """Warn of files in a folder that are not read."""
+    if names:
+        more = f" and {len(names) - 5} others" if len(names) > 5 else ""
+        warn(f"{folder}: only .png, .jpg and .jpeg are read (convert other pictures, as HEIC, to "
+             f"JPEG), not {', '.join(names[:5])}{more}")
 
 
 def read_lines(path, advice):
@@ -329,12 +338,9 @@ MATERIALS = {  # the colors that a shape can have: red, green, blue in percent
     "pavement": "55 53 50, 65 60 60, 50 45 42, 42 42 44",
     "grass": "30 45 20, 45 45 25, 40 38 30",
     "asphalt": "35 35 37, 45 44 43, 28 28 33, 52 48 46",
-    "marking": "85 85 80",
     "paint": "80 10 10, 10 20 60, 90 90 90, 10 10 12, 50 50 52, 85 70 20, 20 40 30",
-    "glass": "20 25 30",
-    "rubber": "8 8 8",
     "trousers": "15 15 30, 20 20 20, 50 45 35",
-    "skin": "75 55 45",
+    "marking": "85 85 80", "glass": "20 25 30", "rubber": "8 8 8", "skin": "75 55 45",
     "metal": "40 40 42, 30 28 25, 60 60 60",
     "plate": "80 15 10, 10 30 70, 90 80 20, 90 90 90, 10 50 30",
 }
@@ -504,27 +510,25 @@ LAYOUTS = {  # what --data-root must hold, and where it comes from
                   "*_gtFine_labelIds.png (leftImg8bit_trainvaltest.zip and "
                   "gtFine_trainvaltest.zip from https://www.cityscapes-dataset.com)",
     "voc": "VOCdevkit/VOC2012/ with JPEGImages/, SegmentationClass/ and ImageSets/Segmentation/ "
-           "(--download fetches it, 2 GB; or unpack VOCtrainval_11-May-2012.tar from "
+           "(--download, 2 GB; or unpack VOCtrainval_11-May-2012.tar from "
            "http://host.robots.ox.ac.uk/pascal/VOC/voc2012/); for vocaug and --extra also the list "
-           "of the 10,582 pictures, ImageSets/Segmentation/train_aug.txt or trainaug.txt; for "
-           "vocaug also SegmentationClassAug/*.png, 8-bit class ids (SegmentationClassAug.zip, made "
-           "from Hariharan et al.'s SBD; both as github.com/DrSleep/tensorflow-deeplab-resnet and "
-           "most public repositories share them)",
-    "context": "VOC2010/ with JPEGImages/, SegmentationClassContext/*.png and "
-               "ImageSets/SegmentationContext/{train,val}.txt: VOCtrainval_03-May-2010.tar from "
-               "http://host.robots.ox.ac.uk/pascal/VOC/voc2010/, and masks and lists as "
-               "MMSegmentation writes them (python tools/dataset_converters/pascal_context.py "
-               "VOCdevkit VOCdevkit/VOC2010/trainval_merged.json, with the Detail API)",
+           "of the 10,582, ImageSets/Segmentation/train_aug.txt or trainaug.txt, and for vocaug "
+           "SegmentationClassAug/*.png (SegmentationClassAug.zip, made from Hariharan's SBD); "
+           "github.com/DrSleep/tensorflow-deeplab-resnet and others share both",
+    "context": "VOC2010/ with JPEGImages/, SegmentationClassContext/*.png and ImageSets/"
+               "SegmentationContext/{train,val}.txt: VOCtrainval_03-May-2010.tar from "
+               "http://host.robots.ox.ac.uk/pascal/VOC/voc2010/; masks and lists: MMSegmentation's "
+               "tools/dataset_converters/pascal_context.py makes them of trainval_merged.json",
     "folder": "images/ and masks/ (index PNGs of the same names, 255 is unknown), unlabeled/ "
               "(pictures without masks), and optionally val_images/, val_masks/ and classes.txt (a "
               "name on each line, with a color after it if you like: 255 0 0 or #ff0000)",
 }
 LAYOUTS["vocaug"] = LAYOUTS["voc"]
 
-# folders: where the dataset can be below --data-root.  images: the folder of the pictures; None:
-# each part has one, whose name begins the ids, and needs no list.  lists: the folder of the lists.
-# A part: names of its list (the first that exists), folders of its masks (the first that has one),
-# numbers of pictures in a whole copy.
+# folders: where the dataset can be below --data-root.  lists: the folder of the lists.
+# images: the folder of the pictures; None: each part has one, its name begins the ids, and its list
+# is optional.  A part: names of its list (the first that exists is read), folders of its masks (the
+# first that has a mask counts), numbers of pictures in a whole copy.
 VOC_ROW = dict(
     classes=VOC, values=class_ids(21), folders=["", "VOCdevkit/VOC2012"], images="JPEGImages",
     lists="ImageSets/Segmentation", val=(["val"], ["SegmentationClass"], [1449]))
@@ -548,7 +552,7 @@ LISTED = {
 
 
 def check_folders(name, *folders):
-    """A UserError that says what --data-root must hold, unless all these folders exist."""
+    """Raise a UserError that says what --data-root must hold, unless all these folders exist."""
     for folder in folders:
         need(folder.is_dir(), f"{folder}: no such folder; --data-root must hold {LAYOUTS[name]}")
 
@@ -566,8 +570,8 @@ def open_listed(name, root, size, cache, download=False, extra=None, seed=0):
         refuse_mat_masks(root, folder)
     train_list, train = read_part(name, folder, "train")
     val_list, val = read_part(name, folder, "val")
-    both = sorted(train.keys() & val.keys())
-    need(not both, f"{train_list}: names {both[:1]}, which {val_list} names too: that would be "
+    both = ", ".join(sorted(train.keys() & val.keys())[:3])
+    need(not both, f"{train_list}: names {both}, which {val_list} names too: that would be "
          "training on val; take another list")
     classes, values = row["classes"], row["values"]
     if name == "context" and is_background_unknown(train):
@@ -594,9 +598,9 @@ def read_part(name, folder, part):
     lists, mask_folders, counts = row[part]
     image_folder = folder / (row["images"] or part)
     check_folders(name, image_folder, *[folder / masks for masks in mask_folders[-1:]])
-    images, masks = files_by_stem(image_folder), {}
-    for masks_of in reversed(mask_folders):
-        masks |= files_by_stem(folder / masks_of, [".png"])
+    images, masks = pictures_in(image_folder), {}
+    for mask_folder in reversed(mask_folders):
+        masks |= pictures_in(folder / mask_folder, [".png"])
     paths = [folder / row["lists"] / f"{list_name}.txt" for list_name in lists]
     path = next((path for path in paths if path.exists()), paths[-1])
     if row["images"] or path.exists():
@@ -623,10 +627,10 @@ def download_voc(root):
     """Fetch VOC to root unless it is there. One process does it, the others wait."""
     folder = root / "VOCdevkit/VOC2012"
     parts = ["JPEGImages", "ImageSets/Segmentation", "SegmentationClass"]
-    complete = (root / "JPEGImages").is_dir()  # root is the folder VOC2012 itself
+    inside = (root / "JPEGImages").is_dir()  # root is the folder VOC2012 itself
     with one_after_another():
-        complete = complete or all((folder / part).is_dir() for part in parts)
-        if is_main() and not complete:
+        missing = [part for part in parts if not (folder / part).is_dir()]
+        if is_main() and missing and not inside:
             try:
                 torchvision.datasets.VOCSegmentation(root, "2012", "train", download=True)
             except (OSError, RuntimeError) as error:  # no network, a full disk, another checksum
@@ -635,8 +639,8 @@ def download_voc(root):
 
 
 def refuse_mat_masks(root, folder):
-    """A UserError if the masks of PASCAL-Context are there only as .mat files."""
-    if not files_by_stem(folder / "SegmentationClassContext", [".png"]):
+    """Raise a UserError if PASCAL-Context has only .mat files as masks."""
+    if not pictures_in(folder / "SegmentationClassContext", [".png"]):
         path = min(root.glob("**/*.mat"), default=None)
         need(path is None, f"{path}: .mat masks (of 459 classes) are not read; convert them to "
              "class ids 0..59, one PNG for each picture, from trainval_merged.json: --data-root "
@@ -741,7 +745,7 @@ def open_folder(root, size, cache, problems=None):
     found = [] if problems is None else problems
     labeled = pair_up(root, "images", "masks", found)
     val = pair_up(root, "val_images", "val_masks", found)
-    unlabeled = pictures_in(root / "unlabeled", found)
+    unlabeled = pictures_in(root / "unlabeled", problems=found)
     if not labeled:
         found.append(f"{root}/images: no picture with a mask; --data-root must hold "
                      f"{LAYOUTS['folder']}")
@@ -773,8 +777,8 @@ def open_folder(root, size, cache, problems=None):
 
 def pair_up(root, image_folder, mask_folder, problems):
     """{id: (image path, mask path)} of the pictures that have masks. Problems are added."""
-    images = pictures_in(root / image_folder, problems)
-    masks = pictures_in(root / mask_folder, problems)
+    images = pictures_in(root / image_folder, problems=problems)
+    masks = pictures_in(root / mask_folder, problems=problems)
     lonely = sorted(masks.keys() - images.keys())
     for stem in sorted(images.keys() - masks.keys()):
         advice = f"make one, or move the picture to {root}/unlabeled/"
@@ -791,31 +795,6 @@ def pair_up(root, image_folder, mask_folder, problems):
             problems.append(f"{path}: JPEG changes class ids; save masks as PNG")
     both = [stem for stem in images if stem in masks]
     return {f"{image_folder}/{stem}": (images[stem], masks[stem]) for stem in both}
-
-
-def pictures_in(folder, problems):
-    """{file stem: path} of the pictures in a folder, which need not exist. Problems are added."""
-    found, others = {}, []
-    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
-        if path.is_dir():
-            problems.append(f"{path}: pictures in a sub-folder are not read; move them to {folder}")
-        elif path.suffix.lower() not in (".png", ".jpg", ".jpeg"):
-            others.append(path.name)
-        elif path.stem in found:
-            problems.append(f"{path}: has the name of {found[path.stem].name}, and one mask cannot "
-                            "belong to both; rename or remove one")
-        else:
-            found[path.stem] = path
-    warn_of_others(folder, [name for name in others if not name.startswith(".")])
-    return found
-
-
-def warn_of_others(folder, names):
-    """Warn of files in a folder that are not read."""
-    if names:
-        more = f" and {len(names) - 5} others" if len(names) > 5 else ""
-        warn(f"{folder}: only .png, .jpg and .jpeg are read (convert other pictures, as HEIC, to "
-             f"JPEG), not {', '.join(names[:5])}{more}")
 
 
 NAME_AND_COLOR = r"(.+?)[\s,]+(?:#([0-9a-fA-F]{6})|(\d{1,3})[\s,]+(\d{1,3})[\s,]+(\d{1,3}))"
@@ -1053,7 +1032,7 @@ def read_pictures(data, parts):
 
 
 def one_class_alone(data, pixels):
-    """What is wrong if masks of your own pictures hold 0 and 255 alone, as pixels (256,) count."""
+    """The problem, if the masks of your own pictures have only pixels (256,) of 0 and 255."""
     if data.name == "folder" and pixels[0] and pixels[IGNORE] and not pixels[1:IGNORE].any():
         folder = data.files[(data.train + data.val)[0]][1].parent
         return [f"{folder}: the masks hold only 0 and 255 (unknown); save objects as 1, 2, .."]
@@ -1115,7 +1094,7 @@ def check_data(args):
 
 
 def notes_on_all(data, pictures, counts):
-    """What deserves a check: different palettes, the same picture twice, classes without pixels."""
+    """Different palettes, the same picture twice, classes without pixels."""
     notes = []
     palettes = {picture.palette for picture in pictures} - {None}
     if len(palettes) > 1:
