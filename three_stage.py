@@ -3,12 +3,11 @@ Rihuan Ke, Angelica I. Aviles-Rivero, Saurabh Pandey, Saikumar Reddy, Carola-Bib
 IEEE Transactions on Image Processing 31, 2022. arXiv 2012.00827
 
 Stage 1 learns from the labeled pictures and predicts a pseudo-mask of every training picture.
-Stages 2 and 3 start anew, and each one learns two tasks. Task 1 is the segmentation: it learns from
-labels, and the prediction of a strongly perturbed picture must agree with the mean teacher's
-prediction of the weak view. Task 2 reproduces the pseudo-masks of the stage before in a second
-branch, since they contain errors: the segmentation network learns from them through the blocks that
-both branches share. The second branch has two blocks that are not shared in stage 2, one in stage
-3, and none of it is used at test time.
+Stages 2 and 3 start anew, and each learns two tasks. Task 1 is the segmentation: it learns from
+labels, and its prediction of a strongly perturbed picture must agree with the mean teacher's of the
+weak view. Task 2 reproduces the pseudo-masks of the stage before, which contain errors: a second
+branch learns it, and the network learns from it only through the blocks that both branches share.
+The second branch has its own last two blocks in stage 2, its own last block in stage 3.
 
     python three_stage.py                       # drawn streets on a CPU, in minutes
     torchrun --nproc_per_node=4 three_stage.py --dataset cityscapes --data-root DIR --labels 372
@@ -20,10 +19,8 @@ paper -> code
     Eqs. 4, 5       losses of stages 2 and 3      train(), step 3: loss
     Algorithm 1     the three stages              main()
     A, B            RandAugment, Cutout           strong_view(), warp(), cutout()
-    Figs. 1, 4, 5   the stages                    pictures/stages.png and val_stage_*.png
-    Fig. 2          with and without L_pl         loss_consistency and val in log.jsonl
-    Fig. 3          lambda_1, lambda_2            --lambda1, --lambda2
-    Table I         notation of stages 2 and 3    train()
+    Figs. 2, 3      loss curves, lambda_1, 2      log.jsonl; --lambda1, --lambda2
+    Figs. 4, 5      predictions of the stages     pictures/stages.png and val_stage_*.png
     Tables II-IV    results                       --dataset, --labels, --weights; PAPER_MIOU
     Table V         ablations                     --stages 1 | 2;  no CR: --no-consistency;
                     no T2: --no-pseudo-masks;  no SA: --no-strong;  no N2: --branch g-hat
@@ -44,7 +41,7 @@ from torch import nn
 from torchvision.transforms.v2 import functional as V
 
 import common
-from common import IGNORE, autocast, check_range, rng, to_float, to_tensor, upsample
+from common import IGNORE, Stream, autocast, check_range, rng, to_float, to_tensor, upsample
 
 # ---- arguments -----------------------------------------------------------------------------------
 
@@ -56,11 +53,11 @@ PAPER["cityscapes"] = dict(
     # Open: the batch of stage 1; as many pictures as later stages have in all   --stage1-batch-size
     labels="372", size=(512, 1024), crop=(256, 512), scale=(1.0, 1.0), workers=4,
     batch_size=4, labeled_batch_size=1, stage1_batch_size=5,
-    network="deeplabv2", head="plain", backbone="resnet101", weights="imagenet",
     # Open: batch norm; frozen as loaded, as in the authors' code   --batch-norm
+    network="deeplabv2", head="plain", backbone="resnet101", weights="imagenet",
     batch_norm="frozen",
-    # Code: pretrained layers learn at a lower rate, stage 1 takes 20,000 steps   --backbone-lr-mult
-    optimizer="adamw", lr=3e-5, weight_decay=0.0, iterations=60_000,  # this is Adam
+    # Code: lower rates for pretrained layers, 20,000 steps in stage 1   --backbone-lr-mult
+    optimizer="adamw", lr=3e-5, weight_decay=0.0, iterations=60_000,  # without decay it is Adam
     # Open: the decay of the EMA; as in the authors' code, see decay_at()   --ema-decay
     lambda1=0.5, lambda2=0.5, ema_decay=(0.99, 0.995, 0.9975, 0.999), cutout=32,
     log_every=50, eval_every=5000, save_every=1000,
@@ -117,7 +114,7 @@ def get_parser():
     add("--branch", choices=["g-hat", "g-tilde"],
         help="second branch (default: g-hat in stage 2, then g-tilde; Table V, N2)")
     add("--ema", **switch, help="a mean teacher; without, the teacher is the student (Table VI)")
-    add("--ema-decay", **number, nargs=4, help="of the teacher, from 0, 1/3, 2/3, 5/6 of a stage on")
+    add("--ema-decay", **number, nargs=4, help="of the teacher from 0, 1/3, 2/3, 5/6 of a stage on")
     add("--lambda1", **number, help="weight of the consistency loss (Eqs. 4, 5; Fig. 3)")
     add("--lambda2", **number, help="weight of the pseudo-mask loss (Eqs. 4, 5; Fig. 3)")
     add("--pseudo-masks-of", choices=["teacher", "student"], default="teacher",
@@ -218,8 +215,7 @@ def warp(image, labels, matrix):
 
 def cutout(image, side, generator):
     """Three grey squares with uniform centers, cut off at the border, in (3, H, W) uint8."""
-    # Open: number and size of the squares, and labels; three of 32 x 32, labels are not cut, as in
-    #   the authors' code   --cutout
+    # Open: their number and size; three of 32 x 32, in labels none, as the authors' code   --cutout
     image = image.clone()
     height, width = image.shape[1:]
     for _ in range(3):
@@ -250,10 +246,9 @@ def strong_view(images, labels, generators, cutout_side):
             if apply and name in PHOTOMETRIC:
                 images[i] = PHOTOMETRIC[name](images[i], level)
             elif apply:
-                operation = GEOMETRIC[name](sign * level, *images[i].shape[1:])
-                matrix = compose(matrix, operation)
-        # Open: the order; geometric operations last, in one look-up, so that the others leave GREY
-        #   alone, and pictures and labels agree at each pixel
+                matrix = compose(matrix, GEOMETRIC[name](sign * level, *images.shape[2:]))
+        # Open: the order; geometric operations last, in one look-up, so that no color operation
+        #   changes GREY, and pictures and labels agree at each pixel
         if matrix != IDENTITY:
             images[i], labels[i] = warp(images[i], labels[i], matrix)
         images[i] = cutout(images[i], cutout_side, generator)
@@ -277,26 +272,25 @@ def decay_at(progress, decays):
 # ---- pseudo-labels -------------------------------------------------------------------------------
 
 @torch.no_grad()
-def make_pseudo_masks(args, run, network, data, labeled, unlabeled, stage):
+def make_pseudo_masks(args, run, keep, data, labeled, unlabeled, stage):
     """y_i = arg max f_theta(x_i), i in L u U: a PNG of each in pseudo_labels/stage_<stage>/.
 
-    Each process takes its share; masks that exist are kept. Returns their mIoU on the unlabeled
-    pictures, whose truth nothing learns from; NaN if it is not known.
+    stage: whose network predicts them; its mIoU on the unlabeled pictures, whose truth nothing
+    learns from, goes to keep["pseudo_miou"]. Each process takes its share. Masks that exist stay.
     """
     folder = run.folder / f"pseudo_labels/stage_{stage}"
     run.claim(folder)
-    network.eval()
+    network = keep[folder.name].eval()
     classes = len(data.names)
     table = torch.zeros(classes, classes, dtype=torch.int64)
     ids = (labeled + unlabeled)[common.rank() :: common.world_size()]
     labeled = set(labeled)
     for number, id in enumerate(ids, 1):
         if not common.pseudo_label_path(folder, id).exists():
-            image = to_tensor(data.image(id))[None].to(run.device)
             # Open: how they are predicted; from the whole picture at once, whatever val's protocol
             # Code: the bonnet of Cityscapes' car is cut out of pseudo-masks
-            plain = dict(scales=[1.0], flip=False, base_size=0)
-            prob = common.predict(network, image, args, image.shape[2:], **plain)
+            image = to_tensor(data.image(id))[None].to(run.device)
+            prob = common.predict(network, image, args, image.shape[2:], False, [1.0], False, 0)
             label = prob.argmax(1)[0].byte().cpu().numpy()  # Algorithm 1, lines 5, 9
             common.write_pseudo_label(folder, id, label, data.colors)
         if id not in labeled:
@@ -306,8 +300,8 @@ def make_pseudo_masks(args, run, network, data, labeled, unlabeled, stage):
         common.progress(f"stage {stage}, pseudo-masks", number, len(ids))
     miou = common.mean_iou(common.all_reduce(table.to(run.device)).cpu())
     common.say(f"stage {stage}   pseudo-masks: mIoU {miou:.1f} on unlabeled pictures (for the log)")
+    keep["pseudo_miou"][folder.name] = miou
     common.barrier()
-    return miou
 
 
 # ---- networks: the second branch -----------------------------------------------------------------
@@ -413,8 +407,8 @@ def start_stage(args, data, device, stage, before):
     optimizer = common.make_optimizer(args, args.lr, student.backbone.parameters(), head)
     optimizer.param_groups[0]["lr"] = args.lr * args.backbone_lr_mult
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
-    first = {"student": student, "teacher": teacher, "optimizer": optimizer, "scaler": scaler}
-    return first | keep
+    networks = {"student": student, "teacher": teacher}
+    return networks | {"optimizer": optimizer, "scaler": scaler} | keep
 
 
 def train_supervised(args, run, keep, data, labeled_ids, begin):
@@ -423,7 +417,7 @@ def train_supervised(args, run, keep, data, labeled_ids, begin):
     learner = common.parallel(student, run.device)
     stop = run.stages[run.stage]
     run.images = args.stage1_batch_size
-    stream = common.Stream(data, labeled_ids, f"labeled, stage {run.stage}", args)
+    stream = Stream(data, labeled_ids, f"labeled, stage {run.stage}", args)
     batches = common.batches(stream, args, run.device, begin, stop, run.images)
     for iteration, labeled in enumerate(batches, begin):
         # 1 batch: labeled pictures
@@ -471,9 +465,9 @@ def train(args, run, keep, data, labeled_ids, all_ids, begin):
     masks = dict(pseudo_labels=run.folder / "pseudo_labels" / before)
     name = f"labeled, stage {run.stage}"  # two streams of one name show the same views
     streams = [
-        (common.Stream(data, labeled_ids, name, args), args.labeled_batch_size),
-        (common.Stream(data, labeled_ids, name, args, **masks), args.labeled_batch_size),
-        (common.Stream(data, all_ids, f"all, stage {run.stage}", args, **masks), args.batch_size),
+        (Stream(data, labeled_ids, name, args), args.labeled_batch_size),
+        (Stream(data, labeled_ids, name, args, **masks), args.labeled_batch_size),
+        (Stream(data, all_ids, f"all, stage {run.stage}", args, **masks), args.batch_size),
     ]
     batches = [common.batches(stream, args, run.device, begin, stop, B) for stream, B in streams]
     run.images = args.labeled_batch_size + args.batch_size
@@ -491,9 +485,9 @@ def train(args, run, keep, data, labeled_ids, all_ids, begin):
                 logits = teacher(to_float(weak))
             logits = logits.contiguous(memory_format=torch.channels_last)  # faster to upsample
             label = upsample(logits, args.crop).max(1).indices  # f_theta'(x), (B_l + B, H, W)
-            targets["pseudo_teacher"] = label.masked_fill(~valid, IGNORE)
+            targets["pseudo-label"] = label.masked_fill(~valid, IGNORE)
         if args.pseudo_masks:  # y', (B_l + B, H, W)
-            targets["pseudo_mask"] = torch.cat([labeled_masks["label"], union["label"]])
+            targets["pseudo-mask"] = torch.cat([labeled_masks["label"], union["label"]])
         view = weak
         if args.strong and targets:  # A = B = identity for Sub-batch 2 (Sect. IV-B)
             generators = [rng(args.seed, "strong", run.stage, i) for i in union["position"]]
@@ -510,10 +504,10 @@ def train(args, run, keep, data, labeled_ids, all_ids, begin):
         f = upsample(f, args.crop)  # f_theta(A x), (B_l + B, K, H, W)
         losses = {"loss_labeled": cross_entropy(f[:B_l], labeled["label"])}  # Eq. 2
         if args.consistency:
-            losses["loss_consistency"] = cross_entropy(f, targets["pseudo_teacher"])  # Eq. 1
+            losses["loss_consistency"] = cross_entropy(f, targets["pseudo-label"])  # Eq. 1
         if args.pseudo_masks:
             g = upsample(g, args.crop)  # g(A x), (B_l + B, K, H, W)
-            losses["loss_pseudo"] = cross_entropy(g, targets["pseudo_mask"])  # Eq. 3
+            losses["loss_pseudo"] = cross_entropy(g, targets["pseudo-mask"])  # Eq. 3
         loss = losses["loss_labeled"] + args.lambda1 * losses.get("loss_consistency", 0)
         loss = loss + args.lambda2 * losses.get("loss_pseudo", 0)  # Eqs. 4, 5
 
@@ -538,30 +532,24 @@ def train(args, run, keep, data, labeled_ids, all_ids, begin):
 
 def draw(run, columns):
     """pictures/batch_MARK.png: four pictures of the batch {title: pictures or labels}."""
-    titles = {"pseudo_teacher": "teacher's label, moved", "pseudo_mask": "pseudo-mask, moved"}
-    columns = {titles.get(title, title): cells[:4] for title, cells in columns.items()}
-    run.panel(f"batch_{run.mark}", columns)
+    run.panel(f"batch_{run.mark}", {title: cells[:4] for title, cells in columns.items()})
 
 
 def show_stages(args, run, teacher, data, ids):
     """pictures/stages.png (Figs. 4, 5): the pseudo-masks of each stage, and the last prediction."""
+    columns = {"unlabeled picture": [], "truth (not used)": [], "last prediction": []}
     ids = ids[:: max(1, len(ids) // 5)][:5]
-    images, truths, predictions = [], [], []
     for id in ids:
         image = to_tensor(data.image(id))
         size = image.shape[1:]
+        truth = common.truth_for_the_log(data, id, size)
         prob = common.predict(teacher, image[None].to(run.device), args, size)
-        images.append(image)
-        truths.append(to_tensor(common.truth_for_the_log(data, id, size)))
-        predictions.append(prob.argmax(1)[0])
-    columns = {"unlabeled picture": images, "truth (not used)": truths}
-    *before, last = run.stages
-    for stage in before:
-        folder = run.folder / f"pseudo_labels/stage_{stage}"
-        if all(common.pseudo_label_path(folder, id).exists() for id in ids):  # not deleted
-            masks = [to_tensor(common.read_pseudo_label(folder, id)) for id in ids]
-            columns[f"pseudo-mask of stage {stage}"] = masks
-    run.panel("stages", columns | {f"prediction of stage {last}": predictions})
+        for cells, cell in zip(columns.values(), (image, to_tensor(truth), prob.argmax(1)[0])):
+            cells.append(cell)
+    for folder in sorted((run.folder / "pseudo_labels").glob("stage_*")):
+        masks = [to_tensor(common.read_pseudo_label(folder, id)) for id in ids]
+        columns[f"pseudo-mask of {folder.name}"] = masks
+    run.panel("stages", columns)
 
 
 # ---- main ----------------------------------------------------------------------------------------
@@ -587,9 +575,8 @@ def main():
     #   Hung et al.   --split
     labeled, unlabeled = common.split(args, data)
 
-    stages = {1: args.stage1_iterations or args.iterations}  # stage: iterations
-    for stage in range(2, args.stages + 1):
-        stages[stage] = args.iterations
+    stages = dict.fromkeys(range(1, args.stages + 1), args.iterations)  # stage: iterations
+    stages[1] = args.stage1_iterations or args.iterations
     method = "three-stage"
     if args.supervised:
         # Open: the length of the baseline; as many steps as all stages together   --supervised
@@ -609,10 +596,7 @@ def main():
         if stage == 1:
             train_supervised(args, run, keep, data, labeled, begin)  # 4
         else:
-            before = f"stage_{stage - 1}"
-            pictures = data, labeled, unlabeled
-            miou = make_pseudo_masks(args, run, keep[before], *pictures, stage - 1)  # 5, 9
-            keep["pseudo_miou"][before] = miou
+            make_pseudo_masks(args, run, keep, data, labeled, unlabeled, stage - 1)  # 5, 9
             train(args, run, keep, data, labeled, labeled + unlabeled, begin)  # 8, 12
     show_stages(args, run, keep["teacher"], data, unlabeled or labeled)  # 13
 

@@ -1,4 +1,6 @@
-"""The parts of three-stage self-training, each against a naive version: strong views against PIL, losses and steps, branches, teacher, tables."""
+"""The parts of three_stage.py, each against a naive version.
+
+Strong views against PIL, losses and steps, branches, the mean teacher, tables."""
 
 import copy
 import math
@@ -23,7 +25,7 @@ LEVELS = range(1, 10)
 SIGNED = [*range(-9, 0), *LEVELS]
 
 
-# ---- geometric operations --------------------------------------------------------------------------------------------
+# ---- geometric operations ------------------------------------------------------------------------
 
 
 def affine(a, b, c, d, e, f):
@@ -36,7 +38,7 @@ def affine(a, b, c, d, e, f):
     )
 
 
-PIL_GEOMETRIC = {  # notes/three_stage.md, table of magnitudes
+PIL_GEOMETRIC = {
     "Rotate": lambda v: (
         lambda picture, fill: picture.rotate(-3 * v, Image.Resampling.NEAREST, fillcolor=fill)
     ),  # signs come in pairs
@@ -47,8 +49,10 @@ PIL_GEOMETRIC = {  # notes/three_stage.md, table of magnitudes
 }
 
 
-def own_coordinates(height, width):
-    """A picture (3, H, W) that shows at each pixel its row, its column and 200, and the two label maps (2, H, W) that say the same."""
+def coordinates(height, width):
+    """A picture (3, H, W) and label maps (2, H, W).
+
+    The picture shows at each pixel its row, its column and 200, the maps row and column."""
     rows, columns = (
         x.to(torch.uint8)
         for x in torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
@@ -57,7 +61,7 @@ def own_coordinates(height, width):
 
 
 def source(maps, x, y):
-    """Where the middle of pixel (x, y) comes from: what the last map shows, it takes from what the map before shows, and so on."""
+    """Where the center of pixel (x, y) comes from: through the last map, then the one before, .."""
     x, y = x + 0.5, y + 0.5
     for a, b, c, d, e, f in reversed(maps):
         x, y = a * x + b * y + c, d * x + e * y + f
@@ -70,7 +74,7 @@ def on_an_edge(x, y):
 
 
 def agree(image, labels):
-    """Picture and labels of own_coordinates(), moved: the same at each pixel; what comes from outside is 128 and 255."""
+    """Picture and labels of coordinates(), moved, agree at each pixel; outside is 128 and 255."""
     outside = image[2] == 128
     assert set(image[2].flatten().tolist()) <= {128, 200}
     assert torch.equal(outside, labels[0] == 255) and torch.equal(outside, labels[1] == 255)
@@ -81,7 +85,7 @@ def agree(image, labels):
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("name", PIL_GEOMETRIC)
 def test_each_geometric_operation_is_that_of_pil(name, size):
-    image, labels = own_coordinates(*size)
+    image, labels = coordinates(*size)
     for v in SIGNED:
         matrix = three_stage.GEOMETRIC[name](v, *size)
         moved, moved_labels = three_stage.warp(image, labels, matrix)
@@ -104,7 +108,7 @@ def test_each_geometric_operation_is_that_of_pil(name, size):
 
 
 def test_the_shift_of_a_translation_is_its_level():
-    image, labels = own_coordinates(40, 50)
+    image, labels = coordinates(40, 50)
     assert torch.equal(
         three_stage.warp(image, labels, three_stage.GEOMETRIC["TranslateX"](9, 40, 50))[0][
             :, :, :41
@@ -119,7 +123,7 @@ def test_the_shift_of_a_translation_is_its_level():
 
 @pytest.mark.parametrize("size", SIZES[:2], ids=str)
 def test_composed_operations_are_one_look_up_through_all_maps(size):
-    image, labels = own_coordinates(*size)
+    image, labels = coordinates(*size)
     r, (height, width) = common.rng("compose"), size
     for n in [2, 3] * 10:
         names = [list(PIL_GEOMETRIC)[r.randint(5)] for _ in range(n)]
@@ -159,9 +163,11 @@ def test_the_identity_leaves_every_bit():
     )
 
 
-# ---- photometric operations ------------------------------------------------------------------------------------------
+# ---- photometric operations ----------------------------------------------------------------------
 
-PIL_PHOTOMETRIC = {  # notes/three_stage.md; how many grey levels ours may be off: torchvision rounds means and blends in another way
+# How many grey levels ours may be off, and PIL's operation. (torchvision rounds means and blends in
+# another way.)
+PIL_PHOTOMETRIC = {
     "Identity": (0, lambda picture, v: picture),
     "AutoContrast": (1, lambda picture, v: ImageOps.autocontrast(picture)),
     "Equalize": (0, lambda picture, v: ImageOps.equalize(picture)),
@@ -198,16 +204,17 @@ def test_each_photometric_operation_is_that_of_pil(name):
 
 
 def test_the_fourteen_operations():
-    names = "AutoContrast Brightness Color Contrast Equalize Identity Posterize Rotate Sharpness ShearX ShearY Solarize TranslateX TranslateY"
+    names = "AutoContrast Brightness Color Contrast Equalize Identity Posterize Rotate Sharpness "
+    names += "ShearX ShearY Solarize TranslateX TranslateY"
     assert sorted([*three_stage.PHOTOMETRIC, *three_stage.GEOMETRIC]) == names.split()
 
 
-# ---- strong views ----------------------------------------------------------------------------------------------------
+# ---- strong views --------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def calls(monkeypatch):
-    """The operations do nothing but write down [(name, level), ..] of the view that is being made."""
+    """The operations only write down (name, level) of the view that is being made."""
     made = []
 
     def photometric(name):
@@ -290,7 +297,7 @@ def test_a_view_depends_on_its_picture_and_generator_alone():
 def test_picture_and_labels_stay_together_to_the_pixel(monkeypatch):
     for name in three_stage.PHOTOMETRIC:
         monkeypatch.setitem(three_stage.PHOTOMETRIC, name, lambda image, v: image)
-    image, labels = own_coordinates(33, 47)
+    image, labels = coordinates(33, 47)
     moved, cut = 0, []
     for i in range(100):
         (strong,), (after,) = three_stage.strong_view(
@@ -307,7 +314,7 @@ def test_picture_and_labels_stay_together_to_the_pixel(monkeypatch):
 
 
 def test_what_comes_from_outside_is_grey_whatever_else_was_done():
-    """Equalize, Solarize and their like would make another colour of a grey that was there before them."""
+    """Equalize, Solarize and others would change a grey that was there before them."""
     image, labels, seen = (
         torch.randint(256, (1, 3, 32, 40), dtype=torch.uint8),
         torch.ones(1, 1, 32, 40, dtype=torch.uint8),
@@ -321,7 +328,7 @@ def test_what_comes_from_outside_is_grey_whatever_else_was_done():
     assert seen > 30
 
 
-# ---- Cutout ----------------------------------------------------------------------------------------------------------
+# ---- Cutout --------------------------------------------------------------------------------------
 
 
 class Centres:
@@ -380,7 +387,7 @@ def test_cutout_has_three_squares_around_uniform_centres():
         )
 
 
-# ---- second branches -------------------------------------------------------------------------------------------------
+# ---- second branches -----------------------------------------------------------------------------
 
 
 def network_of(backbone, classes, **spec):
@@ -497,7 +504,7 @@ def test_f_beside_a_branch_is_the_network_alone_bit_for_bit(backbone, size):
     assert torch.equal(f, alone) and g is None
 
 
-# ---- the mean teacher ------------------------------------------------------------------------------------------------
+# ---- the mean teacher ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("decay", [0.9, 0.0, 1.0])
@@ -544,7 +551,7 @@ def test_the_decay_of_each_epoch_is_that_of_the_authors():
             )
 
 
-# ---- losses ----------------------------------------------------------------------------------------------------------
+# ---- losses --------------------------------------------------------------------------------------
 
 
 def test_eq_2_cross_entropy_is_the_mean_over_valid_pixels():
@@ -589,7 +596,7 @@ def test_the_mean_of_the_processes_losses_is_the_loss_of_the_whole_batch(monkeyp
     assert (sum(parts) / 3).item() == pytest.approx(whole.item(), abs=1e-6)
 
 
-# ---- one step --------------------------------------------------------------------------------------------------------
+# ---- one step ------------------------------------------------------------------------------------
 
 
 class Stop(Exception):
@@ -773,7 +780,7 @@ def test_eqs_1_to_5_the_losses_of_a_step(stage, flags, second_step):
     assert seen.loss == pytest.approx(total, abs=1e-5)  # Eqs. 4, 5
 
 
-# ---- batches over processes ------------------------------------------------------------------------------------------
+# ---- batches over processes ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3, 4])
@@ -827,9 +834,10 @@ def test_an_empty_share_of_a_stream_without_labels(monkeypatch):
     assert batch["truth"].shape == (0, 32, 32) and "label" not in batch
 
 
-# ---- the paper's numbers ---------------------------------------------------------------------------------------------
+# ---- the paper's numbers -------------------------------------------------------------------------
 
-ROWS = [  # notes/three_stage.md: dataset, labels as one may write them; pictures from L, from L and U, lambda 1 = lambda 2
+# Dataset; labels as one may write them; pictures from L, from L and U; lambda 1 = lambda 2.
+ROWS = [
     ("cityscapes", ("100", "1/30", "372", "1/8", "744", "1/4"), 1, 4, 1 / 2),
     ("cityscapes", ("1488", "1448", "1/2"), 3, 2, 1 / 2),
     ("vocaug", ("106", "1/100", "212", "1/50"), 1, 9, 1 / 4),

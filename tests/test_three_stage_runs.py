@@ -1,4 +1,6 @@
-"""Whole runs of three_stage.py: that the work happened, what each flag changes, that processes and restarts change nothing, and its errors."""
+"""Whole runs of three_stage.py.
+
+The work happened; what each flag changes; processes and restarts change nothing; errors."""
 
 import copy
 import json
@@ -101,7 +103,7 @@ def same_end(folder, whole):
     return True
 
 
-# ---- that the work happened ------------------------------------------------------------------------------------------
+# ---- that the work happened ----------------------------------------------------------------------
 
 
 def recorded(folder, *argv):
@@ -362,7 +364,7 @@ def test_the_papers_number_stands_beside_its_setting_whatever_the_weights(
         assert result_of(tmp_path / "run")["paper"] == number, flags
 
 
-# ---- every flag does its work ----------------------------------------------------------------------------------------
+# ---- every flag does its work --------------------------------------------------------------------
 
 ONCE = [
     "--save-every",
@@ -374,7 +376,7 @@ ONCE = [
 
 @pytest.fixture
 def variant(main, whole, tmp_path):
-    """variant("--flag", ..): a run with it. Stage 1 was the same as without, the later ones were not."""
+    """variant("--flag", ..): a run with it. Stage 1 is the same as without, later ones are not."""
 
     def go(*flags, same=1):
         main(*ONCE, *flags)
@@ -514,7 +516,7 @@ def test_other_settings(main, tmp_path, flags):
     )
 
 
-# ---- nothing is lost -------------------------------------------------------------------------------------------------
+# ---- nothing is lost -----------------------------------------------------------------------------
 
 
 def nth(n):
@@ -557,7 +559,9 @@ def launch(folder, code, *argv, **env):
         [
             sys.executable,
             "-c",
-            f"import test_three_stage_runs as t\nt.common.Streets = t.FewStreets\nt.torch.set_num_threads(1)\n{code}",
+            "import test_three_stage_runs as t\n"
+            "t.common.Streets = t.FewStreets\n"
+            f"t.torch.set_num_threads(1)\n{code}",
             *SHORT,
             *argv,
         ],
@@ -579,7 +583,12 @@ def launch(folder, code, *argv, **env):
 
 def test_kill_9_while_pseudo_masks_are_made(main, whole, tmp_path):
     """They are slowed down, so that it is met."""
-    code = "import time\nreal = t.common.write_pseudo_label\nt.common.write_pseudo_label = lambda *a: (real(*a), time.sleep(.5))\nt.three_stage.main()"
+    code = (
+        "import time\n"
+        "write = t.common.write_pseudo_label\n"
+        "t.common.write_pseudo_label = lambda *args: (write(*args), time.sleep(.5))\n"
+        "t.three_stage.main()"
+    )
     folder, process, deadline = (
         tmp_path / "run",
         launch(tmp_path, code, "--out", "run"),
@@ -679,11 +688,13 @@ def test_an_unfinished_run_of_another_configuration_names_the_argument(
     assert f"with {name} = " in message and "--overwrite" in message
 
 
-# ---- processes -------------------------------------------------------------------------------------------------------
+# ---- processes -----------------------------------------------------------------------------------
 
 
 def test_two_processes_give_one_processs_losses(main, tmp_path):
-    """With SGD: AdamW divides by gradients near zero, which makes rounding visible. One labeled picture a step: one of two processes has none."""
+    """With SGD: AdamW divides by gradients near zero, which makes rounding visible.
+
+    One labeled picture a step: one of two processes has none."""
     flags = [
         *ONCE[:2],
         "--labeled-batch-size",
@@ -735,7 +746,7 @@ def test_two_processes_give_one_processs_losses(main, tmp_path):
     assert result_of(one)["miou"] == pytest.approx(result_of(two)["miou"], abs=0.1)
 
 
-# ---- errors ----------------------------------------------------------------------------------------------------------
+# ---- errors --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
