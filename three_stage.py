@@ -67,7 +67,8 @@ for labels in ("1/2", "1448", "1488"):  # Sect. IV-A says 1448, Table II says 14
 # Code: eleven scales, .5, .6 .. 1.5; here any scale between   --scale
 PAPER["vocaug"] = PAPER["cityscapes"] | dict(
     labels="1/50", size=None, crop=(321, 321), scale=(0.5, 1.5),
-    batch_size=9, labeled_batch_size=1, stage1_batch_size=10, lambda1=0.25, lambda2=0.25)
+    batch_size=9, labeled_batch_size=1, stage1_batch_size=10,
+    lambda1=0.25, lambda2=0.25)
 for labels in ("1/20", "529"):
     PAPER[f"vocaug/{labels}"] = PAPER["vocaug"] | dict(lambda1=1.25, lambda2=1.25)
 for labels in ("1/8", "1323"):
@@ -77,18 +78,23 @@ for labels in ("1/8", "1323"):
 PAPER["streets"] = PAPER["cityscapes"] | dict(
     labels="8", size=(64, 128), crop=(64, 128), workers=0,
     batch_size=4, labeled_batch_size=2, stage1_batch_size=4,
-    backbone="tiny", weights="none", lr=2e-3, iterations=1900, stage1_iterations=700,
-    ema_decay=(0.98, 0.99, 0.99, 0.995), cutout=8, eval_every=500, save_every=100)
+    backbone="tiny", weights="none",
+    lr=2e-3, iterations=1900, stage1_iterations=700,
+    ema_decay=(0.98, 0.99, 0.99, 0.995), cutout=8,
+    eval_every=500, save_every=100)
 PAPER["camvid-cpu"] = PAPER["streets"] | dict(
     labels="1/8", size=(180, 240), crop=(96, 128),
     iterations=2000, stage1_iterations=2000, cutout=12)
 PAPER["camvid-gpu"] = PAPER["cityscapes"] | dict(
-    labels="1/8", size=(360, 480), crop=(256, 352), iterations=20_000, eval_every=2000)
+    labels="1/8", size=(360, 480), crop=(256, 352),
+    iterations=20_000, eval_every=2000)
 # Your own pictures: shrunk to --size, square crops; all of images/ is labeled.
 PAPER["folder-cpu"] = PAPER["camvid-cpu"] | dict(
-    labels="1/1", size=(256,), crop=(128, 128), scale=(0.75, 1.5), cutout=16)
+    labels="1/1", size=(256,), crop=(128, 128), scale=(0.75, 1.5),
+    cutout=16)
 PAPER["folder-gpu"] = PAPER["camvid-gpu"] | dict(
-    labels="1/1", size=(640,), crop=(320, 320), scale=(0.5, 1.5), iterations=10_000)
+    labels="1/1", size=(640,), crop=(320, 320), scale=(0.5, 1.5),
+    iterations=10_000)
 
 # The paper's mIoU (Tables II, III, IV) by data, weights and labels.
 PAPER_MIOU = {
@@ -168,9 +174,13 @@ PHOTOMETRIC = {
 def rotate(level, height, width):
     """A rotation by 3 degrees times the level about the center (x, y)."""
     angle = math.radians(3 * level)
-    cos, sin = math.cos(angle), math.sin(angle)
-    x, y = width / 2, height / 2
-    return cos, sin, x - cos * x - sin * y, -sin, cos, y + sin * x - cos * y
+    cos = math.cos(angle)
+    sin = math.sin(angle)
+    x = width / 2
+    y = height / 2
+    c = x - cos * x - sin * y
+    f = y + sin * x - cos * y
+    return cos, sin, c, -sin, cos, f
 
 
 # Geometric: signed level, height, width -> matrix (a, b, c, d, e, f), as in PIL: pixel (x, y) shows
@@ -191,7 +201,9 @@ def compose(first, second):
     a, b, c, d, e, f = second
     matrix = []
     for p, q, r in (first[:3], first[3:]):
-        matrix += [p * a + q * d, p * b + q * e, p * c + q * f + r]
+        matrix.append(p * a + q * d)
+        matrix.append(p * b + q * e)
+        matrix.append(p * c + q * f + r)
     return tuple(matrix)
 
 
@@ -209,7 +221,8 @@ def warp(image, labels, matrix):
     inner_column = column.clamp(0, width - 1)
     inner_row = row.clamp(0, height - 1)
     inside = (column == inner_column) & (row == inner_row)
-    moved = torch.cat([image, labels])[:, inner_row.long(), inner_column.long()]  # (3 + L, H, W)
+    maps = torch.cat([image, labels])
+    moved = maps[:, inner_row.long(), inner_column.long()]  # (3 + L, H, W)
     return moved[:3].where(inside, GREY), moved[3:].where(inside, IGNORE)
 
 
@@ -260,13 +273,15 @@ def strong_view(images, labels, generators, cutout_side):
 @torch.no_grad()
 def update_teacher(teacher, student, decay):
     """theta' <- decay theta' + (1 - decay) theta. Buffers are copied."""
-    torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - decay)
+    averages = list(teacher.parameters())
+    torch._foreach_lerp_(averages, list(student.parameters()), 1 - decay)
     torch._foreach_copy_(list(teacher.buffers()), list(student.buffers()))
 
 
 def decay_at(progress, decays):
     """The decay at this share of a stage, 0 to 1: one of four, from 0, 1/3, 2/3 and 5/6 on."""
-    return decays[sum(progress >= begin for begin in (1 / 3, 2 / 3, 5 / 6))]
+    passed = [progress >= begin for begin in (1 / 3, 2 / 3, 5 / 6)]
+    return decays[sum(passed)]
 
 
 # ---- pseudo-labels -------------------------------------------------------------------------------
@@ -290,17 +305,19 @@ def make_pseudo_masks(args, run, keep, data, labeled, unlabeled, stage):
             # Open: how they are predicted; from the whole picture at once, whatever val's protocol
             # Code: the bonnet of Cityscapes' car is cut out of pseudo-masks
             image = to_tensor(data.image(id))[None].to(run.device)
-            prob = common.predict(network, image, args, image.shape[2:], False, [1.0], False, 0)
-            label = prob.argmax(1)[0].byte().cpu().numpy()  # Algorithm 1, lines 5, 9
-            common.write_pseudo_label(folder, id, label, data.colors)
+            plain = dict(scales=[1.0], flip=False, base_size=0)
+            prob = common.predict(network, image, args, image.shape[2:], **plain)
+            label = prob.argmax(1)[0].byte()  # Algorithm 1, lines 5, 9
+            common.write_pseudo_label(folder, id, label.cpu().numpy(), data.colors)
         if id not in labeled:
             label = common.read_pseudo_label(folder, id)
             truth = common.truth_for_the_log(data, id, label.shape)
             table += common.confusion_matrix(to_tensor(truth), to_tensor(label), classes)
         common.progress(f"stage {stage}, pseudo-masks", number, len(ids))
-    miou = common.mean_iou(common.all_reduce(table.to(run.device)).cpu())
+    table = common.all_reduce(table.to(run.device))
+    miou = common.mean_iou(table.cpu())
     common.say(f"stage {stage}   pseudo-masks: mIoU {miou:.1f} on unlabeled pictures (for the log)")
-    keep["pseudo_miou"][folder.name] = miou
+    keep["pseudo_miou"][folder.name] = miou if math.isfinite(miou) else None
     common.barrier()
 
 
@@ -327,7 +344,8 @@ class SecondBranch(nn.Module):
             self.conv6 = nn.Sequential()
             for index in range(len(conv5)):
                 planes = channels // block.expansion
-                self.conv6.append(block(channels if index else inside, planes, norm_layer=norm))
+                width = channels if index else inside
+                self.conv6.append(block(width, planes, norm_layer=norm))
             self.conv6[0].downsample = nn.Sequential(projection, norm(channels))
             network.backbone.dilate(self.conv6, 4, first=4)
         # Code: ASPP returns after two of the four rates   --aspp-branches 2
@@ -380,7 +398,7 @@ def cross_entropy(logits, label):
 # ---- training ------------------------------------------------------------------------------------
 
 def start_stage(args, data, device, stage, before):
-    """What a stage trains and keeps: {name: network, optimizer, ..}, see Run.restore().
+    """What a stage trains and keeps, for Run.restore(): first student, teacher, optimizer, scaler.
 
     before: what the stage before has kept.
     """
@@ -400,15 +418,15 @@ def start_stage(args, data, device, stage, before):
             kind = args.branch or ("g-hat" if stage == 2 else "g-tilde")
             branch = SecondBranch(student, len(data.names), kind)
         cuda = device.type == "cuda"
-        branch.to(device, memory_format=torch.channels_last if cuda else torch.preserve_format)
-        keep["branch"] = branch
+        memory_format = torch.channels_last if cuda else torch.preserve_format
+        keep["branch"] = branch.to(device, memory_format=memory_format)
         head += branch.parameters()
     # Code: pretrained layers learn at a lower rate   --backbone-lr-mult
     optimizer = common.make_optimizer(args, args.lr, student.backbone.parameters(), head)
     optimizer.param_groups[0]["lr"] = args.lr * args.backbone_lr_mult
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
-    networks = {"student": student, "teacher": teacher}
-    return networks | {"optimizer": optimizer, "scaler": scaler} | keep
+    first = {"student": student, "teacher": teacher, "optimizer": optimizer, "scaler": scaler}
+    return first | keep
 
 
 def train_supervised(args, run, keep, data, labeled_ids, begin):
@@ -437,7 +455,8 @@ def train_supervised(args, run, keep, data, labeled_ids, begin):
 
         # 5 EMA
         # Open: a teacher in stage 1; it has one, so that its gain is not counted for the method
-        update_teacher(teacher, student, decay_at(iteration / stop, args.ema_decay))
+        decay = decay_at(iteration / stop, args.ema_decay)
+        update_teacher(teacher, student, decay)
 
         # 6 log, evaluate, save
         run.step(iteration, {"loss_labeled": loss_labeled}, lr=args.lr)
@@ -469,7 +488,9 @@ def train(args, run, keep, data, labeled_ids, all_ids, begin):
         (Stream(data, labeled_ids, name, args, **masks), args.labeled_batch_size),
         (Stream(data, all_ids, f"all, stage {run.stage}", args, **masks), args.batch_size),
     ]
-    batches = [common.batches(stream, args, run.device, begin, stop, B) for stream, B in streams]
+    batches = []
+    for stream, size in streams:
+        batches.append(common.batches(stream, args, run.device, begin, stop, size))
     run.images = args.labeled_batch_size + args.batch_size
     for iteration, (labeled, labeled_masks, union) in enumerate(zip(*batches), begin):
         # 1 batch: Sub-batch 2 of labeled pictures, then Sub-batch 1 of pictures from L u U
@@ -490,8 +511,10 @@ def train(args, run, keep, data, labeled_ids, all_ids, begin):
             targets["pseudo-mask"] = torch.cat([labeled_masks["label"], union["label"]])
         view = weak
         if args.strong and targets:  # A = B = identity for Sub-batch 2 (Sect. IV-B)
-            generators = [rng(args.seed, "strong", run.stage, i) for i in union["position"]]
-            maps = torch.stack([target[B_l:].byte() for target in targets.values()], 1)
+            places = union["position"]
+            generators = [rng(args.seed, "strong", run.stage, place) for place in places]
+            maps = [target[B_l:].byte() for target in targets.values()]
+            maps = torch.stack(maps, 1)  # (B, L, H, W)
             strong, maps = strong_view(union["image"], maps, generators, args.cutout)  # A x, B y'
             view = torch.cat([labeled["image"], strong])
             for target, moved in zip(targets.values(), maps.unbind(1)):
@@ -508,7 +531,8 @@ def train(args, run, keep, data, labeled_ids, all_ids, begin):
         if args.pseudo_masks:
             g = upsample(g, args.crop)  # g(A x), (B_l + B, K, H, W)
             losses["loss_pseudo"] = cross_entropy(g, targets["pseudo-mask"])  # Eq. 3
-        loss = losses["loss_labeled"] + args.lambda1 * losses.get("loss_consistency", 0)
+        loss = losses["loss_labeled"]
+        loss = loss + args.lambda1 * losses.get("loss_consistency", 0)
         loss = loss + args.lambda2 * losses.get("loss_pseudo", 0)  # Eqs. 4, 5
 
         # 4 backward
@@ -519,36 +543,42 @@ def train(args, run, keep, data, labeled_ids, all_ids, begin):
         common.average_buffers([learner])
 
         # 5 EMA
-        update_teacher(teacher, student, decay_at(iteration / stop, args.ema_decay))
+        decay = decay_at(iteration / stop, args.ema_decay)
+        update_teacher(teacher, student, decay)
 
         # 6 log, evaluate, save
         moved = {name: target[B_l:] for name, target in targets.items()}
         run.step(iteration, losses, moved, lr=args.lr, pseudo_miou=keep["pseudo_miou"][before])
         if run.due():
             keep["results"][run.stage] = run.evaluate({"student": student, "teacher": teacher})
-            draw(run, {"picture of L or U": union["image"], "strong view": view[B_l:]} | moved)
+            columns = {"picture of L or U": union["image"], "strong view": view[B_l:]}
+            draw(run, columns | moved)
         run.save(iteration, keep)
 
 
 def draw(run, columns):
     """pictures/batch_MARK.png: four pictures of the batch {title: pictures or labels}."""
-    run.panel(f"batch_{run.mark}", {title: cells[:4] for title, cells in columns.items()})
+    columns = {title: cells[:4] for title, cells in columns.items()}
+    run.panel(f"batch_{run.mark}", columns)
 
 
 def show_stages(args, run, teacher, data, ids):
     """pictures/stages.png (Figs. 4, 5): the pseudo-masks of each stage, and the last prediction."""
-    columns = {"unlabeled picture": [], "truth (not used)": [], "last prediction": []}
     ids = ids[:: max(1, len(ids) // 5)][:5]
+    images, truths, predictions = [], [], []
     for id in ids:
         image = to_tensor(data.image(id))
         size = image.shape[1:]
         truth = common.truth_for_the_log(data, id, size)
         prob = common.predict(teacher, image[None].to(run.device), args, size)
-        for cells, cell in zip(columns.values(), (image, to_tensor(truth), prob.argmax(1)[0])):
-            cells.append(cell)
+        images.append(image)
+        truths.append(to_tensor(truth))
+        predictions.append(prob.argmax(1)[0])
+    columns = {"unlabeled picture": images, "truth (not used)": truths}
     for folder in sorted((run.folder / "pseudo_labels").glob("stage_*")):
         masks = [to_tensor(common.read_pseudo_label(folder, id)) for id in ids]
         columns[f"pseudo-mask of {folder.name}"] = masks
+    columns["last prediction"] = predictions
     run.panel("stages", columns)
 
 
@@ -602,7 +632,8 @@ def main():
 
     *before, last = stages
     results = keep["results"]
-    tables = {f"stage_{stage}": results[stage]["teacher"] for stage in before} | results[last]
+    tables = {f"stage_{stage}": results[stage]["teacher"] for stage in before}
+    tables |= results[last]  # student, teacher
     run.finish({}, paper_miou(args), tables, pseudo_miou=keep["pseudo_miou"])
 
 
