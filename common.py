@@ -186,7 +186,8 @@ class Dataset:
         label = self.values[raw.clip(-1, 65536)]
         if (label < 0).any():
             wrong = np.unique(raw[label < 0])[:8].tolist()
-            accepted = ranges(np.flatnonzero(self.values >= 0))
+            accepted = f"0-{np.flatnonzero(self.values[:IGNORE] >= 0).max()}"
+            accepted += ", 255" if self.values[IGNORE] >= 0 else ""
             raise UserError(f"{path}: label values {wrong} are outside the {len(self.names)} "
                             f"classes of {self.name} (accepted: {accepted}){self.advice}")
         return label.astype(np.uint8)
@@ -197,7 +198,7 @@ class Dataset:
         The name of the PNG depends on time and size of the file: a changed file is read again."""
         if self.size is None:
             return read(path)
-        folder = "x".join(map(str, self.size)) if len(self.size) == 2 else f"longest_{self.size[0]}"
+        folder = "x".join(map(str, self.size)) if len(self.size) > 1 else f"longest_{self.size[0]}"
         with contextlib.suppress(OSError):  # not kept yet
             file = os.stat(path)
             key = f"{Path(path).resolve()}/{file.st_mtime_ns}/{file.st_size}/{kind}"
@@ -237,12 +238,6 @@ def to_rgb(picture):
         upper = np.asarray(picture).astype(np.int32) >> 8
         picture = Image.fromarray(upper.clip(0, 255).astype(np.uint8))
     return picture.convert("RGB")
-
-
-def ranges(values):
-    """'0-10, 255' for 0, 1, .., 10, 255."""
-    groups = np.split(values, np.flatnonzero(np.diff(values) > 1) + 1)
-    return ", ".join(f"{g[0]}-{g[-1]}" if len(g) > 1 else str(g[0]) for g in groups)
 
 
 def in_threads(function, items):
@@ -518,7 +513,8 @@ LAYOUTS = {  # what --data-root must hold, and where it comes from
     "context": "VOC2010/ with JPEGImages/, SegmentationClassContext/*.png and ImageSets/"
                "SegmentationContext/{train,val}.txt: VOCtrainval_03-May-2010.tar from "
                "http://host.robots.ox.ac.uk/pascal/VOC/voc2010/; masks and lists: MMSegmentation's "
-               "tools/dataset_converters/pascal_context.py makes them of trainval_merged.json",
+               "tools/dataset_converters/pascal_context.py makes them of trainval_merged.json, as "
+               "PNGs of class ids 0..59 (.mat masks of 459 classes are not read)",
     "folder": "images/ and masks/ (index PNGs of the same names, 255 is unknown), unlabeled/ "
               "(pictures without masks), and optionally val_images/, val_masks/ and classes.txt (a "
               "name on each line, with a color after it if you like: 255 0 0 or #ff0000)",
@@ -566,8 +562,6 @@ def open_listed(name, root, size, cache, download=False, extra=None, seed=0):
     places = [root / folder for folder in row["folders"]]
     images = row["images"] or "train"
     folder = next((place for place in places if (place / images).is_dir()), places[-1])
-    if name == "context":
-        refuse_mat_masks(root, folder)
     train_list, train = read_part(name, folder, "train")
     val_list, val = read_part(name, folder, "val")
     both = ", ".join(sorted(train.keys() & val.keys())[:3])
@@ -601,6 +595,7 @@ def read_part(name, folder, part):
     images, masks = pictures_in(image_folder), {}
     for mask_folder in reversed(mask_folders):
         masks |= pictures_in(folder / mask_folder, [".png"])
+        need(masks, f"{folder / mask_folder}: no PNG in it; --data-root must hold {LAYOUTS[name]}")
     paths = [folder / row["lists"] / f"{list_name}.txt" for list_name in lists]
     path = next((path for path in paths if path.exists()), paths[-1])
     if row["images"] or path.exists():
@@ -636,15 +631,6 @@ def download_voc(root):
             except (OSError, RuntimeError) as error:  # no network, a full disk, another checksum
                 raise UserError(f"--download to {root}: {error}; fetch it by hand: "
                                 f"{LAYOUTS['voc']}") from None
-
-
-def refuse_mat_masks(root, folder):
-    """Raise a UserError if PASCAL-Context has only .mat files as masks."""
-    if not pictures_in(folder / "SegmentationClassContext", [".png"]):
-        path = min(root.glob("**/*.mat"), default=None)
-        need(path is None, f"{path}: .mat masks (of 459 classes) are not read; convert them to "
-             "class ids 0..59, one PNG for each picture, from trainval_merged.json: --data-root "
-             f"must hold {LAYOUTS['context']}")
 
 
 def is_background_unknown(files):
@@ -832,8 +818,14 @@ def number_classes(masks, problems):
     """{name: color} of the classes 0, 1, .. up to the largest id in the masks. Problems are added.
 
     Ids above a gap of more than ten do not count: they are out of range."""
+    def read(path):
+        with contextlib.suppress(UserError), open_picture(path) as mask:
+            if mask.mode in Folder.mask_modes:
+                return np.flatnonzero(np.bincount(np.asarray(mask, np.uint8).ravel()))
+        return []  # an unreadable mask is named later
+
     seen = np.zeros(256, bool)
-    for number, ids in enumerate(in_threads(ids_in_mask, masks), 1):
+    for number, ids in enumerate(in_threads(read, masks), 1):
         seen[ids] = True
         progress("numbering the classes from the masks", number, len(masks))
     known = np.flatnonzero(seen[:IGNORE])
@@ -845,14 +837,6 @@ def number_classes(masks, problems):
         problems.append(f"{masks[0].parent}: the ids {ids}, .. have more gaps than ids, as gray "
                         "values and colors do; save classes as 0, 1, 2, ..")
     return {f"class {k}": distinct_color(k) for k in range(count)}
-
-
-def ids_in_mask(path):
-    """The values in a mask file. None where it cannot be read, which is an error later."""
-    with contextlib.suppress(UserError), open_picture(path) as mask:
-        if mask.mode in Folder.mask_modes:
-            return np.flatnonzero(np.bincount(np.asarray(mask, np.uint8).ravel()))
-    return []
 
 
 def distinct_color(k):
@@ -908,13 +892,9 @@ def split(args, data, read=True):
     named = set(labeled + unlabeled)
     unlabeled = unlabeled + [id for id in data.extra if id not in named]
     args.labels = len(labeled)
-    ways = "use fewer --labels, or --supervised"
-    if data.name == "folder":
-        ways = f"put pictures into {args.data_root}/unlabeled/, or {ways}"
-    elif data.name in ("cityscapes", "voc"):
-        ways += ", or --extra"
     need(unlabeled or args.supervised, f"all {len(labeled)} training pictures are labeled, so no "
-         f"unlabeled ones are left; {ways}")
+         "unlabeled ones are left; use fewer --labels, or --supervised, or add unlabeled ones "
+         "(--extra on cityscapes and voc; the folder unlabeled/ of your own pictures)")
     if args.size is not None and len(args.size) == 2:
         (height, width), (crop_height, crop_width) = args.size, args.crop
         need(crop_height <= height and crop_width <= width, f"--crop {crop_height} {crop_width} is "
@@ -961,8 +941,6 @@ def read_split(paths, data):
     The first column of a line counts, and of it picture_name()."""
     need(len(paths) <= 2, f"--split takes one list (labeled) or two (unlabeled), not {len(paths)}")
     known = {picture_name(id, data): id for id in data.train + data.extra}
-    is_voc = data.name == "voc" and not data.extra
-    hint = "; a list of the 10,582 needs --dataset vocaug, or --extra all" if is_voc else ""
     lists = []
     for path in paths:
         ids = {}  # {id: number of its line}
@@ -970,7 +948,7 @@ def read_split(paths, data):
             if line.strip():
                 name = picture_name(line.split()[0], data)
                 need(name in known, f"{path}:{number}: {name} is not among the {len(known)} "
-                     f"training pictures of {data.name}{hint}")
+                     f"training pictures of {data.name} (vocaug, or --extra all, has more of voc)")
                 first = ids.setdefault(known[name], number)
                 need(first == number, f"{path}:{number}: {name} is in line {first} too; remove one")
         need(ids, f"{path}: names no picture")

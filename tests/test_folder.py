@@ -449,7 +449,7 @@ def test_without_unlabeled_pictures_the_ways_out_are_named(own, main):
     shutil.rmtree(own / "unlabeled")
     with pytest.raises(
         common.UserError,
-        match="put pictures into .*own/unlabeled/, or use fewer --labels, or --supervised$",
+        match="use fewer --labels, or --supervised, or add .* the folder unlabeled/",
     ):
         main()
 
