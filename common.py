@@ -664,18 +664,18 @@ def open_cityscapes(root, size, cache, extra=None, seed=0):
     check_folders("cityscapes", root, *[root / folder for folder in folders])
     train = read_cityscapes(root, "train", 2975)
     val = read_cityscapes(root, "val", 500)
-    kinds = {mask.rsplit("_", 1)[1] for _, mask in (train | val).values() if mask}
+    files = train | val
+    kinds = {mask.name.rsplit("_", 1)[1] for _, mask in files.values() if mask}
     need(len(kinds) < 2, f"{root}/gtFine: some pictures have only labelIds, some only "
          "labelTrainIds; make one kind complete")
     values = {c.id: IGNORE for c in torchvision.datasets.Cityscapes.classes if c.id >= 0}
     values |= {IGNORE: IGNORE} | {id: k for k, id in enumerate(CITYSCAPES_IDS)}
     if kinds == {"labelTrainIds.png"}:
         values = class_ids(19)
-    files = train | val
     data = Dataset("cityscapes", CITYSCAPES, list(train), list(val), files, values, size, cache)
     if extra is not None:
         folder = root / "leftImg8bit/train_extra"
-        pictures = {city_id(path): str(path) for path in folder.glob("*/*_leftImg8bit.png")}
+        pictures = {city_id(path): path for path in folder.glob("*/*_leftImg8bit.png")}
         need(pictures, f"{folder}: no CITY/*_leftImg8bit.png for --extra; unpack "
              f"leftImg8bit_trainextra.zip from https://www.cityscapes-dataset.com in {root}")
         if len(pictures) not in (19998, 19997):  # one is corrupt in the archive, and often removed
@@ -687,22 +687,18 @@ def open_cityscapes(root, size, cache, extra=None, seed=0):
 
 def city_id(path):
     """CITY/CITY_000000_000000 of a picture's path."""
-    return f"{Path(path).parent.name}/{Path(path).name.removesuffix('_leftImg8bit.png')}"
+    return f"{path.parent.name}/{path.name.removesuffix('_leftImg8bit.png')}"
 
 
 def read_cityscapes(root, part, count):
     """{id: (image path, mask path or None)} of train or val, sorted by path."""
-    try:
-        listing = torchvision.datasets.Cityscapes(root, part, "fine", "semantic")
-    except NotADirectoryError as error:
-        raise UserError(f"{error.filename}: a file among the folders of the cities; "
-                        "remove it") from None
-    files = {}
-    for image, (mask,) in sorted(zip(listing.images, listing.targets)):
-        masks = [mask, mask.replace("_labelIds.png", "_labelTrainIds.png")]
-        if image.endswith("_leftImg8bit.png"):
-            files[city_id(image)] = image, next(filter(os.path.exists, masks), None)
     folder = root / "leftImg8bit" / part
+    files = {}
+    for path in sorted(folder.glob("*/*_leftImg8bit.png")):
+        id = city_id(path)
+        masks = [root / f"gtFine/{part}/{id}_gtFine_{kind}.png"
+                 for kind in ("labelIds", "labelTrainIds")]
+        files[id] = path, next((mask for mask in masks if mask.exists()), None)
     if len(files) != count:
         warn(f"{folder} has {len(files)} pictures, the whole dataset {count}: "
              "is the copy complete?")
@@ -1080,8 +1076,8 @@ def notes_on_all(data, pictures, counts):
                      "mode makes them; check that each id is the same class everywhere")
     by_content = {}
     for picture in pictures:
-        by_content.setdefault(picture.content, []).append(picture)
-    by_content.pop(None, None)  # pictures that cannot be read
+        if picture.content:
+            by_content.setdefault(picture.content, []).append(picture)
     for same in by_content.values():
         parts = {picture.part for picture in same}
         if len(parts) > 1 or len(same) > 1 and data.name == "folder":
