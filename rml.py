@@ -49,15 +49,17 @@ PAPER = {}
 PAPER["cityscapes"] = dict(
     # Open: what "batch size 4" counts; we take 4 labeled and 4 unlabeled pictures   --batch-size
     labels="372", size=(512, 1024), crop=(256, 512), scale=(1.0, 1.0), batch_size=4, workers=4,
+    # Open: DeepLabv2's head, which has no layer before its classifier for prototypes; we take that
+    #   of ProDA (256 features, group norm), also in the baseline   --head plain
     network="deeplabv2", backbone="resnet101", weights="imagenet", head="bottleneck",
-    # Open: batch norm; we freeze it as loaded, like French et al. (new heads train)   --batch-norm
+    # Open: batch norm; we freeze it as loaded, like French et al.   --batch-norm
     batch_norm="frozen",
     optimizer="sgd", lr=1e-4, weight_decay=2e-4, setr_lr=1.0,
     stage0_iterations=40_000, stage0_lr=2.5e-4, stage0_head_lr=10.0,
     iterations=90_000, ema_decay=0.999, dropout=0.5, drop_path=0.2,
     prototype_decay=0.9999, prototype_min_cells=10,
     log_every=50, eval_every=5000, save_every=1000)
-# A small network that learns from scratch on a CPU. It has few weights, so it gets less noise.
+# A small network from scratch on a CPU. It has few weights, so we give it less noise.
 PAPER["streets"] = PAPER["cityscapes"] | dict(
     labels="8", size=(64, 128), crop=(64, 128), workers=0,
     backbone="tiny", weights="none",
@@ -79,8 +81,8 @@ PAPER["folder-gpu"] = PAPER["camvid-gpu"] | dict(
     stage0_iterations=5000, iterations=10_000)
 PAPER["vocaug"] = PAPER["cityscapes"] | dict(
     labels="1/8", size=None, crop=(321, 321), scale=(0.5, 1.5), batch_size=10, iterations=60_000)
-# Open: from which pictures VOC's labels are drawn; the text says the 1,464 standard ones (voc), the
-#   splits that it names are of all 10,582 (vocaug)   --dataset --split
+# Open: what 1/8 of VOC counts; the text says of the 1,464 standard pictures, the tables' "Full" are
+#   10,582: voc draws 1,323 of the 1,464, vocaug 1,323 of all 10,582   --dataset --labels --split
 PAPER["voc"] = PAPER["vocaug"] | dict(labels="1323", extra="all")
 # The paper's mIoU (Tables 1, 2, 3) by --supervised, data and weights, then labels.
 PAPER_MIOU = {
@@ -91,6 +93,7 @@ PAPER_MIOU = {
     (False, "voc", "coco"): {106: 63.60, 212: 68.66, 529: 71.19, 1323: 73.38},
 }
 # Tables 4, 5 (Cityscapes, 372 labels; of student 1), by --network and what differs from PAPER.
+# Open: noise in Table 5; none (Sect. 5.4), but its DeepLabv2 pair has the full noises of Table 4
 IML = "cutmix=False drop_path=0.0 dropout=0.0 photometric=False rectify=False stages=1"
 PAPER_ABLATIONS = {
     f"deeplabv2 {IML}": 60.09,  # indirect mutual learning
@@ -103,8 +106,8 @@ PAPER_ABLATIONS = {
     f"deeplabv2,setr {IML}": 63.96,
     f"setr,deeplabv2 {IML}": 64.35,
 }
-# Which networks predict the pseudo-labels, and from which models student 1 and student 2 learn:
-# model 0, model 1, or both (the peer first).
+# Which networks predict the pseudo-labels, and whose labels student 1 and student 2 learn from:
+# those of model 0, model 1, or both (the peer first).
 MUTUAL = {
     "none": ("student", ([0], [1])),  # Eq. 2
     "mean-teacher": ("teacher", ([0], [1])),
@@ -234,11 +237,10 @@ def join(batches, name):
 
 
 def strong_view(unlabeled, pseudo_labels, args, stage, student):
-    """Gamma_j of student j: photometric operations on each picture, then CutMix.
+    """Gamma, drawn anew for each student: photometric operations on each picture, then CutMix.
 
     unlabeled: a batch and, for CutMix, the batch of its partners; pseudo_labels: of each model,
-    (2B, H, W), without CutMix (B, H, W). Returns the view (B, 3, H, W) uint8, and its labels.
-    """
+    (2B, H, W), without CutMix (B, H, W). Returns the view (B, 3, H, W) uint8, and its labels."""
     view = join(unlabeled, "image")  # (2B, 3, H, W)
     if args.photometric:
         generators = []
@@ -262,14 +264,14 @@ def strong_view(unlabeled, pseudo_labels, args, stage, student):
 
 
 def add_model_noise(network, dropout, drop_path, linear=False):
-    """Add dropout before the last classifier and stochastic depth to residual branches, once."""
+    """Add dropout before the last classifier, stochastic depth to residual branches. Call once."""
     network.dropout = torch.nn.Dropout(dropout)
     kinds = BasicBlock, Bottleneck, EncoderBlock
     blocks = [module for module in network.modules() if isinstance(module, kinds)]
     for depth, block in enumerate(blocks, 1):
         # Open: whether .8 (Sect. 5.2) holds for every block; yes   --linear-drop-path
         probability = drop_path * depth / len(blocks) if linear else drop_path
-        # As a part of the block it follows the block's train() and eval(). A frozen norm does not.
+        # Registered on the block: a frozen norm is always in eval mode, which is without noise.
         block.stochastic_depth = StochasticDepth(probability, mode="row")
         if isinstance(block, EncoderBlock):  # both branches end with a dropout of probability 0
             block.dropout = block.stochastic_depth
@@ -297,10 +299,9 @@ def features_and_logits(network, image, args):
     """Features (B, C, h, w) and logits (B, K, h, w) of pictures (B, 3, H, W) uint8; no noise."""
     network.eval()
     with common.autocast(args, image.device):
-        # Open: which layer is f; we take the input of the last 1x1 conv (256 channels), like ProDA.
-        #   The head of DeepLabv2 has no such conv: there we take layer4   --head plain
+        # Open: which layer is f; we take the input of the last conv, like ProDA   --head
         features = network.features(common.to_float(image))
-        # Open: the resolution of Eqs. 6 and 9; DeepLabv2's. Finer features (SETR) are averaged
+        # Open: the resolution of Eqs. 6, 9; DeepLabv2's stride, finer features (SETR) are averaged
         if args.rectify and network.stride < args.cell:
             features = F.avg_pool2d(features, args.cell // network.stride, ceil_mode=True)
         return features, network.classifier(features)
@@ -312,13 +313,12 @@ def rectify(features, p0, eta):
         omega_k = exp(-||f~ - eta_k||) / sum_k' exp(-||f~ - eta_k'||)    Eq. 9
         p_k^t = omega_k p_k^0                                            Eq. 6
 
-    f~: features (B, C, h, w); eta: prototypes (K, C), inf: not known yet; p^0: p0 (B, K, h, w).
-    """
+    f~: features (B, C, h, w); eta: prototypes (K, C), inf: never seen; p^0: p0 (B, K, h, w)."""
     B, C, h, w = features.shape
     f = features.float().flatten(2).transpose(1, 2)  # (B, hw, C)
     # Open: the scale of the distance; we use no normalisation, no temperature, and no square
     distance = torch.cdist(f, eta, compute_mode="donot_use_mm_for_euclid_dist")  # (B, hw, K)
-    distance = distance.clamp(max=1e4)  # inf: omega is 0; if all are inf, all omega are the same
+    distance = distance.clamp(max=1e4)  # never seen: omega = 0; if no class was seen: 1 / K
     omega = torch.softmax(-distance, 2).transpose(1, 2).view(B, -1, h, w)  # Eq. 9
     p0 = common.upsample(p0, (h, w))  # Caffe-style networks have one row and one column more
     p = omega * p0  # Eq. 6
@@ -348,9 +348,8 @@ def update_prototypes(eta, features, logits, valid, decay):
 
         eta_k <- lambda eta_k + (1 - lambda) eta'_k    Eq. 11
 
-    eta': mean feature of class k in this batch, by the argmax of the teacher; lambda: decay.
-    features: (B, C, h, w), logits: (B, K, h, w); valid: (B, H, W) bool, False in padding.
-    """
+    eta': mean feature of class k in this batch, by the teacher's argmax; lambda: decay.
+    features: (B, C, h, w), logits: (B, K, h, w); valid: (B, H, W) bool, False in padding."""
     valid = F.interpolate(valid[:, None].float(), features.shape[2:], mode="nearest-exact") > 0
     prediction = logits.max(1).indices.where(valid[:, 0], len(eta))  # max: faster than argmax
     sums = common.all_reduce(class_sums(features, prediction, len(eta)))
@@ -362,15 +361,14 @@ def update_prototypes(eta, features, logits, valid, decay):
 
 
 @torch.no_grad()
-def start_stage(networks, folders, data, labeled, unlabeled, args, device):
+def start_stage(networks, folders, data, labeled_ids, unlabeled_ids, args, device):
     """One pass over all training pictures. Writes p^0 to the folders; returns {model: eta (K, C)}.
-
-        eta_k = 1 / |D_l u D_u| sum_x mean_i^HW(f~(x)^i 1(argmax h~(x)^i == k))    Eq. 10
-    """
+    As printed (see "Open" below):
+        eta_k = 1 / |D_l u D_u| sum_x mean_i^HW(f~(x)^i 1(argmax h~(x)^i == k))    Eq. 10"""
     K = len(data.names)
     sums = [torch.zeros(K, network.feature_channels + 1, device=device) for network in networks]
-    pictures = (labeled + unlabeled)[common.rank() :: common.world_size()]  # of this process
-    wanted = set(unlabeled)
+    pictures = (labeled_ids + unlabeled_ids)[common.rank() :: common.world_size()]
+    wanted = set(unlabeled_ids)
     for number, id in enumerate(pictures, 1):
         image = common.to_tensor(data.image(id))[None].to(device)
         for network, total, folder in zip(networks, sums, folders):
@@ -397,8 +395,9 @@ def start_stage(networks, folders, data, labeled, unlabeled, args, device):
 # ---- losses --------------------------------------------------------------------------------------
 
 def cross_entropy(log_prob, label):
-    """H of Eqs. 1, 3, 5: the mean of -log_prob (B, K, H, W) of the label (B, H, W) where not 255,
-    over all processes. (Gradients are averaged: each returns its share times their number.)"""
+    """H of Eqs. 1, 3, 5: the mean of -log_prob (B, K, H, W) of the label (B, H, W) where not 255.
+
+    DDP averages gradients over processes, so each one returns its share times their number."""
     # Open: what Eq. 2 divides by; we divide by the number of confident pixels   --threshold
     count = common.all_reduce((label != common.IGNORE).sum())
     loss = F.nll_loss(log_prob, label, ignore_index=common.IGNORE, reduction="sum")
@@ -430,7 +429,7 @@ def update_students(students, optimizers, scaler, progress):
     """Step with polynomial decay (Sect. 5.2); progress: 0 to 1. Returns the rates for the log."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * (1 - progress) ** 0.9
+            group["lr"] = group["initial_lr"] * (1 - progress) ** 0.9  # Open: the power; DeepLab's
         scaler.step(optimizer)
     scaler.update()
     common.average_buffers(students)
@@ -447,10 +446,10 @@ def student_log_prob(learner, image, args, stage, iteration, j):
     return common.upsample(logits, args.crop).log_softmax(1)
 
 
-def train_supervised(run, students, learners, teachers, data, labeled, args, device):
+def train_supervised(run, students, learners, teachers, data, labeled_ids, args, device):
     """Stage 0, and the baseline: the students learn from labels alone (Eq. 1), without noise."""
-    # Open: how the models that Eqs. 1 and 6 start from learn; with different initial heads and
-    #   orders of pictures, and a fast head   --stage0-iterations --stage0-lr --stage0-head-lr
+    # Open: how the first models are trained; on labels alone, with other initial heads and orders
+    #   of pictures, and a fast head   --stage0-iterations --stage0-lr --stage0-head-lr
     iterations = run.stages[0]
     networks = numbered("student", students) | numbered("teacher", teachers)
     optimizers = make_optimizers(students, args.stage0_lr, args.stage0_head_lr, args)
@@ -458,7 +457,7 @@ def train_supervised(run, students, learners, teachers, data, labeled, args, dev
     keep = networks | numbered("optimizer", optimizers) | {"scaler": scaler}
     begin = run.restore(keep)
     names = [f"labeled {j}, stage 0" for j in range(len(students))]
-    streams = [common.Stream(data, labeled, name, args) for name in names]
+    streams = [common.Stream(data, labeled_ids, name, args) for name in names]
     streams = [common.batches(stream, args, device, begin, iterations) for stream in streams]
 
     for iteration, batches in enumerate(zip(*streams), begin):
@@ -486,9 +485,10 @@ def train_supervised(run, students, learners, teachers, data, labeled, args, dev
         run.save(iteration, keep)
 
 
-def train(run, stage, students, learners, teachers, data, labeled, unlabeled, args, device):
+def train(run, stage, students, learners, teachers, data, labeled_ids, unlabeled_ids, args):
     """One stage: the students learn from labels and from the pseudo-labels of both teachers."""
     # Open: what a new stage keeps; the students, and teachers restart as their copies   --stages
+    device = run.device
     iterations = run.stages[stage]
     kind, learns_from = MUTUAL[args.mutual]
     predictors = teachers if kind == "teacher" else students
@@ -496,23 +496,24 @@ def train(run, stage, students, learners, teachers, data, labeled, unlabeled, ar
     optimizers = make_optimizers(students, args.lr, 1.0, args)
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
     prototypes = {}  # of both models
-    keep = networks | numbered("optimizer", optimizers)
-    keep |= {"scaler": scaler, "prototypes": prototypes}
+    state = {"scaler": scaler, "prototypes": prototypes}
+    keep = networks | numbered("optimizer", optimizers) | state
     begin = run.restore(keep)
     folders = []  # of p^0
     if args.rectify:
         folders = [run.folder / f"soft_labels/stage_{stage}_model_{number}" for number in (1, 2)]
     if args.rectify and begin == 0:
-        # Open: which models predict p^0; stage 0's students, later the last stage's teachers
+        # Open: whose p^0 and first eta; stage 0's students', later the last stage's teachers'
         sources = students if stage == 1 else predictors
-        prototypes.update(start_stage(sources, folders, data, labeled, unlabeled, args, device))
+        etas = start_stage(sources, folders, data, labeled_ids, unlabeled_ids, args, device)
+        prototypes.update(etas)
         run.forget_soft_labels(keep=folders)
     if begin == 0:
         for teacher, student in zip(teachers, students):
             teacher.load_state_dict(student.state_dict())
-    streams = [common.Stream(data, labeled, f"labeled, stage {stage}", args)]
+    streams = [common.Stream(data, labeled_ids, f"labeled, stage {stage}", args)]
     for name in ("unlabeled", "partner") if args.cutmix else ("unlabeled",):
-        streams.append(common.Stream(data, unlabeled, f"{name}, stage {stage}", args,
+        streams.append(common.Stream(data, unlabeled_ids, f"{name}, stage {stage}", args,
                                      labeled=False, soft_labels=folders, stride=args.cell))
     streams = [common.batches(stream, args, device, begin, iterations) for stream in streams]
 
@@ -525,14 +526,15 @@ def train(run, stage, students, learners, teachers, data, labeled, unlabeled, ar
         probs, pseudo_labels = [], []
         for i, predictor in enumerate(predictors):
             features, logits = features_and_logits(predictor, weak, args)
-            prob = logits.float().softmax(1)  # (2B, K, h, w), Eq. 4; of a student: Eqs. 2, 3
+            prob = logits.float().softmax(1)  # Eq. 4 (of a student: Eqs. 2, 3), (2B, K, h, w)
             probs.append(prob)
             if args.rectify:
                 p0 = join(unlabeled, f"soft_{i}")  # (2B, K, h, w)
                 eta = prototypes[i].to(device)  # from the CPU, if just restored
                 prob = rectify(features, p0, eta)  # Eqs. 6, 9
-                decay = args.prototype_decay
-                prototypes[i] = update_prototypes(eta, features, logits, valid, decay)  # Eq. 11
+                # Open: the batch of eta'; unlabeled pictures and partners, not labeled ones
+                eta = update_prototypes(eta, features, logits, valid, args.prototype_decay)
+                prototypes[i] = eta  # Eq. 11
             pseudo_label = hard_label(prob, args.crop, valid, args.threshold)
             pseudo_labels.append(pseudo_label)  # (2B, H, W)
 
@@ -540,7 +542,7 @@ def train(run, stage, students, learners, teachers, data, labeled, unlabeled, ar
         losses = {}
         for j, learner in enumerate(learners):
             view, target = strong_view(unlabeled, pseudo_labels, args, stage, j)  # Gamma_j
-            image = torch.cat([labeled["image"], view])  # (2B, 3, H, W)
+            image = torch.cat([labeled["image"], view])  # (B + B, 3, H, W): labeled, strong
             log_prob = student_log_prob(learner, image, args, stage, iteration, j)
             log_prob_labeled, log_prob_strong = log_prob.chunk(2)  # (B, K, H, W) each
             loss = cross_entropy(log_prob_labeled, labeled["label"])  # Eq. 1
@@ -559,8 +561,8 @@ def train(run, stage, students, learners, teachers, data, labeled, unlabeled, ar
             update_teacher(teacher, student, args.ema_decay)
 
         # 6 log, evaluate, save: only here the truth of unlabeled pictures is read
-        labels = numbered("pseudo_miou", pseudo_labels)
-        run.step(iteration, losses, labels, join(unlabeled, "truth"), **rates)
+        logged = numbered("pseudo_miou", pseudo_labels)
+        run.step(iteration, losses, logged, join(unlabeled, "truth"), **rates)
         if run.due():
             run.evaluate(networks)
             raw = [hard_label(prob, args.crop, valid) for prob in probs]
@@ -615,8 +617,7 @@ def main():
     for stage in range(1, args.stages + 1):
         stages[stage] = args.iterations  # on labels and pseudo-labels
     # Open: which network is reported; teacher 1 (student 1 without teachers), last iteration
-    method = "rml"
-    headline = f"{MUTUAL[args.mutual][0]}_1"
+    method, headline = "rml", f"{MUTUAL[args.mutual][0]}_1"
     if args.supervised:
         # Open: how long the baseline trains; as long as a student in all stages   --supervised
         stages = {0: sum(stages.values())}
@@ -629,9 +630,8 @@ def main():
     for student in students:
         add_model_noise(student, args.dropout, args.drop_path, args.linear_drop_path)
     for stage in range(1, len(stages)):
-        if not run.enter(stage):
-            continue
-        train(run, stage, students, learners, teachers, data, labeled, unlabeled, args, device)
+        if run.enter(stage):
+            train(run, stage, students, learners, teachers, data, labeled, unlabeled, args)
     networks = numbered("student", students) | numbered("teacher", teachers)
     run.finish(networks, paper_miou(args))
 
