@@ -1983,7 +1983,7 @@ COUNTER = "num_batches_tracked"  # of batch norm; older files have none
 # SETUP
 # ==================================================================================================
 
-DATASETS = ["streets", "camvid", "cityscapes", "voc", "vocaug", "context", "folder"]
+DATASETS = ["streets", *LAYOUTS]
 
 # Arguments that change neither the setting nor the result of a run.
 HARMLESS = {"out", "overwrite", "workers", "cache", "data_root", "download",
