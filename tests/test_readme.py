@@ -1,5 +1,6 @@
 """The commands, links and numbers of lines in README.md and RESULTS.md."""
 
+import ast
 import re
 import shlex
 import subprocess
@@ -51,6 +52,21 @@ def test_every_command_parses(script, least):
     assert parsed >= least
 
 
+def test_commands_of_tests_name_files_and_flags_that_exist():
+    """Figures, the table over runs, and benchmarks."""
+    names = set()
+    for command in COMMANDS:
+        if match := re.match(r"python (tests/\w+\.py)(.*)", command):
+            path, arguments = match.groups()
+            names.add(path)
+            source = (ROOT / path).read_text()
+            for flag in re.findall(r"--[\w-]+", arguments):
+                assert flag in source, command
+    assert {"tests/figure_rml.py", "tests/figure_dars.py", "tests/results_table.py"} <= names
+    benchmarks = {f"tests/{path.name}" for path in (ROOT / "tests").glob("benchmark_*.py")}
+    assert benchmarks <= names
+
+
 def test_nothing_is_left_to_be_filled_in():
     assert not re.search(r"@[A-Z]+@|^[A-Z]+_[A-Z_]+$", README + RESULTS, re.M)
 
@@ -91,7 +107,11 @@ def test_help_needs_no_data(tmp_path):
 def test_no_package_but_the_five_is_imported():
     names = set()
     for path in ROOT.glob("*.py"):
-        names |= set(re.findall(r"^\s*(?:import|from) (\w+)", path.read_text(), re.M))
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                names |= {alias.name.split(".")[0] for alias in node.names}
+            if isinstance(node, ast.ImportFrom):
+                names.add(node.module.split(".")[0])
     known = {"torch", "torchvision", "numpy", "PIL", "common"}
     assert not names - set(sys.stdlib_module_names) - known
     packages = (ROOT / "requirements.txt").read_text().split()
