@@ -140,7 +140,8 @@ def paper_miou(args):
     """The paper's mIoU of the setting that these arguments make, or None."""
     if args.supervised or set(args.changed) - {"weights"}:
         return None
-    return PAPER_MIOU.get((args.dataset, args.weights), {}).get(args.labels)
+    row = PAPER_MIOU.get((args.dataset, args.weights), {})
+    return row.get(args.labels)
 
 
 # ---- perturbations -------------------------------------------------------------------------------
@@ -151,7 +152,8 @@ GREY = 128  # beyond the border of a moved picture, and in Cutout's squares
 def sharpness(image, factor):
     """PIL's Sharpness, 0: smooth, 1: unchanged. (torchvision's is a sync point on a GPU.)"""
     smooth = image.float()
-    box = F.avg_pool2d(smooth, 3, stride=1, divisor_override=1)  # sums of 3x3 pixels
+    rows = smooth[:, :-2] + smooth[:, 1:-1] + smooth[:, 2:]
+    box = rows[..., :-2] + rows[..., 1:-1] + rows[..., 2:]  # sums of 3x3 pixels; avg_pool2d is slow
     smooth[:, 1:-1, 1:-1].mul_(4).add_(box).div_(13).round_()
     return smooth.lerp(image.float(), factor).clamp_(0, 255).to(torch.uint8)
 
@@ -221,8 +223,11 @@ def warp(image, labels, matrix):
     inner_column = column.clamp(0, width - 1)
     inner_row = row.clamp(0, height - 1)
     inside = (column == inner_column) & (row == inner_row)
-    maps = torch.cat([image, labels])
-    moved = maps[:, inner_row.long(), inner_column.long()]  # (3 + L, H, W)
+    index = (inner_row * width + inner_column).long()  # exact in float32 up to 4096 x 4096
+    maps = torch.cat([image, labels]).flatten(1)  # (3 + L, HW)
+    index = index.flatten().expand(len(maps), -1)
+    moved = maps.gather(1, index)
+    moved = moved.unflatten(1, (height, width))  # (3 + L, H, W)
     return moved[:3].where(inside, GREY), moved[3:].where(inside, IGNORE)
 
 
@@ -259,7 +264,8 @@ def strong_view(images, labels, generators, cutout_side):
             if apply and name in PHOTOMETRIC:
                 images[i] = PHOTOMETRIC[name](images[i], level)
             elif apply:
-                matrix = compose(matrix, GEOMETRIC[name](sign * level, *images.shape[2:]))
+                operation = GEOMETRIC[name](sign * level, *images.shape[2:])
+                matrix = compose(matrix, operation)
         # Open: the order; geometric operations last, in one look-up, so that no color operation
         #   changes GREY, and pictures and labels agree at each pixel
         if matrix != IDENTITY:
@@ -351,7 +357,8 @@ class SecondBranch(nn.Module):
         # Code: ASPP returns after two of the four rates   --aspp-branches 2
         self.aspp = nn.ModuleList()
         for conv in network.branches:
-            self.aspp.append(nn.Conv2d(channels, classes, 3, 1, conv.padding, conv.dilation))
+            same = dict(padding=conv.padding, dilation=conv.dilation)
+            self.aspp.append(nn.Conv2d(channels, classes, 3, **same))
         # Open: the initial weights; N(0, .01), as in the authors' code
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
