@@ -296,7 +296,7 @@ def class_ids(count):
 
 @contextlib.contextmanager
 def collected(problems):
-    """Add the text of a UserError to the list of problems instead of raising it."""
+    """Add the text of a UserError to the list of problems; do not raise it."""
     try:
         yield
     except UserError as error:
@@ -413,7 +413,8 @@ def draw_far_end(scene):
         elif kind == "tree":
             tree = scene.shape("vegetation", "leaves")
             radius = width / 2
-            middle, crown = x + radius, horizon - uniform(2, 14)
+            middle = x + radius
+            crown = horizon - uniform(2, 14)
             for _ in range(4):
                 column = middle + uniform(-0.6, 0.6) * radius
                 row = crown + uniform(-0.5, 0.5) * radius
@@ -438,7 +439,8 @@ def draw_ground(scene):
     pen.polygon(corners, fill=scene.shape("road", "asphalt"))
     if uniform() < 0.6:
         paint = scene.shape("road", "marking")
-        slant, depth = (left + right) / 2 - vanish, height - horizon
+        slant = (left + right) / 2 - vanish
+        depth = height - horizon
         for k in range(5):
             near, far = (k / 5) ** 2, (k / 5 + 0.08) ** 2
             ends = [(vanish + slant * share, horizon + share * depth) for share in (near, far)]
@@ -464,10 +466,12 @@ def draw_things(scene):
             for axle in (x - 0.32 * width, x + 0.32 * width):
                 scene.draw("ellipse", wheel, axle, foot, size, size, (-0.15, 0.28, 0.15, 0))
         elif name == "person":
-            x, height = uniform(0, scene.width), size * uniform(0.9, 1.3)
+            x = uniform(0, scene.width)
+            height = size * uniform(0.9, 1.3)
             scene.stand(name, x, foot, height, height)
         else:
-            x, height = uniform(0, scene.width), size * uniform(2, 3.2)
+            x = uniform(0, scene.width)
+            height = size * uniform(2, 3.2)
             scene.stand(name, x, foot, size, height)
             if uniform() < 0.5:
                 plate = scene.shape("sign", "plate")
@@ -751,7 +755,8 @@ def open_folder(root, size, cache, problems=None):
         more = f" (and {len(found) - 1} more; --check-data names all)" if len(found) > 1 else ""
         raise UserError(found[0] + more)
     extra = {f"unlabeled/{stem}": (path, None) for stem, path in unlabeled.items()}
-    files, values = labeled | val | extra, class_ids(len(classes))
+    files = labeled | val | extra
+    values = class_ids(len(classes))
     data = Folder("folder", classes, list(labeled), list(val), files, values, size, cache)
     data.extra = list(extra)
     return data
@@ -1098,17 +1103,18 @@ def notes_on_all(data, pictures, counts):
 
 def print_contents(data, parts, pictures, counts):
     """Counts, sizes and modes of the pictures; of each class the share of pixels, and its masks."""
-    def most_common(values, limit=None):
-        counter = Counter(value for value in values if value)
-        more = f", and {len(counter) - limit} others" if limit and len(counter) > limit else ""
-        found = [f"{value} ({count})" for value, count in counter.most_common(limit)]
-        return (", ".join(found) or "none") + more
+    def most_common(values):
+        counter = Counter(filter(None, values))
+        more = ", .." if len(counter) > 5 else ""
+        found = [f"{value} ({count})" for value, count in counter.most_common(5)]
+        return ", ".join(found or ["none"]) + more
 
     total = ", ".join(f"{len(ids)} {part}" for part, ids in parts.items())
     print(f"pictures  {total}; {data.name}, {len(data.names)} classes")
-    print(f"sizes     {most_common([picture.size for picture in pictures], 5)}")
-    print(f"modes     pictures {most_common([picture.mode for picture in pictures])}; "
-          f"masks {most_common([picture.mask_mode for picture in pictures])}")
+    modes = most_common(picture.mode for picture in pictures)
+    mask_modes = most_common(picture.mask_mode for picture in pictures)
+    print(f"sizes     {most_common(picture.size for picture in pictures)}")
+    print(f"modes     pictures {modes}; masks {mask_modes}")
     shown = {part: pixels for part, pixels in counts.items() if len(pixels)}
     width = max(map(len, data.names + ["unknown (255)"])) + 5
     heads = [f"{'% of ' + part:>16}{'in masks':>10}" for part in shown]
