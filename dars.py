@@ -2,16 +2,16 @@
 Investigation (DARS). Ruifei He, Jihan Yang, Xiaojuan Qi. ICCV 2021, arXiv 2107.11279
 
 In round 0 a network learns from the labeled pictures; in each later round it labels the unlabeled
-pictures, and learns from both. Only the most confident share alpha of all pixels is pseudo-labeled.
-One threshold for all classes would favor the frequent classes, so each class has a threshold that
-gives the pseudo-labels the class distribution of the true labels (distribution alignment). Many
-pixels share one confidence, so a threshold keeps too many of them: the right number is drawn at
-random (random sampling). From round to round alpha and the range of random scales grow.
+pictures, and learns from both. A share alpha of all pixels is pseudo-labeled, the most confident
+ones. One threshold for all classes would favor the frequent classes, so each class has a threshold
+that gives the pseudo-labels the class distribution of the true labels (distribution alignment).
+Many pixels share one confidence, so a threshold keeps too many of them: the right number is drawn
+at random (random sampling). From round to round alpha and the range of random scales grow.
 
     python dars.py                                  drawn streets, on a CPU, in minutes
     torchrun --nproc_per_node=4 dars.py --dataset cityscapes --data-root DIR --labels 372
 
-paper -> code
+paper -> code                                   (what the paper leaves open: grep "# Open:" dars.py)
     Eq. 1, 2             losses of round 0, of self-training   train_supervised(), train(): step 3
     Eq. 3                R, D_KL, thresholds t_j               distribution(), divergence(), align()
     Eq. 4                pixels n_j wanted of each class       align()
@@ -46,7 +46,7 @@ from common import IGNORE, all_reduce, check_range, is_main, need, rank, to_tens
 
 # By dataset, preset and labels. alpha, beta_min, beta_max: one value for each round after round 0.
 PAPER = {
-    # Sect. 4.1: crops of 361, of pictures at 1/4 to 1 of their size; windows on pictures at 1/2.
+    # Open: scales, size of test pictures; .5 to 2 of half size, half size   --scale --base-size
     "cityscapes": dict(
         labels="372", size=(1024, 2048), crop=(361, 361), base_size=1024, scale=(0.25, 1.0),
         network="pspnet", backbone="resnet50", head="plain", weights="imagenet", batch_norm="sync",
@@ -102,11 +102,11 @@ PAPER["folder-gpu"] = PAPER["camvid-gpu"] | dict(
     labels="1/1", size=(640,), crop=(321, 321), base_size=640,
 )  # fmt: skip
 
-# By dataset and preset, and labels: mIoU of DARS, and of the baseline (Tables 1, 2, 3).
+# By dataset and preset, and labels: mIoU of DARS, and of the baseline (2975: the oracle).
 PAPER_MIOU = {
     ("cityscapes", None): {372: (69.64, 60.75), 744: (71.30, 66.54), 2975: (None, 73.80)},
     ("cityscapes", "713"): {372: (72.78, 65.54), 744: (74.32, 69.22), 2975: (None, 76.60)},
-    ("cityscapes", "deeplabv2"): {372: (64.20, 56.2)},
+    ("cityscapes", "deeplabv2"): {372: (64.20, 56.2), 2975: (None, 66.9)},
     ("vocaug", None): {1464: (73.89, None)},
 }
 METHODS = "st", "cbst", "da", "dars"  # Table 4
@@ -132,7 +132,7 @@ def get_parser():
     add("--temperature", type=float, metavar="T", default=1.0,
         help="temperature of the softmax that gives the confidence (TS in Tables 4, 5: 1.27)")
     add("--confidence", choices=["fp16", "fine"], default="fp16",
-        help="precision of stored confidences (Fig. 3)")
+        help="fp16, or fine: 1 - confidence as fp16, with hardly any ties (Fig. 3)")
     add("--rounds", type=int, metavar="N", default=2,
         help="rounds of self-training after round 0 (Table 4: 1; with iterative training 2)")
     add("--alpha", type=float, metavar="A", nargs="+",
@@ -189,11 +189,11 @@ def rotate_and_blur(image, label, top, left, crop, generator):
 
 
 # ---- EMA -----------------------------------------------------------------------------------------
-# None: the teacher of a round is the student at the end of the round before.
+# There is no EMA: the teacher of a round is the student at the end of the round before.
 
 # ---- pseudo-labels -------------------------------------------------------------------------------
 
-CODES = 15_361  # the 16-bit floats from 0 to 1, read as integers
+CODES = 15_361  # so many fp16 numbers lie in 0..1; the code of one is its bits as an integer
 
 
 @torch.no_grad()
@@ -247,12 +247,12 @@ def align(table, labels, alpha, method):
 
     table (K, 15361) int64: predicted pixels by class and code; labels (K,) int64: labeled pixels by
     class; alpha in (0, 1]. Returns (K,) int64 each: threshold: the code of t_j; kept: n~_j, the
-    pixels of class j from t_j on; wanted: n_j, at most n~_j (without sampling: n~_j)."""
+    pixels of class j with confidence >= t_j; wanted: n_j, at most n~_j (not sampled: n~_j)."""
     at_least = table.flip(1).cumsum(1).flip(1)  # pixels whose code is this or a larger one
     predicted = at_least[:, 0]
     pixels = int(predicted.sum())  # N_u H W
-    # Open: rounding, and too few predictions of a class; n_j is rounded down, such a class keeps
-    # all it has, and no other class gets more (authors' code)
+    # Open: rounding, and too few predictions of a class; n_j is rounded down, a class with fewer
+    # than n_j predicted pixels keeps all, and no other class gets more (authors' code)
     if method == "st":  # one threshold for all classes
         wanted = torch.full_like(predicted.double(), alpha * pixels)
     elif method == "cbst":  # the same share of each predicted class
@@ -275,8 +275,8 @@ def select(label, code, threshold, kept, wanted, generator):
     label: argmax p (H, W) uint8; code (H, W) int16; threshold: t_j, kept: n~_j, wanted: n_j, from
     align() -> y~ (H, W) uint8, 255 where ignored."""
     pseudo_label = np.where(code >= threshold[label], label, IGNORE).astype(np.uint8)  # line 3
-    # Open: what is sampled; of each picture's pixels of class j the share 1 - s_j, rounded down,
-    # any of them and not only those with confidence t_j (authors' code)
+    # Open: what is sampled; of each picture we ignore the share 1 - s_j of the pixels kept for j,
+    # drawn from all of them, not only from those with confidence t_j (authors' code)
     for j in np.flatnonzero(wanted < kept):
         sampling_ratio = Fraction(int(wanted[j]), int(kept[j]))  # line 5: s_j = n_j / n~_j
         pixels = np.flatnonzero(pseudo_label == j)
@@ -305,7 +305,7 @@ def make_pseudo_labels(folder, teacher, data, unlabeled, labels, alpha, number, 
     complete = torch.tensor(int(complete), device=run.device)
     if all_reduce(complete):  # the main process decides
         return
-    files[0].unlink(missing_ok=True)  # its pseudo-labels are made again
+    files[0].unlink(missing_ok=True)  # without it they count as incomplete
 
     # Predictions go to disk, 3 bytes a pixel, and are read again once the thresholds are known: one
     # pass of the network. The size of the table of counts does not depend on the pictures' number.
@@ -392,7 +392,8 @@ HEADS = {"": 1.0, "_aux": 0.4}  # suffix in the log and weight of each head
 def cross_entropy(logits, label):
     """L of Eqs. 1, 2: mean over valid pixels, or 0. (B, K, H, W), (B, H, W) with 255 -> 0-dim.
 
-    Gradients are averaged over processes, so each one returns its share times their number."""
+    DDP averages gradients over processes, so each one returns its share times their number."""
+    # Open: what L divides by; the pixels of a batch that are not ignored
     valid = all_reduce((label != IGNORE).sum())
     total = F.cross_entropy(logits, label, ignore_index=IGNORE, reduction="sum")
     return total * world_size() / valid.clamp(min=1)
@@ -402,7 +403,7 @@ def cross_entropy(logits, label):
 
 def set_learning_rate(optimizer, progress, number, args):
     """lr ((1 - t) / (k + 1))^.9; t: progress of round k = number, 0 to 1. Heads: times head_lr."""
-    # Open: the schedule over rounds; one for all, as in the authors' code   --restart-schedule
+    # Open: the start of round k; lr / (k + 1)^.9, as in the authors' code   --restart-schedule
     # Open: learning rate of the heads; ten times the backbone's (authors' code)   --head-lr
     decay = 1 - progress
     if not args.restart_schedule:
@@ -423,13 +424,11 @@ def train_supervised(args, iterations, scale, data, labeled_ids, keep, learner, 
                            cut=rotate_and_blur)
     run.images = args.round0_batch_size
     batches = common.batches(stream, args, run.device, begin, iterations, run.images)
-
     for iteration, labeled in enumerate(batches, begin):
         # 1 batch: labeled pictures
         image = labeled["image"]  # (B, 3, H, W)
         label = labeled["label"]  # (B, H, W)
         # 2 pseudo-labels: none
-
         # 3 losses
         common.seed_torch(args.seed, "noise", 0, iteration, rank())  # dropout
         with common.autocast(args, run.device):
@@ -575,7 +574,7 @@ def make_rounds(args, labeled, unlabeled):
     if iterations is None:
         iterations = args.epochs * len(unlabeled) // args.batch_size
     low, high = args.scale
-    # Open: steps of the baseline; as many as all rounds, the paper's is round 0 alone: --rounds 0
+    # Open: steps of the baseline; those of all rounds together, or of round 0   --rounds 0
     if args.supervised:
         return [(0, round0_iterations + args.rounds * iterations, 0.0, (low, high))]
     rounds = [(0, round0_iterations, 0.0, (low, high))]
@@ -611,7 +610,8 @@ def main():
     def note(tables):  # for the log, beside the mIoU of an evaluation
         return {"tail_miou": tail_miou(tables["student"], tail)}
 
-    results, reports = {}, {}  # of each round: confusion matrix on val; what its pseudo-labels are
+    results = {}  # of each round: the confusion matrix on val
+    reports = {}  # and what its pseudo-labels are
     for number, iterations, alpha, scale in rounds:
         if not run.enter(number):
             continue

@@ -459,7 +459,6 @@ def train_supervised(run, students, learners, teachers, data, labeled_ids, args,
     names = [f"labeled {j}, stage 0" for j in range(len(students))]
     streams = [common.Stream(data, labeled_ids, name, args) for name in names]
     streams = [common.batches(stream, args, device, begin, iterations) for stream in streams]
-
     for iteration, batches in enumerate(zip(*streams), begin):
         # 1 batch: labeled pictures, other ones for each student
         # 2 pseudo-labels: none
@@ -617,7 +616,8 @@ def main():
     for stage in range(1, args.stages + 1):
         stages[stage] = args.iterations  # on labels and pseudo-labels
     # Open: which network is reported; teacher 1 (student 1 without teachers), last iteration
-    method, headline = "rml", f"{MUTUAL[args.mutual][0]}_1"
+    method = "rml"
+    headline = f"{MUTUAL[args.mutual][0]}_1"
     if args.supervised:
         # Open: how long the baseline trains; as long as a student in all stages   --supervised
         stages = {0: sum(stages.values())}
