@@ -138,7 +138,8 @@ def get_parser():
 
 def paper_miou(args):
     """The paper's mIoU of the setting that these arguments make, or None."""
-    if args.supervised or set(args.changed) - {"weights"}:
+    others = set(args.changed) - {"weights"}
+    if args.supervised or others:
         return None
     row = PAPER_MIOU.get((args.dataset, args.weights), {})
     return row.get(args.labels)
@@ -155,7 +156,8 @@ def sharpness(image, factor):
     rows = smooth[:, :-2] + smooth[:, 1:-1] + smooth[:, 2:]
     box = rows[..., :-2] + rows[..., 1:-1] + rows[..., 2:]  # sums of 3x3 pixels; avg_pool2d is slow
     smooth[:, 1:-1, 1:-1].mul_(4).add_(box).div_(13).round_()
-    return smooth.lerp(image.float(), factor).clamp_(0, 255).to(torch.uint8)
+    blend = smooth.lerp(image.float(), factor)
+    return blend.clamp_(0, 255).to(torch.uint8)
 
 
 # RandAugment: what an operation does at a level from 1 to 9.
@@ -280,7 +282,8 @@ def strong_view(images, labels, generators, cutout_side):
 def update_teacher(teacher, student, decay):
     """theta' <- decay theta' + (1 - decay) theta. Buffers are copied."""
     averages = list(teacher.parameters())
-    torch._foreach_lerp_(averages, list(student.parameters()), 1 - decay)
+    weights = list(student.parameters())
+    torch._foreach_lerp_(averages, weights, 1 - decay)
     torch._foreach_copy_(list(teacher.buffers()), list(student.buffers()))
 
 
@@ -304,13 +307,15 @@ def make_pseudo_masks(args, run, keep, data, labeled, unlabeled, stage):
     network = keep[folder.name].eval()
     classes = len(data.names)
     table = torch.zeros(classes, classes, dtype=torch.int64)
-    ids = (labeled + unlabeled)[common.rank() :: common.world_size()]
+    ids = labeled + unlabeled
+    ids = ids[common.rank() :: common.world_size()]
     labeled = set(labeled)
     for number, id in enumerate(ids, 1):
         if not common.pseudo_label_path(folder, id).exists():
             # Open: how they are predicted; from the whole picture at once, whatever val's protocol
             # Code: the bonnet of Cityscapes' car is cut out of pseudo-masks
-            image = to_tensor(data.image(id))[None].to(run.device)
+            image = to_tensor(data.image(id))[None]
+            image = image.to(run.device)
             plain = dict(scales=[1.0], flip=False, base_size=0)
             prob = common.predict(network, image, args, image.shape[2:], **plain)
             label = prob.argmax(1)[0].byte()  # Algorithm 1, lines 5, 9
@@ -318,7 +323,8 @@ def make_pseudo_masks(args, run, keep, data, labeled, unlabeled, stage):
         if id not in labeled:
             label = common.read_pseudo_label(folder, id)
             truth = common.truth_for_the_log(data, id, label.shape)
-            table += common.confusion_matrix(to_tensor(truth), to_tensor(label), classes)
+            label, truth = to_tensor(label), to_tensor(truth)
+            table += common.confusion_matrix(truth, label, classes)
         common.progress(f"stage {stage}, pseudo-masks", number, len(ids))
     table = common.all_reduce(table.to(run.device))
     miou = common.mean_iou(table.cpu())
@@ -550,7 +556,8 @@ def train(args, run, keep, data, labeled_ids, all_ids, begin):
         common.average_buffers([learner])
 
         # 5 EMA
-        decay = decay_at(iteration / stop, args.ema_decay)
+        progress = iteration / stop
+        decay = decay_at(progress, args.ema_decay)
         update_teacher(teacher, student, decay)
 
         # 6 log, evaluate, save
