@@ -79,46 +79,44 @@ PAPER["folder-cpu"] = PAPER["camvid-cpu"] | dict(labels="1/1", size=(256,), crop
 PAPER["folder-gpu"] = PAPER["camvid-gpu"] | dict(
     labels="1/1", size=(640,), crop=(321, 321), scale=(0.5, 1.5), iterations=10_000)
 
-# The paper's mIoU: dataset, backbone, a setting, one more argument, and the mIoU for its values.
-VOC_TRAIN = dict(labels=1464)
+# The paper's mIoU: dataset, a setting, one more argument, and the mIoU for its values.
+R50 = dict(backbone="resnet50")
+VOC_TRAIN = R50 | dict(labels=1464)
 LARGE = dict(crop=[512, 512])
 LARGE_MS = LARGE | dict(scales=[0.5, 0.75, 1.0, 1.25, 1.5, 1.75], flip=True)
 TABLE_1 = {0.1: 67.9, 0.2: 69.5, 0.3: 70.7, 0.4: 71.4, 0.5: 73.7}
 TABLE_6 = {0.1: 64.3, 0.2: 64.0, 0.3: 65.8, 0.4: 65.5, 0.5: 65.7}
 TABLE_8 = {0.1: 37.6, 0.2: 39.4, 0.3: 39.8, 0.4: 40.3, 0.5: 40.1}
 PAPER_MIOU = [
-    ("vocaug", "resnet50", VOC_TRAIN, "lambda_cap", TABLE_1),
-    ("vocaug", "resnet50", VOC_TRAIN, "pairs", {"random": 71.9}),  # Table 2
-    ("vocaug", "resnet50", VOC_TRAIN, "mitrans", {False: 72.7}),  # Table 2
-    ("vocaug", "resnet50", VOC_TRAIN, "decoupling", {"hard": 71.4}),  # Table 2
-    ("vocaug", "resnet50", {}, "labels", {500: 65.4, 1000: 68.1}),  # Table 4
-    ("vocaug", "resnet101", {}, "labels", {1323: 73.4, 2646: 75.5, 5291: 76.5}),  # Table 5
-    ("cityscapes", "resnet101", dict(labels=372), "lambda_cap", TABLE_6),
-    ("cityscapes", "resnet101", {}, "labels", {100: 56.9, 744: 67.5, 1488: 69.8}),  # Table 7
-    ("context", "resnet101", dict(labels=625), "lambda_cap", TABLE_8),  # 1/8 of 4998 pictures
-    ("context", "resnet101", dict(labels=624), "lambda_cap", TABLE_8),  # 1/8 of the lists' 4996
-    ("context", "resnet101", {}, "labels", {1250: 41.7, 1249: 41.7}),  # Table 9
-    ("vocaug", "resnet101", LARGE, "labels", {1323: 75.2, 2646: 76.5, 5291: 77.1}),  # Table 10
-    ("vocaug", "resnet101", LARGE_MS, "labels", {1323: 76.4, 2646: 77.8, 5291: 78.2}),  # Table 10
+    ("vocaug", VOC_TRAIN, "lambda_cap", TABLE_1),
+    ("vocaug", VOC_TRAIN, "pairs", {"random": 71.9}),  # Table 2
+    ("vocaug", VOC_TRAIN, "mitrans", {False: 72.7}),  # Table 2
+    ("vocaug", VOC_TRAIN, "decoupling", {"hard": 71.4}),  # Table 2
+    ("vocaug", R50, "labels", {500: 65.4, 1000: 68.1}),  # Table 4
+    ("vocaug", {}, "labels", {1323: 73.4, 2646: 75.5, 5291: 76.5}),  # Table 5
+    ("cityscapes", dict(labels=372), "lambda_cap", TABLE_6),
+    ("cityscapes", {}, "labels", {100: 56.9, 744: 67.5, 1488: 69.8}),  # Table 7
+    ("context", dict(labels=625), "lambda_cap", TABLE_8),  # 1/8 of 4998 pictures
+    ("context", dict(labels=624), "lambda_cap", TABLE_8),  # 1/8 of the lists' 4996
+    ("context", {}, "labels", {1250: 41.7, 1249: 41.7}),  # Table 9
+    ("vocaug", LARGE, "labels", {1323: 75.2, 2646: 76.5, 5291: 77.1}),  # Table 10
+    ("vocaug", LARGE_MS, "labels", {1323: 76.4, 2646: 77.8, 5291: 78.2}),  # Table 10
 ]
 
 
 def paper_miou(args):
     """The mIoU that the paper reports for these arguments; None if it reports none."""
-    for dataset, backbone, setting, name, values in PAPER_MIOU:
-        wanted = setting | {"dataset": dataset, "backbone": backbone}
+    for dataset, setting, name, values in PAPER_MIOU:
+        wanted = setting | {"dataset": dataset, "supervised": False}
         same = all(getattr(args, key) == value for key, value in wanted.items())
-        known = set(args.changed) <= {*wanted, name, "split"}
-        if same and known and getattr(args, name) in values:
-            return values[getattr(args, name)]
-    return None
+        if same and set(args.changed) <= {*wanted, name, "split"}:
+            return values.get(getattr(args, name))
 
 
 def get_parser():
     parser = argparse.ArgumentParser(
         allow_abbrev=False, description=__doc__.split("\n\n")[1],
-        epilog="The table PAPER in guidedmix.py has the values of arguments that are not given, by "
-        "dataset, preset and labels; args.json has all values of a run.")
+        epilog="Arguments that are not given have the values of the table PAPER in guidedmix.py.")
     add = parser.add_argument_group("GuidedMix-Net").add_argument
     number = dict(type=float, metavar="X")
     switch = dict(action=argparse.BooleanOptionalAction)
@@ -155,13 +153,11 @@ def rotate(image, label, top, left, crop, generator, degrees):
     # Open: "slight rotation" (Sect. 4.1); by up to 10 degrees about the center   --rotation
     angle = generator.uniform(-degrees, degrees)
     h, w = crop
-    diagonal = math.hypot(h, w)
-    margin = math.ceil((diagonal - min(h, w)) / 2)  # the window holds the crop at any angle
+    margin = math.ceil((math.hypot(h, w) - min(h, w)) / 2)  # the window holds the crop at any angle
     window = top - margin, left - margin, h + 2 * margin, w + 2 * margin
     maps = V.crop(torch.stack([label, torch.ones_like(label)]), *window)  # label, valid
     color = torch.tensor(common.MEAN_COLOR, dtype=torch.uint8)
-    image = V.crop(image, *window)
-    image = image.where(maps[1] > 0, color[:, None, None])
+    image = V.crop(image, *window).where(maps[1] > 0, color[:, None, None])
     image = V.rotate(image, angle, InterpolationMode.BILINEAR, fill=color.tolist())
     maps = V.rotate(maps, angle, InterpolationMode.NEAREST)
     label, valid = V.center_crop(maps, [h, w])
@@ -171,12 +167,11 @@ def rotate(image, label, top, left, crop, generator, degrees):
 def sample_lambda(alpha, cap, generator):
     """lambda ~ Beta(alpha, alpha), then lambda <- min(lambda, 1 - lambda), below the cap."""
     # Open: alpha, and how to stay below the cap; 1, and new draws; one lambda a batch   --alpha
-    for _ in range(100):
-        draws = generator.beta(alpha, alpha, 1000)
-        below = draws[(draws < cap) | (1 - draws < cap)]
-        if len(below):
-            lam = float(below[0])
-            return min(lam, 1 - lam)
+    for _ in range(100_000):
+        lam = generator.beta(alpha, alpha)
+        lam = min(lam, 1 - lam)
+        if lam < cap:
+            return lam
     raise common.UserError(f"--alpha {alpha} --lambda-cap {cap}: none of 100,000 draws was below "
                            "the cap; use a smaller --alpha or a larger --lambda-cap")
 
@@ -220,15 +215,13 @@ class Gather(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x):
-        x = x.contiguous()
         parts = [torch.empty_like(x) for _ in range(world_size())]
         dist.all_gather(parts, x)
         return torch.cat(parts)
 
     @staticmethod
     def backward(ctx, gradient):
-        total = all_reduce(gradient.contiguous())
-        return total.chunk(world_size())[rank()]
+        return all_reduce(gradient.contiguous()).chunk(world_size())[rank()]
 
 
 # ---- EMA -----------------------------------------------------------------------------------------
@@ -287,13 +280,13 @@ class NonLocal(nn.Module):
         # The library's attention never holds the hw x hw map, but wants values as wide as queries:
         # the halves of V are two heads, which share Q and K. (B, 2, hw, C/2) each
         maps = self.query(v), self.key(v)  # (B, C/2, h, w) each
-        maps = [x.flatten(2).transpose(1, 2).contiguous() for x in maps]  # (B, hw, C/2) each
+        maps = [x.flatten(2).mT.contiguous() for x in maps]  # (B, hw, C/2) each
         query, key = [x[:, None].expand(-1, 2, -1, -1) for x in maps]
-        value = self.value(v).view(B, 2, C // 2, h * w).transpose(2, 3).contiguous()
+        value = self.value(v).view(B, 2, C // 2, h * w).mT.contiguous()
         # Open: the softmax "over the channel dimension"; ours is over positions m, as C(x) in Eq. 5
         # is, and the scores have no scale
         context = F.scaled_dot_product_attention(query, key, value, scale=1.0)
-        return v + context.transpose(2, 3).reshape(B, C, h, w)  # Eq. 5
+        return v + context.mT.reshape(B, C, h, w)  # Eq. 5
 
 
 class MITrans(nn.Module):
@@ -304,9 +297,8 @@ class MITrans(nn.Module):
         # Open: the convs beside PixelShuffle; a 1x1 conv before, two 3x3 convs after the skip
         self.non_local = NonLocal(channels) if non_local else nn.Identity()
         self.shuffle = nn.Sequential(nn.Conv2d(channels, 4 * width, 1), nn.PixelShuffle(2))
-        self.fuse = nn.Sequential(
-            nn.Conv2d(width + skip, width, 3, padding=1, bias=False), norm(width), nn.ReLU(),
-            nn.Conv2d(width, width, 3, padding=1, bias=False), norm(width), nn.ReLU())
+        conv = partial(common.ConvNormReLU, norm_layer=norm)  # 3x3
+        self.fuse = nn.Sequential(*conv(width + skip, width), *conv(width, width))
 
     def forward(self, v, skip):
         h, w = skip.shape[2:]
@@ -321,7 +313,12 @@ class GuidedMixNet(common.SegmentationNetwork):
 
     align_corners = True  # crops of 8 n + 1 pixels (321, 513) have corners on corners
 
-    def __init__(self, backbone, spec):
+    def __init__(self, spec):
+        need(spec["network"] == "guidedmix", "this checkpoint's network is "
+             f"{spec['network']}; use the script that trained it")
+        caffe = common.STYLES[spec["style"]]["caffe"]
+        backbone = common.make_backbone(
+            spec["backbone"], spec["batch_norm"], caffe, spec["deep_stem"])
         super().__init__(backbone, spec["style"])
         self.stride = 2
         width = 512
@@ -332,10 +329,8 @@ class GuidedMixNet(common.SegmentationNetwork):
             backbone.maxpool = nn.MaxPool2d(3, 2, 1)  # stride 8, as in the others
         self.psp = common.PyramidPooling(backbone.channels, width, norm)
         # Open: where the skips come from; layer1 and the stem
-        layer1 = backbone.channels // 8
-        stem = backbone.stem or 64
-        self.step1 = MITrans(width, layer1, width // 2, norm, spec["mitrans"])
-        self.step2 = MITrans(width // 2, stem, width // 4, norm, spec["mitrans"])
+        self.step1 = MITrans(width, backbone.channels // 8, width // 2, norm, spec["mitrans"])
+        self.step2 = MITrans(width // 2, backbone.stem or 64, width // 4, norm, spec["mitrans"])
         self.last = nn.Conv2d(width // 4, spec["classes"], 1)
         self.presence = nn.Linear(width, spec["present"]) if spec["present"] else None
 
@@ -351,15 +346,6 @@ class GuidedMixNet(common.SegmentationNetwork):
         features = self.step2(self.step1(v, layer1), stem)  # (B, 128, H/2, W/2)
         logits = self.last(features)
         return (logits, v, present) if aux else logits
-
-
-def make_network(spec):
-    """The network of a description, as common.make_network()."""
-    need(spec["network"] == "guidedmix", "this checkpoint's network is "
-         f"{spec['network']}; use the script that trained it")
-    caffe = common.STYLES[spec["style"]]["caffe"]
-    backbone = common.make_backbone(spec["backbone"], spec["batch_norm"], caffe, spec["deep_stem"])
-    return GuidedMixNet(backbone, spec)
 
 
 # ---- losses --------------------------------------------------------------------------------------
@@ -380,8 +366,7 @@ def classifier_loss(logits, label, classes):
     # Open: the loss; binary cross-entropies of all classes but background   --classifier
     present = torch.zeros(len(label), 256, device=label.device)
     present.scatter_(1, label.flatten(1), 1.0)  # 1 for each class in the label
-    first = classes - logits.shape[1]  # 1 where the background is left out
-    target = present[:, first:classes]
+    target = present[:, classes - logits.shape[1] : classes]  # without background
     return F.binary_cross_entropy_with_logits(logits.float(), target)
 
 
@@ -394,8 +379,7 @@ def mask_error(M_dec, M, valid, masks="logits"):
         M = M.softmax(1)
     valid = at_size(valid, M.shape[2:])
     count = all_reduce(valid.sum())
-    squares = (M_dec - M).square()
-    total = (squares * valid[:, None]).sum()
+    total = ((M_dec - M).square() * valid[:, None]).sum()
     return total * world_size() / count.clamp(min=1)  # Eqs. 10, 12
 
 
@@ -421,9 +405,23 @@ def decoupling_loss(args, learner, labeled, M_l, features, guides, iteration):
 # ---- training ------------------------------------------------------------------------------------
 
 
+def update(args, keep, loss, iteration):
+    """A step of the optimizer, with polynomial decay (Sect. 4.2). Returns the learning rate."""
+    optimizer = keep["optimizer"]
+    scaler = keep["scaler"]
+    lr = args.lr * (1 - iteration / args.iterations) ** 0.9
+    optimizer.param_groups[0]["lr"] = lr
+    optimizer.zero_grad()
+    scaler.scale(loss).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    common.average_buffers([keep["student"]])
+    return lr
+
+
 def train_supervised(args, run, learner, keep, stream, begin, stop):
     """Learn from labels alone, iterations begin to stop - 1: the warm-up, and the baseline."""
-    student, optimizer, scaler = keep.values()
+    student = keep["student"]
     run.phase = None if args.supervised else "warm-up"
     run.images = args.batch_size
     student.train()
@@ -443,13 +441,7 @@ def train_supervised(args, run, learner, keep, stream, begin, stop):
         loss = sum(losses.values())
 
         # 4 backward
-        optimizer.zero_grad()
-        scaler.scale(loss).backward()
-        lr = args.lr * (1 - iteration / args.iterations) ** 0.9  # "poly" (Sect. 4.2)
-        optimizer.param_groups[0]["lr"] = lr
-        scaler.step(optimizer)
-        scaler.update()
-        common.average_buffers([student])
+        lr = update(args, keep, loss, iteration)
 
         # 5 EMA: none
         # 6 log, evaluate, save
@@ -462,7 +454,7 @@ def train_supervised(args, run, learner, keep, stream, begin, stop):
 
 def train(args, run, learner, keep, streams, warmup, begin):
     """GuidedMix-Net's loop (Sect. 3), from iteration begin to the last one."""
-    student, optimizer, scaler = keep.values()
+    student = keep["student"]
     run.phase = None
     run.images = args.batch_size * (2 if args.omega else 1)
     student.train()
@@ -483,7 +475,7 @@ def train(args, run, learner, keep, streams, warmup, begin):
         guides = {"image": labeled["image"], "valid": labeled["valid"]}
         guides |= {"mask": M_l, "features": features_l}
         if world_size() > 1:  # the n labeled pictures of all processes
-            guides = {name: Gather.apply(x) for name, x in guides.items()}
+            guides = {name: Gather.apply(x.contiguous()) for name, x in guides.items()}
 
         # 2 pseudo-labels: M_u-dec, decoupled from blends of x_u with its guides
         pseudo_labels = {}
@@ -517,13 +509,7 @@ def train(args, run, learner, keep, streams, warmup, begin):
         loss = loss_sup + omega * loss_usup  # Eq. 9
 
         # 4 backward
-        optimizer.zero_grad()
-        scaler.scale(loss).backward()
-        lr = args.lr * (1 - iteration / args.iterations) ** 0.9  # "poly" (Sect. 4.2)
-        optimizer.param_groups[0]["lr"] = lr
-        scaler.step(optimizer)
-        scaler.update()
-        common.average_buffers([student])
+        lr = update(args, keep, loss, iteration)
 
         # 5 EMA: none
         # 6 log, evaluate, save
@@ -606,7 +592,7 @@ def main():
     if args.check_data:
         return common.check_data(args)
     if args.evaluate or args.predict:
-        return common.use_checkpoint(args, device, make_network)
+        return common.use_checkpoint(args, device, GuidedMixNet)
     data = common.open_dataset(args)
     labeled, unlabeled = common.split(args, data)
     check(args, labeled)
@@ -618,14 +604,14 @@ def main():
     if args.classifier and not args.supervised:
         present = len(data.names) - (data.names[0] == "background")
     student = common.build_network(
-        args, data, device, make=make_network, mitrans=args.mitrans, present=present)
+        args, data, device, make=GuidedMixNet, mitrans=args.mitrans, present=present)
     learner = common.parallel(student, device)  # averages gradients over processes
     optimizer = common.make_optimizer(args, args.lr, student.parameters())
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
     method = "guidedmix-supervised" if args.supervised else "guidedmix"
     stages = {1: args.iterations}
     run = common.Run(method, args, data, labeled, unlabeled, device, stages, "student")
-    keep = {"student": student, "optimizer": optimizer, "scaler": scaler}  # in this order
+    keep = {"student": student, "optimizer": optimizer, "scaler": scaler}
     begin = run.restore(keep)
     # Open: the length of the training on labels alone (Sect. 3.2); 5 %, on streets 20 %   --warmup
     warmup = args.iterations if args.supervised else round(args.warmup * args.iterations)
@@ -633,8 +619,7 @@ def main():
         train_supervised(args, run, learner, keep, streams[0], begin, stop=warmup)
     if not args.supervised:
         train(args, run, learner, keep, streams, warmup, max(begin, warmup))
-    paper = None if args.supervised else paper_miou(args)
-    run.finish({"student": student}, paper)
+    run.finish({"student": student}, paper_miou(args))
 
 
 if __name__ == "__main__":

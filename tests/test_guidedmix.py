@@ -29,7 +29,7 @@ def spec(**changes):
 def on_paper(**changes):
     """A network that takes no memory."""
     with torch.device("meta"):
-        return guidedmix.make_network(spec(backbone="resnet50", batch_norm="train", **changes))
+        return guidedmix.GuidedMixNet(spec(backbone="resnet50", batch_norm="train", **changes))
 
 
 def count(network):
@@ -298,7 +298,7 @@ def test_parameters_are_those_of_the_docstring():
     for name in ("resnet50", "resnet101"):
         with torch.device("meta"):
             described = spec(backbone=name, batch_norm="train", classes=21, present=20)
-            counts.append(count(guidedmix.make_network(described)))
+            counts.append(count(guidedmix.GuidedMixNet(described)))
         assert f"{counts[-1]:,}" in guidedmix.GuidedMixNet.__doc__
 
     def conv(i, o, k=1):
@@ -333,7 +333,7 @@ def test_without_mitrans_only_the_non_local_blocks_are_gone():
 
 
 def test_every_part_of_the_network_takes_part():
-    network = guidedmix.make_network(spec(present=3))
+    network = guidedmix.GuidedMixNet(spec(present=3))
     image = torch.rand(2, 3, 32, 48)
     logits, v, present = network(image, aux=True)
     assert torch.equal(logits, network(image)) and logits.shape == (2, 10, 16, 24)
@@ -343,7 +343,7 @@ def test_every_part_of_the_network_takes_part():
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in network.parameters())
     heads = sum(p.numel() for p in network.head_parameters())
     assert heads + count(network.backbone) == count(network) and network.stride == 2
-    assert guidedmix.make_network(spec())(image, aux=True)[2] is None
+    assert guidedmix.GuidedMixNet(spec())(image, aux=True)[2] is None
 
 
 def test_crops_of_8n_1_pixels_have_corners_on_corners():
@@ -358,7 +358,7 @@ def test_a_checkpoint_of_another_network_goes_to_its_script():
     with pytest.raises(common.UserError, match="guidedmix.py"):
         common.make_network(spec())
     with pytest.raises(common.UserError, match="pspnet"):
-        guidedmix.make_network(spec(network="pspnet"))
+        guidedmix.GuidedMixNet(spec(network="pspnet"))
 
 
 # ---- Eqs. 6 to 8 ---------------------------------------------------------------------------------

@@ -120,7 +120,7 @@ def test_result_is_complete(whole):
 
 
 def network_of(state):
-    network = guidedmix.make_network(state["networks"]["student"])
+    network = guidedmix.GuidedMixNet(state["networks"]["student"])
     network.load_state_dict(state["models"]["student"])
     return network
 
@@ -304,7 +304,7 @@ def test_the_first_step_by_hand(main, tmp_path, flags):
     args = common.parse_args(guidedmix.get_parser(), guidedmix.PAPER, argv)
     data, device = FewStreets(), torch.device("cpu")
     present = 10 if args.classifier else 0
-    make = dict(make=guidedmix.make_network, mitrans=True, present=present)
+    make = dict(make=guidedmix.GuidedMixNet, mitrans=True, present=present)
     network = common.build_network(args, data, device, **make).train()
     weights = copy.deepcopy(network.state_dict())
     streams = [
