@@ -29,6 +29,7 @@ import time
 import warnings
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import lru_cache, partial
 from pathlib import Path
@@ -60,10 +61,7 @@ def need(ok, text):
 
 
 def rng(*keys):
-    """A random generator that is seeded by these keys (numbers or words).
-
-    numpy never changes the numbers of Philox and RandomState. Philox is ready in 10 microseconds,
-    the Mersenne Twister in 80."""
+    """A random generator that is seeded by these keys; numpy never changes its numbers."""
     key = hashlib.blake2b("/".join(map(str, keys)).encode(), digest_size=16).digest()
     return np.random.RandomState(np.random.Philox(key=int.from_bytes(key, "little")))
 
@@ -71,6 +69,18 @@ def rng(*keys):
 # ==================================================================================================
 # DATASETS
 # ==================================================================================================
+
+NAME_AND_COLOR = r"(.+?)[\s,]+(?:#([0-9a-fA-F]{6})|(\d{1,3})[\s,]+(\d{1,3})[\s,]+(\d{1,3}))"
+
+
+def name_and_color(line):
+    """("road", (255, 0, 0)) of "road 255 0 0" or "road #ff0000"; without color None."""
+    match = re.fullmatch(NAME_AND_COLOR, line)
+    if not match:
+        return line, None
+    name, code, *numbers = match.groups()
+    return name, tuple(bytes.fromhex(code)) if code else tuple(map(int, numbers))
+
 
 def class_color(k):
     """Color of class k in VOC's palette: the bits of k, in turn for red, green and blue."""
@@ -80,56 +90,58 @@ def class_color(k):
     return tuple(color)
 
 
-STREETS = {
-    "road": (128, 64, 128), "sidewalk": (244, 35, 232), "building": (70, 70, 70),
-    "vegetation": (107, 142, 35), "sky": (70, 130, 180), "car": (0, 0, 142), "bus": (0, 60, 100),
-    "person": (220, 20, 60), "pole": (153, 153, 153), "sign": (220, 220, 0)}
-CAMVID = {
-    "sky": (128, 128, 128), "building": (128, 0, 0), "pole": (192, 192, 128),
-    "road": (128, 64, 128), "pavement": (60, 40, 222), "tree": (128, 128, 0),
-    "sign": (192, 128, 128), "fence": (64, 64, 128), "car": (64, 0, 128),
-    "pedestrian": (64, 64, 0), "bicyclist": (0, 128, 192)}
+STREETS = dict(map(name_and_color, (
+    "road 128 64 128; sidewalk 244 35 232; building 70 70 70; vegetation 107 142 35; "
+    "sky 70 130 180; car 0 0 142; bus 0 60 100; person 220 20 60; pole 153 153 153; "
+    "sign 220 220 0").split("; ")))
+CAMVID = dict(map(name_and_color, (
+    "sky 128 128 128; building 128 0 0; pole 192 192 128; road 128 64 128; pavement 60 40 222; "
+    "tree 128 128 0; sign 192 128 128; fence 64 64 128; car 64 0 128; pedestrian 64 64 0; "
+    "bicyclist 0 128 192").split("; ")))
 CITYSCAPES_CLASSES = [c for c in torchvision.datasets.Cityscapes.classes if 0 <= c.train_id < 19]
 CITYSCAPES = {c.name: c.color for c in CITYSCAPES_CLASSES}
 CITYSCAPES_IDS = [c.id for c in CITYSCAPES_CLASSES]  # of the 19 classes in the labelIds files
-VOC_NAMES = (
+VOC = {name: class_color(k) for k, name in enumerate((
     "background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse "
-    "motorbike person pottedplant sheep sofa train tvmonitor")
-CONTEXT_NAMES = (
+    "motorbike person pottedplant sheep sofa train tvmonitor").split())}
+CONTEXT = {name: class_color(k) for k, name in enumerate((
     "background aeroplane bag bed bedclothes bench bicycle bird boat book bottle building bus "
     "cabinet car cat ceiling chair cloth computer cow cup curtain dog door fence floor flower food "
     "grass ground horse keyboard light motorbike mountain mouse person plate platform pottedplant "
     "road rock sheep shelves sidewalk sign sky snow sofa table track train tree truck tvmonitor "
-    "wall water window wood")
-VOC = {name: class_color(k) for k, name in enumerate(VOC_NAMES.split())}
-CONTEXT = {name: class_color(k) for k, name in enumerate(CONTEXT_NAMES.split())}
+    "wall water window wood").split())}
 
 
 # ---- pictures and masks --------------------------------------------------------------------------
 
-class Dataset:
-    """Pictures and masks by id.
+SUFFIXES = (".png", ".jpg", ".jpeg")  # of pictures
 
-    classes: {name: RGB color}, in the order of the class ids.  train, val: lists of ids.
-    files: {id: (image path, mask path or None)}.
-    values: {value in a mask file: class id or 255}.
-    size: (H, W) of all pictures; (N,) shrinks those with a longer side above N; None: as they are.
-    cache: the folder for pictures at that size.
-    official: the train ids that a published list names as the labeled ones (vocaug).
-    extra: ids of additional pictures, which have no masks.
-    """
+
+@dataclass(eq=False)
+class Dataset:
+    """Pictures and masks by id."""
+
+    name: str
+    classes: dict  # {name: RGB color}, in the order of the class ids
+    train: list  # ids
+    val: list
+    files: dict  # {id: (image path, mask path or None)}
+    values: dict  # {value in a mask file: class id or 255}
+    size: tuple = None  # (H, W); (N,) shrinks a longer side above N; None: the pictures as they are
+    cache: Path = None  # the folder for pictures at that size
+    official: list = field(default_factory=list)  # the labeled ids of vocaug's published list
+    extra: list = field(default_factory=list)  # ids of additional pictures, which have no masks
+    problems: list = field(default_factory=list)  # what would stop a run on your own pictures
 
     mask_modes = ("1", "L", "P", "I", "I;16")  # PIL's names
     follows_exif = False  # are pictures turned as their EXIF orientation says?
-    exif_note = advice = ""  # ends of error messages
+    advice = exif_note = ""  # ends of error messages
 
-    def __init__(self, name, classes, train, val, files, values, size=None, cache=None):
-        self.name, self.classes, self.names = name, classes, list(classes)
-        self.colors = np.array(list(classes.values()), np.uint8)
-        self.train, self.val, self.official, self.extra = train, val, [], []
-        self.files, self.size, self.cache = files, size, cache
-        self.values = np.full(65537, -1, np.int16)  # the last: any value beyond
-        self.values[list(values)] = list(values.values())
+    def __post_init__(self):
+        self.names = list(self.classes)
+        self.colors = np.array(list(self.classes.values()), np.uint8)
+        self.class_of = np.full(65537, -1, np.int16)  # the last: any value beyond
+        self.class_of[list(self.values)] = list(self.values.values())
 
     def image(self, id):
         """(H, W, 3) uint8 RGB. A UserError names a file that cannot be read."""
@@ -138,28 +150,24 @@ class Dataset:
     def label(self, id, full_size=False):
         """(H, W) uint8 class ids and 255; all 255 without a mask file. full_size: as in the file.
 
-        A UserError names a mask that cannot be read, that has another size than its picture, or
+        A UserError names a mask that cannot be read, has another size than its picture, or holds
         values outside the classes."""
         image, mask = self.files[id]
         if mask is None:
-            with open_picture(image, load=False) as picture:
-                return np.full(self._fit(*self._size(picture)), IGNORE, np.uint8)
+            return np.full(self._fit(*self.header(image).shape), IGNORE, np.uint8)
         read = partial(self._read_label, image=image)
         if full_size:
             return read(mask)
         return self._resized(mask, read, Image.Resampling.NEAREST, f"{len(self.names)} classes")
 
     def header(self, path):
-        """(PIL's mode, palette or None, whether EXIF turns it) of a file."""
+        """What a file says before its pixels are read: mode, palette, turned, upright (H, W)."""
         with open_picture(path, load=False) as picture:
-            palette = bytes(picture.getpalette()) if picture.mode == "P" else None
-            turned = self.follows_exif and picture.getexif().get(274, 1) != 1
-            return picture.mode, palette, turned
-
-    def _size(self, picture):
-        """(H, W) of a PIL picture, as _read_image() gives it."""
-        lies = self.follows_exif and picture.getexif().get(274, 1) in (5, 6, 7, 8)
-        return picture.size if lies else picture.size[::-1]
+            orientation = picture.getexif().get(274, 1) if self.follows_exif else 1
+            return SimpleNamespace(
+                mode=picture.mode, turned=orientation != 1,
+                palette=bytes(picture.getpalette()) if picture.mode == "P" else None,
+                shape=picture.size if orientation in (5, 6, 7, 8) else picture.size[::-1])
 
     def _fit(self, height, width):
         """(H, W) of a picture at self.size."""
@@ -175,21 +183,20 @@ class Dataset:
 
     def _read_label(self, path, image):
         """The mask file at path, (H, W) uint8, checked against the picture file."""
-        with open_picture(path) as mask, open_picture(image, load=False) as picture:
-            need(mask.mode in self.mask_modes, f"{path}: a {mask.mode} picture, but a mask has one "
-                 "channel of class ids (an index or palette PNG of 8 bits, not 16-bit); export it "
-                 "again as class ids (the indexed mode of an image editor numbers colors freely)")
-            height, width = self._size(picture)
+        with open_picture(path) as mask:
+            need(mask.mode in self.mask_modes, f"{path}: a {mask.mode} picture, but a mask is an "
+                 "index or palette PNG of class ids (8 bits, not 16-bit); export it again as that")
+            height, width = self.header(image).shape
             need(mask.size == (width, height), f"{path}: the mask is {mask.width}x{mask.height}, "
                  f"its picture {image} {width}x{height}{self.exif_note}; make this mask again")
             raw = np.asarray(mask).astype(np.int32)  # of a palette PNG the indices, not the colors
-        label = self.values[raw.clip(-1, 65536)]
+        label = self.class_of[raw.clip(-1, 65536)]
         if (label < 0).any():
             wrong = np.unique(raw[label < 0])[:8].tolist()
-            accepted = f"0-{np.flatnonzero(self.values[:IGNORE] >= 0).max()}"
-            accepted += ", 255" if self.values[IGNORE] >= 0 else ""
+            largest = max(self.values.keys() - {IGNORE})
+            unknown = ", 255" if IGNORE in self.values else ""
             raise UserError(f"{path}: label values {wrong} are outside the {len(self.names)} "
-                            f"classes of {self.name} (accepted: {accepted}){self.advice}")
+                            f"classes of {self.name} (accepted: 0-{largest}{unknown}){self.advice}")
         return label.astype(np.uint8)
 
     def _resized(self, path, read, resampling, kind="picture"):
@@ -198,7 +205,7 @@ class Dataset:
         The name of the PNG depends on time and size of the file: a changed file is read again."""
         if self.size is None:
             return read(path)
-        folder = "x".join(map(str, self.size)) if len(self.size) > 1 else f"longest_{self.size[0]}"
+        folder = "x".join(map(str, self.size)) if len(self.size) == 2 else f"longest_{self.size[0]}"
         with contextlib.suppress(OSError):  # not kept yet
             file = os.stat(path)
             key = f"{Path(path).resolve()}/{file.st_mtime_ns}/{file.st_size}/{kind}"
@@ -247,33 +254,10 @@ def in_threads(function, items):
         yield from pool.map(function, items)
 
 
-def pictures_in(folder, suffixes=(".png", ".jpg", ".jpeg"), problems=None):
-    """{file stem: path} of the pictures in a folder, which need not exist.
-
-    problems: a list that gets sub-folders and files of one name; with it other files are named."""
-    found, others = {}, []
-    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
-        is_picture = path.suffix.lower() in suffixes
-        if is_picture and (problems is None or path.stem not in found):
-            found[path.stem] = path
-        elif problems is not None and path.is_dir():
-            problems.append(f"{path}: pictures in a sub-folder are not read; move them to {folder}")
-        elif problems is not None and is_picture:
-            problems.append(f"{path}: has the name of {found[path.stem].name}, and one mask cannot "
-                            "belong to both; rename or remove one")
-        elif not path.name.startswith("."):
-            others.append(path.name)
-    if problems is not None:
-        warn_of_others(folder, others)
-    return found
-
-
-def warn_of_others(folder, names):
-    """Warn of files in a folder that are not read."""
-    if names:
-        more = f" and {len(names) - 5} others" if len(names) > 5 else ""
-        warn(f"{folder}: only .png, .jpg and .jpeg are read (convert other pictures, as HEIC, to "
-             f"JPEG), not {', '.join(names[:5])}{more}")
+def files_by_stem(folder, suffixes=SUFFIXES):
+    """{file stem: path} of the files in a folder, which need not exist, with these suffixes."""
+    paths = sorted(folder.iterdir()) if folder.is_dir() else []
+    return {path.stem: path for path in paths if path.suffix.lower() in suffixes}
 
 
 def read_lines(path, advice):
@@ -296,11 +280,17 @@ def class_ids(count):
 
 @contextlib.contextmanager
 def collected(problems):
-    """Add the text of a UserError to the list of problems; do not raise it."""
+    """Add the text of a UserError to the list of problems instead of raising it."""
     try:
         yield
     except UserError as error:
         problems.append(str(error))
+
+
+def raise_first(problems):
+    """A UserError with the first of these problems, if there is one."""
+    for problem in problems[:1]:
+        raise UserError(f"{problem} ({len(set(problems))} in all; --check-data names them)")
 
 
 # ---- streets -------------------------------------------------------------------------------------
@@ -323,7 +313,7 @@ class Streets(Dataset):
         return draw_street(id)[1]
 
     def header(self, path):
-        return "drawn", None, False
+        return SimpleNamespace(mode="drawn", palette=None, turned=False)
 
 
 MATERIALS = {  # the colors that a shape can have: red, green, blue in percent
@@ -334,17 +324,23 @@ MATERIALS = {  # the colors that a shape can have: red, green, blue in percent
     "grass": "30 45 20, 45 45 25, 40 38 30",
     "asphalt": "35 35 37, 45 44 43, 28 28 33, 52 48 46",
     "paint": "80 10 10, 10 20 60, 90 90 90, 10 10 12, 50 50 52, 85 70 20, 20 40 30",
-    "trousers": "15 15 30, 20 20 20, 50 45 35",
     "marking": "85 85 80", "glass": "20 25 30", "rubber": "8 8 8", "skin": "75 55 45",
+    "trousers": "15 15 30, 20 20 20, 50 45 35",
     "metal": "40 40 42, 30 28 25, 60 60 60",
     "plate": "80 15 10, 10 30 70, 90 80 20, 90 90 90, 10 50 30",
 }
-THINGS = {  # material, form and corners of each shape: (right of the middle, above the foot)
-    "car": "paint rectangle -.5 .55 .5 .1, glass polygon -.38 .55 -.25 1 .25 1 .38 .55",
-    "bus": "paint rectangle -.5 1.7 .5 .1, glass rectangle -.44 1.5 .44 .95",
-    "person": "paint rectangle -.14 .82 .14 .42, trousers rectangle -.11 .45 .11 0, "
-              "skin ellipse -.09 1 .09 .8",
-    "pole": "metal rectangle -.07 1 .07 0",
+# Of each thing how many there are (one of four numbers), how near they are, and how long (vehicles)
+# or high (others) they are in heights of a car; then the material, form and corners of its shapes:
+# right of the middle in widths, above the foot in heights.
+THINGS = {
+    "car": ((1, 2, 3, 4), (0.15, 1), (1.2, 2.2),
+            "paint rectangle -.5 .55 .5 .1, glass polygon -.38 .55 -.25 1 .25 1 .38 .55"),
+    "bus": ((0, 0, 0, 1), (0.1, 0.8), (1.6, 3),
+            "paint rectangle -.5 1.7 .5 .1, glass rectangle -.44 1.5 .44 .95"),
+    "person": ((0, 1, 2, 3), (0.2, 1), (0.9, 1.3),
+               "paint rectangle -.14 .82 .14 .42, trousers rectangle -.11 .45 .11 0, "
+               "skin ellipse -.09 1 .09 .8"),
+    "pole": ((0, 1, 2, 3), (0.2, 0.9), (2, 3.2), "metal rectangle -.07 1 .07 0"),
 }
 
 
@@ -355,13 +351,12 @@ class Scene:
 
     def __init__(self, id):
         self.random = rng("streets", id)
-        self.uniform = self.random.uniform
         self.canvas = Image.new("L", (self.width, self.height))
         self.pen = ImageDraw.Draw(self.canvas)
         self.classes = []  # class id of each shape
         self.colors = []
-        self.horizon = int(self.uniform(18, 34))
-        self.vanish = self.uniform(0.3, 0.7) * self.width  # column of the vanishing point
+        self.horizon = int(self.random.uniform(18, 34))
+        self.vanish = self.random.uniform(0.3, 0.7) * self.width  # column of the vanishing point
 
     def pick(self, *options):
         return options[self.random.randint(len(options))]
@@ -374,17 +369,10 @@ class Scene:
         self.colors.append(np.clip(color, 0.02, 0.98))
         return len(self.classes) - 1
 
-    def draw(self, form, shape, x, foot, width, height, corners):
+    def draw(self, form, shape, x, foot, width, height, corners=(-1, 1, 1, -1)):
         """Draw a shape whose corners are numbers: right of x in widths, above foot in heights."""
-        numbers = map(float, corners)
-        points = [(x + right * width, foot - up * height) for right, up in zip(numbers, numbers)]
-        getattr(self.pen, form)(points, fill=shape)
-
-    def stand(self, name, x, foot, width, height):
-        """Draw a thing that stands at (x, foot), by its line of THINGS."""
-        for line in THINGS[name].split(", "):
-            material, form, *corners = line.split()
-            self.draw(form, self.shape(name, material), x, foot, width, height, corners)
+        points = np.reshape(corners, (-1, 2)).astype(float) * (width, -height) + (x, foot)
+        getattr(self.pen, form)(points.ravel().tolist(), fill=shape)
 
 
 @lru_cache(maxsize=512)  # 384 scenes of 32 KB
@@ -401,7 +389,7 @@ def draw_street(id):
 
 def draw_far_end(scene):
     """Sky, then houses and trees along the horizon."""
-    uniform, pen, horizon = scene.uniform, scene.pen, scene.horizon
+    uniform, pen, horizon = scene.random.uniform, scene.pen, scene.horizon
     pen.rectangle((0, 0, scene.width, scene.height), fill=scene.shape("sky", "sky"))
     x = -uniform(0, 20)
     while x < scene.width:
@@ -412,21 +400,18 @@ def draw_far_end(scene):
             pen.rectangle((x, horizon - uniform(4, 28), x + width, horizon + 3), fill=house)
         elif kind == "tree":
             tree = scene.shape("vegetation", "leaves")
-            radius = width / 2
-            middle = x + radius
+            middle = x + width / 2
             crown = horizon - uniform(2, 14)
-            for _ in range(4):
-                column = middle + uniform(-0.6, 0.6) * radius
-                row = crown + uniform(-0.5, 0.5) * radius
-                size = uniform(0.5, 0.9) * radius
-                scene.draw("ellipse", tree, column, row, size, size, (-1, 1, 1, -1))
+            leaves = uniform((-0.6, -0.5, 0.5), (0.6, 0.5, 0.9), (4, 3)) * (width / 2)
+            for right, down, radius in leaves:
+                scene.draw("ellipse", tree, middle + right, crown + down, radius, radius)
             pen.rectangle((middle - 1, crown, middle + 1, horizon + 3), fill=tree)
         x += width * uniform(0.7, 1.3)
 
 
 def draw_ground(scene):
     """Pavement, sometimes grass on one side, the road as a wedge, sometimes with markings."""
-    uniform, pen, horizon, vanish = scene.uniform, scene.pen, scene.horizon, scene.vanish
+    uniform, pen, horizon, vanish = scene.random.uniform, scene.pen, scene.horizon, scene.vanish
     height, width = scene.height, scene.width
     pen.rectangle((0, horizon, width, height), fill=scene.shape("sidewalk", "pavement"))
     if uniform() < 0.35:
@@ -439,50 +424,52 @@ def draw_ground(scene):
     pen.polygon(corners, fill=scene.shape("road", "asphalt"))
     if uniform() < 0.6:
         paint = scene.shape("road", "marking")
-        slant = (left + right) / 2 - vanish
-        depth = height - horizon
+        end = np.array([vanish, horizon])
+        way = ((left + right) / 2, height) - end  # along the middle of the road
         for k in range(5):
-            near, far = (k / 5) ** 2, (k / 5 + 0.08) ** 2
-            ends = [(vanish + slant * share, horizon + share * depth) for share in (near, far)]
-            pen.line(ends, fill=paint, width=1 + int(3 * near))
+            near = (k / 5) ** 2
+            far = (k / 5 + 0.08) ** 2
+            line = np.ravel([end + near * way, end + far * way])
+            pen.line(line.tolist(), fill=paint, width=1 + int(3 * near))
 
 
 def draw_things(scene):
     """Cars, buses, persons, poles and signs, from far to near."""
-    uniform, random, vanish, horizon = scene.uniform, scene.random, scene.vanish, scene.horizon
-    things = [("car", uniform(0.15, 1)) for _ in range(random.randint(1, 5))]
-    things += [("bus", uniform(0.1, 0.8)) for _ in range(random.randint(4) // 3)]
-    things += [("person", uniform(0.2, 1)) for _ in range(random.randint(4))]
-    things += [("pole", uniform(0.2, 0.9)) for _ in range(random.randint(4))]
-    for name, depth in sorted(things, key=lambda thing: thing[1]):
-        foot = horizon + 2 + 0.8 * depth * (scene.height - horizon)
+    uniform = scene.random.uniform
+    ground = scene.height - scene.horizon
+    things = []
+    for name, (counts, depths, *_) in THINGS.items():
+        things += [(depth, name) for depth in uniform(*depths, scene.pick(*counts))]
+    for depth, name in sorted(things):
+        _, _, lengths, shapes = THINGS[name]
+        foot = scene.horizon + 2 + 0.8 * depth * ground
         size = 3 + 17 * depth  # the height of a car, in pixels
-        if name in ("car", "bus"):
-            lane = uniform(0.05, 0.95) * (scene.right - scene.left) + scene.left - vanish
-            x = vanish + lane * (foot - horizon) / (scene.height - horizon)
-            width = size * (uniform(1.2, 2.2) if name == "car" else uniform(1.6, 3))
-            scene.stand(name, x, foot, width, size)
+        vehicle = name in ("car", "bus")
+        if vehicle:
+            lane = uniform(0.05, 0.95) * (scene.right - scene.left) + scene.left - scene.vanish
+            x = scene.vanish + lane * (foot - scene.horizon) / ground
+        else:
+            x = uniform(0, scene.width)
+        length = size * uniform(*lengths)
+        width = size if name == "pole" else length
+        height = size if vehicle else length
+        for shape in shapes.split(", "):
+            material, form, *corners = shape.split()
+            scene.draw(form, scene.shape(name, material), x, foot, width, height, corners)
+        if vehicle:
             wheel = scene.shape(name, "rubber")
             for axle in (x - 0.32 * width, x + 0.32 * width):
                 scene.draw("ellipse", wheel, axle, foot, size, size, (-0.15, 0.28, 0.15, 0))
-        elif name == "person":
-            x = uniform(0, scene.width)
-            height = size * uniform(0.9, 1.3)
-            scene.stand(name, x, foot, height, height)
-        else:
-            x = uniform(0, scene.width)
-            height = size * uniform(2, 3.2)
-            scene.stand(name, x, foot, size, height)
-            if uniform() < 0.5:
-                plate = scene.shape("sign", "plate")
-                size = size * uniform(0.17, 0.3) + 0.5
-                form = scene.pick("ellipse", "rectangle")
-                scene.draw(form, plate, x, foot - height, size, size, (-1, 1, 1, -1))
+        elif name == "pole" and uniform() < 0.5:
+            plate = scene.shape("sign", "plate")
+            radius = size * uniform(0.17, 0.3) + 0.5
+            form = scene.pick("ellipse", "rectangle")
+            scene.draw(form, plate, x, foot - height, radius, radius)
 
 
 def light_up(scene):
     """The image (64, 128, 3): colors with texture, then light, shadow, fog and a camera's noise."""
-    uniform, normal = scene.uniform, scene.random.normal
+    uniform, normal = scene.random.uniform, scene.random.normal
     shapes = np.asarray(scene.canvas)
     noise = 0
     for grid in ((6, 12), (16, 64), (64, 128)):
@@ -551,10 +538,16 @@ LISTED = {
 }
 
 
-def check_folders(name, *folders):
-    """Raise a UserError that says what --data-root must hold, unless all these folders exist."""
-    for folder in folders:
-        need(folder.is_dir(), f"{folder}: no such folder; --data-root must hold {LAYOUTS[name]}")
+def check_content(name, folder, content):
+    """A UserError that says what --data-root must hold, unless this folder has content."""
+    need(content, f"{folder}: missing or empty; --data-root must hold {LAYOUTS[name]}")
+
+
+def check_count(place, count, whole):
+    """Warn unless count is one of the numbers of pictures that the whole dataset can have."""
+    if whole and count not in whole:
+        warn(f"{place} has {count} pictures, the whole dataset has {' or '.join(map(str, whole))}: "
+             "is the copy complete?")
 
 
 def open_listed(name, root, size, cache, download=False, extra=None, seed=0):
@@ -562,18 +555,17 @@ def open_listed(name, root, size, cache, download=False, extra=None, seed=0):
     row = LISTED[name]
     if download:
         download_voc(root)
-    check_folders(name, root)
-    places = [root / folder for folder in row["folders"]]
     images = row["images"] or "train"
+    places = [root / folder for folder in row["folders"]]
     folder = next((place for place in places if (place / images).is_dir()), places[-1])
     train_list, train = read_part(name, folder, "train")
     val_list, val = read_part(name, folder, "val")
-    both = ", ".join(sorted(train.keys() & val.keys())[:3])
-    need(not both, f"{train_list}: names {both}, which {val_list} names too: that would be "
+    both = sorted(train.keys() & val.keys())
+    need(not both, f"{train_list}: names {both[:1]}, which {val_list} names too: that would be "
          "training on val; take another list")
     classes, values = row["classes"], row["values"]
     if name == "context" and is_background_unknown(train):
-        classes = {name: CONTEXT[name] for name in CONTEXT if name != "background"}
+        classes = dict(list(CONTEXT.items())[1:])
         values = class_ids(59)
         warn(f"{folder}/SegmentationClassContext: masks of 59 classes, background is unknown "
              "(255); the papers' numbers are for 60 classes")
@@ -593,43 +585,35 @@ def read_part(name, folder, part):
 
     The first column of a line counts, and of it the file stem."""
     row = LISTED[name]
-    lists, mask_folders, counts = row[part]
-    image_folder = folder / (row["images"] or part)
-    check_folders(name, image_folder, *[folder / masks for masks in mask_folders[-1:]])
-    images, masks = pictures_in(image_folder), {}
+    list_names, mask_folders, whole = row[part]
+    path = image_folder = folder / (row["images"] or part)
+    masks = {}
     for mask_folder in reversed(mask_folders):
-        masks |= pictures_in(folder / mask_folder, [".png"])
-        need(masks, f"{folder / mask_folder}: no PNG in it; --data-root must hold {LAYOUTS[name]}")
-    paths = [folder / row["lists"] / f"{list_name}.txt" for list_name in lists]
-    path = next((path for path in paths if path.exists()), paths[-1])
-    if row["images"] or path.exists():
+        masks |= files_by_stem(folder / mask_folder, [".png"])
+        check_content(name, folder / mask_folder, masks)
+    stems = images = files_by_stem(image_folder)
+    check_content(name, image_folder, images)
+    lists = [folder / row["lists"] / f"{list_name}.txt" for list_name in list_names]
+    if row["images"] or lists[0].exists():
+        path = next((path for path in lists if path.exists()), lists[-1])
         lines = read_lines(path, f"--data-root must hold {LAYOUTS[name]}")
         stems = [Path(line.split()[0]).stem for line in lines if line.strip()]
-    else:
-        path, stems = image_folder, list(images)
+    missing = [stem for stem in stems if stem not in images]
     again = f"remove {folder} and copy or download the dataset again"
+    need(stems, f"{path}: no picture in it; {again}")
+    need(not missing, f"{path}: names {missing[:1]}, which {image_folder} lacks; {again}")
+    check_count(path, len(stems), whole)
     prefix = "" if row["images"] else f"{part}/"
-    files = {}
-    for stem in stems:
-        need(stem in images, f"{path}: names {stem}, but {image_folder} has no {stem}.jpg or .png; "
-             f"{again}")
-        files[prefix + stem] = images[stem], masks.get(stem)
-    need(files, f"{path}: no picture in it; {again}")
-    if counts and len(files) not in counts:
-        whole = " or ".join(map(str, counts))
-        warn(f"{path} names {len(files)} pictures, the whole dataset has {whole}: "
-             "is the copy complete?")
-    return path, files
+    return path, {prefix + stem: (images[stem], masks.get(stem)) for stem in stems}
 
 
 def download_voc(root):
     """Fetch VOC to root unless it is there. One process does it, the others wait."""
-    folder = root / "VOCdevkit/VOC2012"
     parts = ["JPEGImages", "ImageSets/Segmentation", "SegmentationClass"]
-    inside = (root / "JPEGImages").is_dir()  # root is the folder VOC2012 itself
+    complete = all((root / "VOCdevkit/VOC2012" / part).is_dir() for part in parts)
+    complete |= (root / "JPEGImages").is_dir()  # root is the folder VOC2012 itself
     with one_after_another():
-        missing = [part for part in parts if not (folder / part).is_dir()]
-        if is_main() and missing and not inside:
+        if is_main() and not complete:
             try:
                 torchvision.datasets.VOCSegmentation(root, "2012", "train", download=True)
             except (OSError, RuntimeError) as error:  # no network, a full disk, another checksum
@@ -651,12 +635,10 @@ def is_background_unknown(files):
 
 def add_extra(data, extra, pictures, source, seed):
     """Add --extra ("all" or a number) of these pictures {id: path}, the first by hash_order()."""
-    count = len(pictures)
-    if extra != "all":
-        count = int(extra) if str(extra).isdecimal() else 0
-    need(1 <= count <= len(pictures), f"--extra {extra}: expected all, or a number from 1 to "
-         f"{len(pictures)}, which {source} holds")
-    data.extra = hash_order(seed, pictures)[:count]
+    count = len(pictures) if extra == "all" else extra
+    need(str(count).isdecimal() and 1 <= int(count) <= len(pictures), f"--extra {extra}: expected "
+         f"all, or a number from 1 to {len(pictures)}, which {source} holds")
+    data.extra = hash_order(seed, pictures)[:int(count)]
     data.files |= {id: (pictures[id], None) for id in data.extra}
 
 
@@ -664,27 +646,24 @@ def add_extra(data, extra, pictures, source, seed):
 
 def open_cityscapes(root, size, cache, extra=None, seed=0):
     """Cityscapes with labelIds or labelTrainIds. extra: of train_extra, as in add_extra()."""
-    folders = ["leftImg8bit/train", "leftImg8bit/val", "gtFine/train", "gtFine/val"]
-    check_folders("cityscapes", root, *[root / folder for folder in folders])
     train = read_cityscapes(root, "train", 2975)
     val = read_cityscapes(root, "val", 500)
     files = train | val
     kinds = {mask.name.rsplit("_", 1)[1] for _, mask in files.values() if mask}
+    check_content("cityscapes", root / "gtFine", kinds)
     need(len(kinds) < 2, f"{root}/gtFine: some pictures have only labelIds, some only "
          "labelTrainIds; make one kind complete")
-    values = {c.id: IGNORE for c in torchvision.datasets.Cityscapes.classes if c.id >= 0}
-    values |= {IGNORE: IGNORE} | {id: k for k, id in enumerate(CITYSCAPES_IDS)}
-    if kinds == {"labelTrainIds.png"}:
-        values = class_ids(19)
+    values = class_ids(19)
+    if kinds != {"labelTrainIds.png"}:
+        classes = torchvision.datasets.Cityscapes.classes
+        values = {c.id: c.train_id for c in classes if c.id >= 0} | {IGNORE: IGNORE}
     data = Dataset("cityscapes", CITYSCAPES, list(train), list(val), files, values, size, cache)
     if extra is not None:
         folder = root / "leftImg8bit/train_extra"
         pictures = {city_id(path): path for path in folder.glob("*/*_leftImg8bit.png")}
         need(pictures, f"{folder}: no CITY/*_leftImg8bit.png for --extra; unpack "
              f"leftImg8bit_trainextra.zip from https://www.cityscapes-dataset.com in {root}")
-        if len(pictures) not in (19998, 19997):  # one is corrupt in the archive, and often removed
-            warn(f"{folder} has {len(pictures)} pictures, the whole dataset 19998: "
-                 "is the copy complete?")
+        check_count(folder, len(pictures), [19998, 19997])  # one is corrupt, and often removed
         add_extra(data, extra, pictures, folder, seed)
     return data
 
@@ -694,19 +673,16 @@ def city_id(path):
     return f"{path.parent.name}/{path.name.removesuffix('_leftImg8bit.png')}"
 
 
-def read_cityscapes(root, part, count):
+def read_cityscapes(root, part, whole):
     """{id: (image path, mask path or None)} of train or val, sorted by path."""
     folder = root / "leftImg8bit" / part
     files = {}
     for path in sorted(folder.glob("*/*_leftImg8bit.png")):
-        id = city_id(path)
-        masks = [root / f"gtFine/{part}/{id}_gtFine_{kind}.png"
-                 for kind in ("labelIds", "labelTrainIds")]
-        files[id] = path, next((mask for mask in masks if mask.exists()), None)
-    if len(files) != count:
-        warn(f"{folder} has {len(files)} pictures, the whole dataset {count}: "
-             "is the copy complete?")
-    need(files, f"{folder}: no CITY/*_leftImg8bit.png; unpack leftImg8bit_trainvaltest.zip there")
+        mask = root / f"gtFine/{part}/{city_id(path)}_gtFine_label"
+        masks = [Path(f"{mask}Ids.png"), Path(f"{mask}TrainIds.png")]
+        files[city_id(path)] = path, next(filter(Path.exists, masks), None)
+    check_content("cityscapes", folder, files)
+    check_count(folder, len(files), [whole])
     return files
 
 
@@ -721,58 +697,48 @@ class Folder(Dataset):
     advice = "; name more classes in classes.txt, or save unknown pixels as 255"
 
 
-def open_folder(root, size, cache, problems=None):
+def open_folder(root, size, cache):
     """Your own pictures: images/ and masks/ of the same names, and unlabeled/.
 
     val_images/ and val_masks/ are for evaluation; without them a fifth of the labeled pictures is,
     the first by a hash of their names. classes.txt names the classes; without it they are numbered
-    from the masks. problems: a list that gets all that is wrong, instead of one UserError."""
-    check_folders("folder", root, root / "images", root / "masks")
-    found = [] if problems is None else problems
-    labeled = pair_up(root, "images", "masks", found)
-    val = pair_up(root, "val_images", "val_masks", found)
-    unlabeled = pictures_in(root / "unlabeled", problems=found)
-    if not labeled:
-        found.append(f"{root}/images: no picture with a mask; --data-root must hold "
-                     f"{LAYOUTS['folder']}")
-    elif len(labeled) == 1 and not val:
-        found.append(f"{root}/images: one picture with a mask, but evaluation needs another one, "
-                     "here or in val_images/ and val_masks/")
+    from the masks. What would stop a run is in data.problems."""
+    for folder in (root, root / "images", root / "masks"):
+        check_content("folder", folder, folder.is_dir())
+    problems = []
+    labeled = pair_up(root, "images", "masks", problems)
+    val = pair_up(root, "val_images", "val_masks", problems)
+    unlabeled = pictures_in(root / "unlabeled", problems)
+    total = len(labeled)
+    if total == 0 or total == 1 and not val:
+        problems.append(f"{root}/images: {total} pictures with a mask; --data-root must hold one "
+                        f"for training and one for evaluation: {LAYOUTS['folder']}")
     elif not val:
-        total = len(labeled)
         held_out = hash_order(0, labeled)[:max(1, round(total / 5))]
         val = {id: labeled.pop(id) for id in sorted(held_out)}
-        which = ": " + ", ".join(Path(id).name for id in val) if len(val) <= 4 else ""
-        say(f"val       {len(val)} of the {total} labeled pictures, held out by name{which}")
-    names = root / "classes.txt"
-    classes = read_classes(names, found) if names.exists() else {}
+        names = ", ".join(Path(id).name for id in list(val)[:4])
+        say(f"val       {len(val)} of the {total} labeled pictures, held out by name, as {names}")
+    path = root / "classes.txt"
+    classes = read_classes(path, problems) if path.exists() else {}
     if not classes:
-        classes = number_classes([mask for _, mask in (labeled | val).values()], found)
-    if not names.exists():
-        say(f"classes   {len(classes)}, numbered from the masks; for names, write {names}, one on "
+        classes = number_classes([mask for _, mask in (labeled | val).values()], problems)
+        say(f"classes   {len(classes)}, numbered from the masks; for names, write {path}, one on "
             "each line, from class id 0 on")
-    if problems is None and found:
-        more = f" (and {len(found) - 1} more; --check-data names all)" if len(found) > 1 else ""
-        raise UserError(found[0] + more)
     extra = {f"unlabeled/{stem}": (path, None) for stem, path in unlabeled.items()}
-    files = labeled | val | extra
-    values = class_ids(len(classes))
-    data = Folder("folder", classes, list(labeled), list(val), files, values, size, cache)
-    data.extra = list(extra)
-    return data
+    return Folder("folder", classes, list(labeled), list(val), labeled | val | extra,
+                  class_ids(len(classes)), size, cache, [], list(extra), problems)
 
 
 def pair_up(root, image_folder, mask_folder, problems):
     """{id: (image path, mask path)} of the pictures that have masks. Problems are added."""
-    images = pictures_in(root / image_folder, problems=problems)
-    masks = pictures_in(root / mask_folder, problems=problems)
+    images = pictures_in(root / image_folder, problems)
+    masks = pictures_in(root / mask_folder, problems)
     lonely = sorted(masks.keys() - images.keys())
     for stem in sorted(images.keys() - masks.keys()):
         advice = f"make one, or move the picture to {root}/unlabeled/"
-        similar = [other for other in lonely if other.lower().startswith(stem.lower())]
-        if similar:
-            lonely.remove(similar[0])
-            advice = f"rename {masks[similar[0]]}, if that is its mask"
+        for similar in [other for other in lonely if other.lower().startswith(stem.lower())][:1]:
+            lonely.remove(similar)
+            advice = f"rename {masks[similar]}, if that is its mask"
         problems.append(f"{images[stem]}: has no mask {root / mask_folder / stem}.png; {advice}")
     for stem in lonely:
         problems.append(f"{masks[stem]}: a mask without a picture {root / image_folder / stem}.jpg "
@@ -784,7 +750,26 @@ def pair_up(root, image_folder, mask_folder, problems):
     return {f"{image_folder}/{stem}": (images[stem], masks[stem]) for stem in both}
 
 
-NAME_AND_COLOR = r"(.+?)[\s,]+(?:#([0-9a-fA-F]{6})|(\d{1,3})[\s,]+(\d{1,3})[\s,]+(\d{1,3}))"
+def pictures_in(folder, problems):
+    """{file stem: path} of the pictures in a folder, which need not exist. Problems are added."""
+    found, others = {}, []
+    for path in sorted(folder.glob("[!.]*")):
+        if path.is_dir():
+            problems.append(f"{path}: pictures in a sub-folder are not read; move them to {folder}")
+        elif path.suffix.lower() not in SUFFIXES:
+            others.append(path.name)
+        elif found.setdefault(path.stem, path) != path:
+            problems.append(f"{path}: has the name of {found[path.stem].name}, and one mask cannot "
+                            "belong to both; rename or remove one")
+    warn_of_others(folder, others)
+    return found
+
+
+def warn_of_others(folder, names):
+    """Warn of files in a folder that are not read."""
+    if names:
+        warn(f"{folder}: {len(names)} files are not read, as {', '.join(names[:5])}; only .png, "
+             ".jpg and .jpeg are (convert other pictures, as HEIC, to JPEG)")
 
 
 def read_classes(path, problems):
@@ -794,19 +779,17 @@ def read_classes(path, problems):
     classes, lines = {}, []
     with collected(problems):
         lines = read_lines(path, "write one name on each line, and save it as UTF-8")
-    lines = [line.strip() for line in lines if not line.strip().startswith("#")]
-    for number, line in enumerate(filter(None, lines)):
-        name, color = line, distinct_color(number)
-        match = re.fullmatch(NAME_AND_COLOR, line)
-        if match:
-            name, code, *numbers = match.groups()
-            color = tuple(bytes.fromhex(code)) if code else tuple(map(int, numbers))
+    for line in map(str.strip, lines):
+        name, color = name_and_color(line)
+        if not line or line.startswith("#"):
+            continue
         if name in classes:
             problems.append(f"{path}: {line!r}: class {list(classes).index(name)} has this name "
                             "too; rename one")
-        elif max(color) > 255:
+        if color and max(color) > 255:
             problems.append(f"{path}: {line!r}: a color is three numbers up to 255; change it")
-        classes.setdefault(name, tuple(min(value, 255) for value in color))
+            color = None
+        classes[name] = color or distinct_color(len(classes))
     if len(classes) > 1 and all(re.match(r"\d+[\s:,.)]", name) for name in classes):
         problems.append(f"{path}: the lines begin with numbers; write only names, class 0 first")
     if not 0 < len(classes) <= IGNORE:
@@ -822,7 +805,7 @@ def number_classes(masks, problems):
     def read(path):
         with contextlib.suppress(UserError), open_picture(path) as mask:
             if mask.mode in Folder.mask_modes:
-                return np.flatnonzero(np.bincount(np.asarray(mask, np.uint8).ravel()))
+                return np.unique(np.asarray(mask, np.uint8))
         return []  # an unreadable mask is named later
 
     seen = np.zeros(256, bool)
@@ -834,9 +817,8 @@ def number_classes(masks, problems):
     known = known[np.cumsum(is_gap) == 0]
     count = known.max(initial=0) + 1
     if count > 2 * max(len(known), 1):
-        ids = ", ".join(map(str, known[:6]))
-        problems.append(f"{masks[0].parent}: the ids {ids}, .. have more gaps than ids, as gray "
-                        "values and colors do; save classes as 0, 1, 2, ..")
+        problems.append(f"{masks[0].parent}: the ids {known[:6].tolist()}, .. have more gaps than "
+                        "ids, as gray values and colors do; save classes as 0, 1, 2, ..")
     return {f"class {k}": distinct_color(k) for k in range(count)}
 
 
@@ -849,8 +831,8 @@ def distinct_color(k):
 
 # ---- the dataset of a run, and its labeled part --------------------------------------------------
 
-def open_dataset(args, problems=None):
-    """The Dataset that the arguments name. problems: as in open_folder()."""
+def open_dataset(args):
+    """The Dataset that the arguments name. --check-data gets the problems of a folder in it."""
     name, extra, size = args.dataset, args.extra, args.size
     cache = Path(args.cache, name)
     seed = args.seed if args.split_seed is None else args.split_seed
@@ -864,11 +846,14 @@ def open_dataset(args, problems=None):
     need(args.data_root is not None,
          f"--dataset {name} needs --data-root DIR, a folder with {LAYOUTS[name]}")
     root = Path(args.data_root)
-    if name == "folder":
-        return open_folder(root, size, cache, problems)
     if name == "cityscapes":
         return open_cityscapes(root, size, cache, extra, seed)
-    return open_listed(name, root, size, cache, args.download, extra, seed)
+    if name != "folder":
+        return open_listed(name, root, size, cache, args.download, extra, seed)
+    data = open_folder(root, size, cache)
+    if not args.check_data:
+        raise_first(data.problems)
+    return data
 
 
 AS_PUBLISHED = {  # the papers' counts where they are not the rounded share
@@ -898,7 +883,7 @@ def split(args, data, read=True):
          "(--extra on cityscapes and voc; the folder unlabeled/ of your own pictures)")
     if args.size is not None and len(args.size) == 2:
         (height, width), (crop_height, crop_width) = args.size, args.crop
-        need(crop_height <= height and crop_width <= width, f"--crop {crop_height} {crop_width} is "
+        need(crop_height <= height and crop_width <= width, f"--crop {crop_height} {crop_width}: "
              f"larger than the pictures, which are {height} {width} (H W)")
     if read:
         check_before_training(data, labeled, unlabeled)
@@ -907,17 +892,15 @@ def split(args, data, read=True):
 
 def count_labels(labels, data):
     """Number of labeled pictures for '372' or '1/8' (of the training pictures)."""
-    total, count = len(data.train), None
+    total, count = len(data.train), 0
     with contextlib.suppress(ValueError, ZeroDivisionError):
         if "/" in str(labels):
             part, whole = map(int, str(labels).split("/"))
             count = AS_PUBLISHED.get((data.name, total, labels), round(total * part / whole))
         else:
             count = int(labels)
-    need(count is not None, f"--labels {labels}: expected a number of pictures such as 372, or a "
-         "share such as 1/8")
-    need(1 <= count <= total, f"--labels {labels} asks for {count} labeled pictures, but "
-         f"{data.name} has {total} for training; choose 1 to {total}")
+    need(1 <= count <= total, f"--labels {labels}: expected a number from 1 to {total}, the "
+         f"training pictures of {data.name}, or a share of them such as 1/8")
     return count
 
 
@@ -954,8 +937,7 @@ def read_split(paths, data):
                 need(first == number, f"{path}:{number}: {name} is in line {first} too; remove one")
         need(ids, f"{path}: names no picture")
         lists.append(list(ids))
-    labeled = lists[0]
-    others = lists[1] if len(lists) == 2 else data.train
+    labeled, others = [*lists, data.train][:2]
     both = set(labeled) & set(others)
     if len(lists) == 2 and both:
         warn(f"{len(both)} pictures are in both lists, as {min(both)}; they count as labeled only")
@@ -977,23 +959,24 @@ def read_picture(data, part, id):
     """What is in a picture and its mask; problems would stop a run, notes would not.
 
     content: a hash of size and pixels. pixels: of the mask by class id, (256,), or None."""
-    found = SimpleNamespace(part=part, size=None, mode=None, content=None, mask_mode=None,
-                            palette=None, pixels=None, problems=[], notes=[])
-    found.path, mask = data.files[id]
+    path, mask = data.files[id]
+    found = SimpleNamespace(part=part, path=path, size=None, mode=None, content=None,
+                            mask_mode=None, palette=None, pixels=None, problems=[], notes=[])
     with collected(found.problems):
         image = data.image(id)
         found.size = f"{image.shape[1]}x{image.shape[0]}"
         found.content = found.size + hashlib.blake2b(np.ascontiguousarray(image)).hexdigest()
-        found.mode, _, turned = data.header(found.path)
-        if turned and mask:
-            found.notes.append(f"{found.path}: is turned, as its EXIF orientation says; check that "
+        header = data.header(path)
+        found.mode = header.mode
+        if header.turned and mask:
+            found.notes.append(f"{path}: is turned, as its EXIF orientation says; check that "
                                f"{mask} was drawn on the turned picture")
     problems = []
-    if mask is None and part != "unlabeled":
-        problems = [f"{found.path}: its label is needed, but its mask is missing; copy it again"]
-    elif mask:
-        with collected(problems):
-            found.mask_mode, found.palette, _ = data.header(mask)
+    with collected(problems):
+        need(mask or part == "unlabeled", f"{path}: its mask is missing; copy it again")
+        if mask:
+            header = data.header(mask)
+            found.mask_mode, found.palette = header.mode, header.palette
             found.pixels = np.bincount(data.label(id).ravel(), minlength=256)
     if problems != found.problems:  # a broken picture is named once
         (found.notes if part == "unlabeled" else found.problems).extend(problems)
@@ -1001,21 +984,23 @@ def read_picture(data, part, id):
 
 
 def read_pictures(data, parts):
-    """Yield read_picture() of all parts {part: ids}, in order."""
+    """read_picture() of all parts {part: ids}; pixels {part: (masks, 256)}; all their problems."""
     files = [(part, id) for part, ids in parts.items() for id in ids]
-    found = in_threads(lambda file: read_picture(data, *file), files)
-    for number, picture in enumerate(found, 1):
-        yield picture
+    pictures = []
+    for picture in in_threads(lambda file: read_picture(data, *file), files):
+        pictures.append(picture)
         if len(files) > 20:
-            progress("reading pictures and masks", number, len(files))
-
-
-def one_class_alone(data, pixels):
-    """The problem, if the masks of your own pictures have only pixels (256,) of 0 and 255."""
-    if data.name == "folder" and pixels[0] and pixels[IGNORE] and not pixels[1:IGNORE].any():
-        folder = data.files[(data.train + data.val)[0]][1].parent
-        return [f"{folder}: the masks hold only 0 and 255 (unknown); save objects as 1, 2, .."]
-    return []
+            progress("reading pictures and masks", len(pictures), len(files))
+    problems = [text for picture in pictures for text in picture.problems]
+    pixels = {}
+    for part in parts:
+        rows = [p.pixels for p in pictures if p.part == part and p.pixels is not None]
+        pixels[part] = np.array(rows, np.int64).reshape(-1, 256)
+    labels = np.flatnonzero(pixels["labeled"].sum(0) + pixels["val"].sum(0))
+    if data.name == "folder" and labels.tolist() == [0, IGNORE]:
+        folder = Path(data.files[data.train[0]][1]).parent
+        problems.append(f"{folder}: the masks hold only 0 and 255 (unknown); save objects as 1, 2")
+    return pictures, pixels, problems
 
 
 def check_before_training(data, labeled, unlabeled):
@@ -1030,14 +1015,7 @@ def check_before_training(data, labeled, unlabeled):
         corrupt = [id for id in data.extra if "troisdorf_000000_000073" in id]  # in the archive
         parts = {"labeled": missing + labeled[:8], "val": data.val[:2]}
         parts["unlabeled"] = unlabeled[:2] + corrupt
-    pixels = np.zeros(256, np.int64)
-    for picture in read_pictures(data, parts):
-        for problem in picture.problems:
-            raise UserError(f"{problem} (--check-data names all that is wrong)")
-        if picture.pixels is not None:
-            pixels += picture.pixels
-    for problem in one_class_alone(data, pixels):
-        raise UserError(problem)
+    raise_first(read_pictures(data, parts)[2])
 
 
 def check_data(args):
@@ -1046,84 +1024,70 @@ def check_data(args):
     If something would, the end is a UserError, so exit status 2."""
     if not is_main():
         return
-    problems = []
-    data = open_dataset(args, problems)
+    data = open_dataset(args)
+    problems = data.problems
     parts = {"labeled": data.train, "val": data.val, "unlabeled": data.extra}
     if data.train:
         with collected(problems):
             parts["labeled"], parts["unlabeled"] = split(args, data, read=False)
     data.size = None  # the files as they are
-    pictures = list(read_pictures(data, parts))
-    counts = {}  # {part: pixels of each mask by class id, (masks, 256)}
-    for part in parts:
-        rows = [p.pixels for p in pictures if p.part == part and p.pixels is not None]
-        counts[part] = np.array(rows, np.int64).reshape(-1, 256)
-    problems += [text for picture in pictures for text in picture.problems]
-    problems += one_class_alone(data, counts["labeled"].sum(0) + counts["val"].sum(0))
-    notes = [text for picture in pictures for text in picture.notes]
-    notes += notes_on_all(data, pictures, counts)
-    print_contents(data, parts, pictures, counts)
-    for title, texts in (("deserves a check", notes), ("would stop a run", problems)):
-        texts = list(dict.fromkeys(texts))
+    pictures, pixels, more_problems = read_pictures(data, parts)
+    print_contents(data, parts, pictures, pixels)
+    problems = list(dict.fromkeys(problems + more_problems))
+    for title, texts in (("deserves a check", notes_on_all(data, pictures, pixels)),
+                         ("would stop a run", problems)):
         if texts:
-            print(f"\n{title}: {len(texts)}")
-            print("\n".join(f"- {text}" for text in texts))
-    need(not problems, f"problems that would stop a run, named above: {len(set(problems))}")
+            print("\n- ".join([f"\n{title}: {len(texts)}", *texts]))
+    need(not problems, f"problems that would stop a run, named above: {len(problems)}")
     print("\nnothing would stop a run")
 
 
-def notes_on_all(data, pictures, counts):
-    """Different palettes, the same picture twice, classes without pixels."""
-    notes = []
+def notes_on_all(data, pictures, pixels):
+    """What deserves a check: different palettes, the same picture twice, classes without pixels."""
+    notes = [text for picture in pictures for text in picture.notes]
     palettes = {picture.palette for picture in pictures} - {None}
     if len(palettes) > 1:
         notes.append(f"the masks have {len(palettes)} different palettes, as an editor's indexed "
                      "mode makes them; check that each id is the same class everywhere")
     by_content = {}
     for picture in pictures:
-        if picture.content:
-            by_content.setdefault(picture.content, []).append(picture)
+        by_content.setdefault(picture.content, []).append(picture)
+    by_content.pop(None, None)  # pictures that cannot be read
     for same in by_content.values():
         parts = {picture.part for picture in same}
         if len(parts) > 1 or len(same) > 1 and data.name == "folder":
             paths = ", ".join(f"{picture.path} ({picture.part})" for picture in same[:4])
-            note = f"the same picture {len(same)} times: {paths}"
-            if "val" in parts and len(parts) > 1:
-                note += "; training on val makes its numbers too good: remove one of them"
-            notes.append(note)
-    advice = {"labeled": "nothing teaches these classes: label a picture of them, or more --labels",
-              "val": "their IoU is unknown"}
-    for part in advice:
-        pixels = counts[part].sum(0)
-        absent = [name for k, name in enumerate(data.names) if pixels[k] == 0]
-        if absent and pixels.any():
-            notes.append(f"in no mask of the {part} part: {', '.join(absent)}; {advice[part]}")
+            notes.append(f"the same picture {len(same)} times: {paths}; a picture of val in "
+                         "another part makes the numbers too good: remove one of them")
+    for part in ("labeled", "val"):
+        total = pixels[part].sum(0)
+        absent = [name for k, name in enumerate(data.names) if total[k] == 0]
+        if absent and total.any():
+            notes.append(f"in no mask of the {part} part: {', '.join(absent)}; label pictures of "
+                         "these classes, or use more --labels")
     return notes
 
 
-def print_contents(data, parts, pictures, counts):
+def print_contents(data, parts, pictures, pixels):
     """Counts, sizes and modes of the pictures; of each class the share of pixels, and its masks."""
-    def most_common(values):
-        counter = Counter(filter(None, values))
-        more = ", .." if len(counter) > 5 else ""
-        found = [f"{value} ({count})" for value, count in counter.most_common(5)]
-        return ", ".join(found or ["none"]) + more
+    def count(attribute):
+        values = [getattr(picture, attribute) for picture in pictures]
+        counter = Counter(value for value in values if value)
+        found = [f"{value} ({times})" for value, times in counter.most_common(5)]
+        return ", ".join(found) or "none"
 
     total = ", ".join(f"{len(ids)} {part}" for part, ids in parts.items())
     print(f"pictures  {total}; {data.name}, {len(data.names)} classes")
-    modes = most_common(picture.mode for picture in pictures)
-    mask_modes = most_common(picture.mask_mode for picture in pictures)
-    print(f"sizes     {most_common(picture.size for picture in pictures)}")
-    print(f"modes     pictures {modes}; masks {mask_modes}")
-    shown = {part: pixels for part, pixels in counts.items() if len(pixels)}
-    width = max(map(len, data.names + ["unknown (255)"])) + 5
-    heads = [f"{'% of ' + part:>16}{'in masks':>10}" for part in shown]
-    print(f"\n{'class':{width}}{''.join(heads)}")
-    for k, name in [*enumerate(data.names), (IGNORE, "unknown (255)")]:
-        row = f"{k if k < IGNORE else '':3}  {name}".ljust(width)
-        for pixels in shown.values():
-            share = 100 * pixels[:, k].sum() / pixels.sum()
-            row += f"{share:16.2f}{(pixels[:, k] > 0).sum():10}"
+    print(f"sizes     {count('size')} (the five most common)")
+    print(f"modes     pictures {count('mode')}; masks {count('mask_mode')}")
+    shown = {part: counts for part, counts in pixels.items() if len(counts)}
+    width = max(map(len, data.names)) + 12
+    print(f"\n{'class':{width}}" + "".join(f"{'% of ' + part:>16}  in masks" for part in shown))
+    for k, name in [*enumerate(data.names), (IGNORE, "unknown")]:
+        row = f"{k:3}  {name}".ljust(width)
+        for counts in shown.values():
+            share = 100 * counts[:, k].sum() / counts.sum()
+            row += f"{share:16.2f}{(counts[:, k] > 0).sum():10}"
         print(row)
 
 

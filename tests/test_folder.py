@@ -362,7 +362,7 @@ def test_each_kind_of_bad_file_stops_a_run_before_it_begins(own, main):
                 for i, end in ((1, "jpg"), (2, "png"), (3, "jpg"))
                 for part, end in (("images", end), ("masks", "png"))
             ],
-            ("one picture with a mask",),
+            ("1 pictures with a mask",),
         ),
         (
             lambda own: (own / "classes.txt").write_text("road\nroad\n"),
