@@ -2343,9 +2343,12 @@ def write_file(path, write):
     try:
         write_atomically(path, write)
     except (OSError, RuntimeError) as error:  # torch.save turns a full disk into the latter
+        place = next(folder for folder in Path(path).absolute().parents if folder.is_dir())
+        free = shutil.disk_usage(place).free / 2 ** 30
         reason = str(error).splitlines()[0]
-        raise UserError(f"{path}: cannot be written ({reason}); the last checkpoint is intact. "
-                        "Free some space, then the same command goes on") from None
+        raise UserError(f"{path}: cannot be written ({reason}; {free:.1f} GB free); the last "
+                        "checkpoint is intact. Free some space, then the same command goes "
+                        "on") from None
 
 
 def git_commit():
