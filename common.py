@@ -1074,11 +1074,12 @@ def print_contents(data, parts, pictures, pixels):
         values = [getattr(picture, attribute) for picture in pictures]
         counter = Counter(value for value in values if value)
         found = [f"{value} ({times})" for value, times in counter.most_common(5)]
-        return ", ".join(found) or "none"
+        more = ", .." if len(counter) > 5 else ""
+        return ", ".join(found) + more or "none"
 
     total = ", ".join(f"{len(ids)} {part}" for part, ids in parts.items())
     print(f"pictures  {total}; {data.name}, {len(data.names)} classes")
-    print(f"sizes     {count('size')} (the five most common)")
+    print(f"sizes     {count('size')}")
     print(f"modes     pictures {count('mode')}; masks {count('mask_mode')}")
     shown = {part: counts for part, counts in pixels.items() if len(counts)}
     width = max(map(len, data.names)) + 12
@@ -1246,7 +1247,7 @@ def batches(stream, args, device, start, stop, batch_size=None, overlap=False):
     batch_size: of all processes together (default: --batch-size). Shares differ by one where it
     does not divide; a process without a share gets batches of no pictures.
     overlap: of several processes each gets one picture more, the first of the next share: then a
-    method that mixes neighbours mixes the same ones as on one process.
+    method that mixes neighbors mixes the same ones as on one process.
     label and truth become int64; "position" is a list of numbers, for augmentations."""
     size = batch_size or args.batch_size
     first, last = (math.ceil(r * size / world_size()) for r in (rank(), rank() + 1))
@@ -1361,7 +1362,7 @@ def slide(predict_window, image, window):
     """The mean of the predictions of overlapping windows: (B, 3, H, W) -> (B, K, H, W).
 
     window: (h, w).  predict_window((B, 3, h, w), (h, w)) -> (B, K, h, w). Windows lie two thirds of
-    a window apart, the last ones at the edge. A small picture is padded with the mean colour."""
+    a window apart, the last ones at the edge. A small picture is padded with the mean color."""
     (height, width), (h, w) = image.shape[2:], window
     mean = image.new_tensor(MEAN_COLOR).view(3, 1, 1) / 255
     image = F.pad(image - mean, (0, max(w - width, 0), 0, max(h - height, 0))) + mean
@@ -1493,7 +1494,7 @@ class ResNet(resnet.ResNet):
         return outputs[1:]
 
     def forward(self, x):
-        """(B, 3, H, W), normalised -> (B, .channels, h, w) at .stride."""
+        """(B, 3, H, W), normalized -> (B, .channels, h, w) at .stride."""
         return self.layers(x)[-1]
 
 
@@ -1523,7 +1524,7 @@ class ViT(vision_transformer.VisionTransformer):
 
     Its position embeddings belong to grid x grid patches, 14 x 14 for ImageNet's 224 pixels; for
     other sizes they are interpolated. A picture that patches do not divide is padded to the right
-    and below with the mean colour, which is 0 after normalisation."""
+    and below with the mean color, which is 0 after normalization."""
 
     def __init__(self, patch, depth, heads, width, grid=14):
         super().__init__(grid * patch, patch, depth, heads, width, 4 * width)
@@ -1540,7 +1541,7 @@ class ViT(vision_transformer.VisionTransformer):
         return torch.cat([token, patches.flatten(2).transpose(1, 2)], 1)
 
     def forward(self, x):
-        """(B, 3, H, W), normalised -> (B, C, h, w); h and w are the patches, rounded up."""
+        """(B, 3, H, W), normalized -> (B, C, h, w); h and w are the patches, rounded up."""
         x = F.pad(x, (0, -x.shape[3] % self.stride, 0, -x.shape[2] % self.stride))
         patches = self.conv_proj(x)
         h, w = patches.shape[2:]
@@ -1553,7 +1554,7 @@ class ViT(vision_transformer.VisionTransformer):
 class SegmentationNetwork(nn.Module):
     """logits = classifier(features(image)). The classes below, and those of scripts, add a head.
 
-    image     (B, 3, H, W) float RGB in [0, 1]; the network normalises it in the style (of STYLES)
+    image     (B, 3, H, W) float RGB in [0, 1]; the network normalizes it in the style (of STYLES)
     features  (B, .feature_channels, h, w), with h = H / .stride and w = W / .stride, rounded up
     logits    (B, K, h, w)
     .stride is 8, of DeepLabv3+ 4, of both on tiny half of that, of SETR always 2. With caffe's
@@ -1775,7 +1776,7 @@ def make_network(spec):
 def build_network(args, data, device, member=0, make=make_network, **more):
     """The network of the arguments, with its weights, on the device; .spec is its description.
 
-    member (0, 1, ..): each network of an ensemble has another initialisation.
+    member (0, 1, ..): each network of an ensemble has another initialization.
     make(description), more: a script's network, and what its description needs beside.
     A UserError if network and backbone, or backbone and weights, do not fit."""
     transformer = args.network in TRANSFORMERS
@@ -1803,7 +1804,7 @@ def build_network(args, data, device, member=0, make=make_network, **more):
     if weights:
         say_once(load_weights(network, weights, source))
     elif args.batch_norm == "frozen" and args.backbone != "tiny" and not transformer:
-        warn("--weights none with --batch-norm frozen: nothing normalises this network; "
+        warn("--weights none with --batch-norm frozen: nothing normalizes this network; "
              "it is for timing, not for training")
     if device.type == "cuda":
         network = network.to(memory_format=torch.channels_last)
@@ -2020,7 +2021,7 @@ def add_network_arguments(parser, networks, several):
     text = "imagenet, coco, none, or a file"
     add("--weights", metavar="W", help=f"{text}; two: one for each student" if several else text)
     add("--input-style", choices=list(STYLES),
-        help="normalisation of the pictures (default: that of the weights file)")
+        help="normalization of the pictures (default: that of the weights file)")
     add("--batch-norm", choices=["frozen", "train", "sync"], help="frozen as loaded; trained; or "
         "trained with statistics over all GPUs (tiny has group norm; heads that come without "
         "weights, as those of SETR and PSPNet, are always trained)")
@@ -2960,7 +2961,7 @@ def colorize(label, colors):
 
 
 def draw_panel(columns, names, colors, font=ImageFont.load_default(15)):
-    """A PIL picture: a column for each title, a row for each picture, the classes' colours below.
+    """A PIL picture: a column for each title, a row for each picture, the classes' colors below.
 
     columns: {title: (3, H, W) uint8 pictures or (H, W) labels}, on any device."""
     rows = [[draw_cell(cell, colors) for cell in cells] for cells in zip(*columns.values())]
@@ -2968,7 +2969,7 @@ def draw_panel(columns, names, colors, font=ImageFont.load_default(15)):
     width = max(row[0].width for row in rows) + gap
     top = 22
     bottom = top + sum(row[0].height + gap for row in rows)
-    legend = []  # (x, y, name, colour), wrapped
+    legend = []  # (x, y, name, color), wrapped
     x = 0
     y = bottom + 6
     for name, color in [*zip(names, colors.tolist()), ("unknown", [255, 255, 255])]:

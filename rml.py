@@ -316,7 +316,7 @@ def rectify(features, p0, eta):
     f~: features (B, C, h, w); eta: prototypes (K, C), inf: never seen; p^0: p0 (B, K, h, w)."""
     B, C, h, w = features.shape
     f = features.float().flatten(2).transpose(1, 2)  # (B, hw, C)
-    # Open: the scale of the distance; we use no normalisation, no temperature, and no square
+    # Open: the scale of the distance; we use no normalization, no temperature, and no square
     distance = torch.cdist(f, eta, compute_mode="donot_use_mm_for_euclid_dist")  # (B, hw, K)
     distance = distance.clamp(max=1e4)  # never seen: omega = 0; if no class was seen: 1 / K
     omega = torch.softmax(-distance, 2).transpose(1, 2).view(B, -1, h, w)  # Eq. 9

@@ -88,10 +88,10 @@ def test_59_classes_where_background_is_unknown(tmp_path, capsys):
         name: color
         for name, color in opened(make_context(tmp_path / "other")).classes.items()
         if name != "background"
-    }  # the same colours
+    }  # the same colors
 
 
-def test_classes_have_vocs_colours_and_all_differ():
+def test_classes_have_vocs_colors_and_all_differ():
     assert (
         list(common.CONTEXT.values())[:21] == list(common.VOC.values())
         and len(set(common.CONTEXT.values())) == 60

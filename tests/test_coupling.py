@@ -255,7 +255,7 @@ def test_the_commands_of_the_readme_parse():
 
 
 def test_curves_are_drawn_where_their_numbers_are():
-    """A rising and a constant line, each in its colour, at the right heights."""
+    """A rising and a constant line, each in its color, at the right heights."""
     picture = np.asarray(
         common.draw_curves(
             "title",

@@ -276,7 +276,7 @@ def test_sampling_is_uniform_over_all_kept_pixels():
 
 
 class StubData:
-    """Pictures whose colour says their number; the truth is class 0."""
+    """Pictures whose color says their number; the truth is class 0."""
 
     names, colors = list("abcde"), np.arange(15, dtype=np.uint8).reshape(5, 3) * 16
     files = defaultdict(lambda: ("picture", "mask"))
@@ -744,7 +744,7 @@ def test_slide_is_the_mean_over_the_windows_that_cover_a_pixel(size):
 
 
 @pytest.mark.parametrize("size", [(4, 5), (4, 20), (10, 5)])
-def test_slide_pads_a_small_picture_with_the_mean_colour(size):
+def test_slide_pads_a_small_picture_with_the_mean_color(size):
     image, seen = torch.rand(1, 3, *size), []
     result = common.slide(ramp_look(seen), image, (6, 9))
     assert result.shape == (1, 2, *size) and all(x.shape == (1, 3, 6, 9) for x in seen)
@@ -1077,7 +1077,7 @@ COLORS = torch.tensor(
 
 
 def coded_picture(height=48, width=64):
-    """Label in bands of 12 pixels, and a picture in the colours of the label."""
+    """Label in bands of 12 pixels, and a picture in the colors of the label."""
     y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     label = ((y // 12 + 2 * (x // 16)) % K).to(torch.uint8)
     return COLORS[label.long()].permute(2, 0, 1).contiguous(), label

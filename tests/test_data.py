@@ -58,7 +58,7 @@ def noise(height, width, seed=0):
 
 
 def blocks(height, width, classes=5):
-    """A label of 8x8 blocks; neighbours in a row or a column have different classes."""
+    """A label of 8x8 blocks; neighbors in a row or a column have different classes."""
     rows, columns = np.mgrid[:height, :width]
     return ((rows // 8 * 3 + columns // 8) % classes).astype(np.uint8)
 

@@ -389,7 +389,7 @@ def test_a_mask_with_254_is_found_before_the_training(error, camvid, tmp_path):
 
 
 @pytest.mark.parametrize("channels", ["RGB", "RGBA", "LA"])
-def test_a_mask_of_colours(error, camvid, channels):
+def test_a_mask_of_colors(error, camvid, channels):
     Image.fromarray(noise(0)).convert(channels).save(camvid / "trainannot/a_1.png")
     message = error(*on_camvid(camvid))
     assert str(camvid / "trainannot/a_1.png") in message and re.search(

@@ -107,7 +107,7 @@ def test_a_class_that_is_only_predicted_counts_as_zero_and_one_that_is_nowhere_i
     assert common.mean_iou(table) == 50
 
 
-class Colours(nn.Module):
+class Colors(nn.Module):
     """A network at stride 4 whose logits follow from the picture; asymmetric, for wrong flips."""
 
     align_corners = False
@@ -153,16 +153,16 @@ def evaluate_naively(network, data, full_size=False):
 
 @pytest.mark.parametrize("full_size", [False, True])
 def test_evaluate_against_a_naive_count(full_size):
-    network, data = Colours(), Pictures()
+    network, data = Colors(), Pictures()
     tables = common.evaluate(
-        {"student": network.train(), "other": Colours().eval()},
+        {"student": network.train(), "other": Colors().eval()},
         data,
         arguments(full_size_labels=full_size),
         CPU,
     )
     with torch.no_grad():
         np.testing.assert_array_equal(
-            tables["student"], evaluate_naively(Colours(), data, full_size)
+            tables["student"], evaluate_naively(Colors(), data, full_size)
         )
     assert torch.equal(tables["student"], tables["other"])  # dropout is off
     assert tables["student"].sum() == sum(
@@ -171,7 +171,7 @@ def test_evaluate_against_a_naive_count(full_size):
 
 
 def test_evaluate_leaves_each_network_in_its_mode():
-    networks = {"trains": Colours().train(), "predicts": Colours().eval()}
+    networks = {"trains": Colors().train(), "predicts": Colors().eval()}
     common.evaluate(networks, Pictures(), arguments(), CPU)
     assert (
         networks["trains"].training
@@ -182,7 +182,7 @@ def test_evaluate_leaves_each_network_in_its_mode():
 
 @pytest.mark.parametrize("processes", [2, 3, 9])
 def test_the_shares_of_processes_count_every_picture_once(processes, monkeypatch):
-    network, data = Colours(), Pictures()
+    network, data = Colors(), Pictures()
     whole = common.evaluate({"n": network}, data, arguments(), CPU)["n"]
     monkeypatch.setattr(common, "world_size", lambda: processes)
     shares = []
@@ -210,7 +210,7 @@ def resize_naively(x, height, width):
 
 
 def test_predict_averages_probabilities_over_scales_and_mirrored_pictures():
-    network = Colours().eval()
+    network = Colors().eval()
     image = torch.from_numpy(
         np.random.RandomState(0).randint(0, 256, (2, 3, 16, 24)).astype(np.uint8)
     )

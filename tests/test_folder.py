@@ -120,7 +120,7 @@ def test_a_fifth_is_held_out_or_val_images_are_used(own):
     assert data.val == ["val_images/a"] and len(data.train) == 15
 
 
-def test_classes_and_colours_of_a_list(own):
+def test_classes_and_colors_of_a_list(own):
     (own / "classes.txt").write_text(
         "\ufeffroad 1 2 3\n\nside walk\n# a comment\ntree #ff8000\ncar, 4, 5, 6\nbus,#010203\n",
         encoding="utf-8",
@@ -645,7 +645,7 @@ SHORT = {
 def test_from_photos_to_overlays(own, main, script, tmp_path, capsys):
     """Training on photos of several sizes, then a prediction of each photo.
 
-    Classes, colours and size come from the checkpoint."""
+    Classes, colors and size come from the checkpoint."""
     (own / "classes.txt").write_text("road 1 2 3\nsky 4 5 6\ntree 7 8 9\n")
     main(
         *SHORT[script],

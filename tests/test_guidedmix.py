@@ -428,7 +428,7 @@ class Plain(common.Dataset):
 
 
 def inside_of_a_class(label):
-    """Where all neighbours within two pixels are in the crop and have the same label."""
+    """Where all neighbors within two pixels are in the crop and have the same label."""
     x = label[None, None].float()
     alike = F.max_pool2d(x, 5, 1) == -F.max_pool2d(-x, 5, 1)
     return F.pad(alike[0, 0], (2, 2, 2, 2))

@@ -1241,7 +1241,7 @@ def test_an_extra_picture_that_a_list_names_is_no_second_time_among_the_unlabele
     assert common.split(args, common.open_dataset(args))[1] == TRAIN[2:] + EXTRA
 
 
-# ---- neighbours of a share -----------------------------------------------------------------------
+# ---- neighbors of a share -----------------------------------------------------------------------
 
 
 def shares(processes, monkeypatch, batch_size, **options):

@@ -116,7 +116,7 @@ def test_patches_keep_their_places(tiny):
 
 
 @pytest.mark.parametrize("name", ["setr", "setr-naive"])
-def test_a_side_that_patches_do_not_divide_is_padded_with_the_mean_colour(name, seeded):
+def test_a_side_that_patches_do_not_divide_is_padded_with_the_mean_color(name, seeded):
     network = common.make_network(spec(network=name)).eval()
     image = torch.rand(2, 3, 60, 121)
     padded = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1).repeat(2, 1, 64, 128)

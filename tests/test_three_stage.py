@@ -187,7 +187,7 @@ def pictures():
         "noise": noise,
         "pale": noise // 6 + 90,
         "street": street,
-        "one colour": torch.full((3, 32, 32), 77, dtype=torch.uint8),
+        "one color": torch.full((3, 32, 32), 77, dtype=torch.uint8),
     }
 
 

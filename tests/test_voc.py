@@ -104,8 +104,8 @@ def test_voc_under_its_root_or_as_the_folder_itself(tmp_path, inner):
     assert {20, 255} <= set(np.unique(data.label(TRAIN[0])))
 
 
-def test_voc_has_its_classes_in_its_colours(tmp_path):
-    """The colour of class k is made of its bits, spread from the top (VOC's development kit)."""
+def test_voc_has_its_classes_in_its_colors(tmp_path):
+    """The color of class k is made of its bits, spread from the top (VOC's development kit)."""
     assert (
         list(common.VOC)
         == (
