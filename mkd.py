@@ -215,8 +215,7 @@ def cutmix(x, mask, start=0):
     """x = (1 - m) x_i + m x_j (Sect. 3.2), where j is the next picture; after the last the first.
 
     x (start + B, .., H, W), m: mask (B, H, W) bool -> like x; the first start pictures stay as they
-    are. One more picture in x is the last one's next picture.
-    """
+    are. One more picture in x is the last one's next picture."""
     if x.ndim == 4:
         mask = mask[:, None]  # for all channels
     x_i = x[start : start + len(mask)]
@@ -259,8 +258,7 @@ class ClassStatistics(nn.Module):
         A class has n_b pixels in the batch, with mean mu_b and covariance Sigma_b; before n, mu and
         Sigma. With r = n_b / (n + n_b), which is 0 for an absent class,
             Sigma <- (1 - r) Sigma + r Sigma_b + r (1 - r) (mu - mu_b) (mu - mu_b)^T
-            mu    <- (1 - r) mu + r mu_b
-        """
+            mu    <- (1 - r) mu + r mu_b"""
         K = len(self.mean)
         features = features.flatten(2).float()  # (B, C, hw)
         label = label.flatten(1)  # (B, hw)
@@ -300,8 +298,7 @@ def augment_features(features, logits, label, valid, weight, statistics, strengt
 
     features (L + B, C, ..) of L labeled and B unlabeled pictures update Sigma, statistics. y: label
     (L, h, w). p: logits (B or L + B, K, h, w), valid (.., h, w). w: weight. lambda: strength.
-    Returns logits like p; those of unknown pixels stay as they are.
-    """
+    Returns logits like p; those of unknown pixels stay as they are."""
     # Open: y of unlabeled pixels, "pseudo-labels"; the student's prediction, as in the code
     predicted = hard_label(logits, valid)
     unlabeled = len(features) - len(label)
@@ -359,8 +356,7 @@ class Ensemble(nn.ModuleList):
 def cross_entropy(logits, label):
     """l_ce of logits (B, K, H, W) and label (B, H, W), 255 for unknown: the mean over known pixels.
 
-    0 if there are none. It is a sum over processes, times their number, since DDP averages.
-    """
+    0 if there are none. It is a sum over processes, times their number, since DDP averages."""
     # Open: which pixels count; not padding, and not those below the threshold   --threshold
     count = common.all_reduce((label != IGNORE).sum())
     total = F.cross_entropy(logits, label, ignore_index=IGNORE, reduction="sum")

@@ -214,8 +214,7 @@ def compose(first, second):
 def warp(image, labels, matrix):
     """Move a picture (3, H, W) and its label maps (L, H, W), uint8, by a matrix, nearest pixel.
 
-    One look-up moves all of them together. Beyond the border are GREY and 255.
-    """
+    One look-up moves all of them together. Beyond the border are GREY and 255."""
     a, b, c, d, e, f = matrix
     height, width = image.shape[1:]
     x = torch.arange(width, device=image.device) + 0.5  # centers of pixels
@@ -251,8 +250,7 @@ def strong_view(images, labels, generators, cutout_side):
     """A and B of Eqs. 1 and 3: RandAugment, then Cutout in the pictures.
 
     images (B, 3, H, W) uint8, labels (B, L, H, W) uint8, 255 where a moved picture shows nothing;
-    generators: one for each picture. Returns images and labels of the same shapes.
-    """
+    generators: one for each picture. Returns images and labels of the same shapes."""
     images, labels = images.clone(), labels.clone()
     for i, generator in enumerate(generators):
         matrix = IDENTITY
@@ -378,8 +376,7 @@ class SecondBranch(nn.Module):
 class TwoBranches(nn.Module):
     """f and g in one pass: pictures (B, 3, H, W) float -> logits of both, (B, K, h, w) each.
 
-    Without a SecondBranch (branch None) there are no logits of g: None.
-    """
+    Without a SecondBranch (branch None) there are no logits of g: None."""
 
     def __init__(self, network, branch):
         super().__init__()
@@ -400,8 +397,7 @@ def cross_entropy(logits, label):
     """d_s and d_c: the mean of -log softmax(logits)_label where the label is not 255, else 0.
 
     logits (B, K, H, W), label (B, H, W). It is a mean over all processes. Each returns its share
-    times their number, since gradients are averaged over processes.
-    """
+    times their number, since gradients are averaged over processes."""
     # Open: Eqs. 1 to 3 are sums; means over the known pixels of all pictures of a step
     count = common.all_reduce((label != IGNORE).sum())
     total = F.cross_entropy(logits, label, ignore_index=IGNORE, reduction="sum")
@@ -413,8 +409,7 @@ def cross_entropy(logits, label):
 def start_stage(args, data, device, stage, before):
     """What a stage trains and keeps, for Run.restore(): first student, teacher, optimizer, scaler.
 
-    before: what the stage before has kept.
-    """
+    before: what the stage before has kept."""
     # Open: what "reinitialise" means; the pretrained weights again, also of the head where they fit
     #   it; the rest is new, other weights in each stage   --weights
     student = common.build_network(args, data, device, stage - 1)
@@ -488,8 +483,7 @@ def train(args, run, keep, data, labeled_ids, all_ids, begin):
         L_pl = sum over L u U of d_c(g(A x), B y')                      Eq. 3
 
     f_theta: student; f_theta': teacher; g: the branch g-hat or g-tilde; y': the pseudo-masks y-hat
-    or y-tilde of the stage before; L: labeled_ids; L u U: all_ids.
-    """
+    or y-tilde of the stage before; L: labeled_ids; L u U: all_ids."""
     student, teacher, optimizer, scaler, *_ = keep.values()
     learner = common.parallel(TwoBranches(student, keep.get("branch")), run.device)
     stop = run.stages[run.stage]
