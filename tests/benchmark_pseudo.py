@@ -22,7 +22,6 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import numpy as np
 import torch
 
-import common
 import dars
 
 HEIGHT, WIDTH, CLASSES = 1024, 2048, 19
