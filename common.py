@@ -2864,7 +2864,8 @@ class Run:
         """pictures/losses.png: each loss term of the log, the mean over students."""
         steps = []
         curves = []
-        for line in (self.folder / "log.jsonl").read_text().splitlines():
+        path = self.folder / "log.jsonl"
+        for line in path.read_text().splitlines() if path.exists() else []:
             record = json.loads(line)
             terms = loss_terms(record)
             if terms:

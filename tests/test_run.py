@@ -11,6 +11,9 @@ import torch
 from torch import nn
 
 import common
+import dars
+import guidedmix
+import mkd
 import results_table
 import rml
 from helpers import last, records, run_on_few_streets
@@ -107,6 +110,18 @@ def test_evaluations_are_due_at_their_intervals_and_at_the_end(tmp_path):
         step(run, iteration)
         due.append(run.due())
     assert due == [False, True, False, True, True] and run.mark == "000005"
+
+
+@pytest.mark.parametrize("script", [rml, mkd, dars, guidedmix])
+def test_a_baseline_of_no_iterations_is_evaluated(script, tmp_path):
+    """No step, so no log: the report is that of the networks at their start."""
+    stages = {rml: "stage0-iterations", dars: "round0-iterations"}
+    flags = ["--iterations", "0", "--labels", "4", "--batch-size", "2", "--supervised"]
+    if script in stages:
+        flags += [f"--{stages[script]}", "0"]
+    run_on_few_streets(script, *flags, "--out", tmp_path / "run")
+    result = json.loads((tmp_path / "run/result.json").read_text())
+    assert result["iterations"] == 0 and result["miou"][result["headline"]] >= 0
 
 
 # ---- records -------------------------------------------------------------------------------------
