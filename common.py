@@ -1971,19 +1971,17 @@ def add_arguments(parser, networks=NETWORKS, several=False):
         help="default: streets, drawn without a download; folder: your own pictures")
     add("--data-root", metavar="DIR", help="the dataset's folder")
     add("--download", action="store_true", help="download PASCAL VOC with torchvision")
-    add("--extra", metavar="N", help="more unlabeled pictures, a number or all: on cityscapes of "
-        "train_extra, on voc of the 10,582")
+    add("--extra", metavar="N",
+        help="more unlabeled pictures, or all: cityscapes' train_extra, voc's 10,582")
     add("--preset", metavar="P", help="another row of the method's table PAPER; on camvid and "
         "folder cpu or gpu, a small or a big network (default: gpu if there is one)")
     add("--labels", metavar="N", help="labeled pictures: a number, or a share such as 1/8")
-    add("--split", nargs="+", metavar="FILE",
-        help="a list of the labeled pictures, or two lists: labeled, unlabeled")
+    add("--split", nargs="+", metavar="FILE", help="lists: labeled pictures, unlabeled (optional)")
     add("--split-seed", type=int, metavar="N", help="selects the labeled pictures (default: "
         "--seed; on Cityscapes one of the five splits of French et al.)")
     add("--size", type=int, nargs="+", metavar="N",
         help="resize pictures to this height and width; one number: shrink the longer side to it")
-    add("--crop", type=int, nargs=2, metavar=("H", "W"),
-        help="size of a training crop, and of a window (--base-size)")
+    add("--crop", type=int, nargs=2, metavar=("H", "W"), help="of a training crop and a window")
     add("--scale", type=float, nargs=2, metavar=("LOW", "HIGH"), help="random scale of weak views")
     add("--cache", metavar="DIR", default="runs/cache",
         help="folder for resized copies of big pictures (default: %(default)s)")
@@ -2029,37 +2027,32 @@ def add_network_arguments(parser, networks, several):
 
 def add_run_arguments(parser):
     add = parser.add_argument_group("training").add_argument
-    add("--supervised", action="store_true",
-        help="the baseline: labeled pictures only, the same number of steps")
+    add("--supervised", action="store_true", help="the baseline: as many steps on labels alone")
     add("--iterations", type=int, metavar="N", help="for each stage or round")
     add("--batch-size", type=int, metavar="N",
         help="labeled (and as many unlabeled) pictures in a step; the sum over all processes")
     add("--optimizer", choices=["sgd", "adamw"], help="sgd with momentum .9, or adamw")
     add("--lr", type=float, metavar="X", help="learning rate at the start")
     add("--weight-decay", type=float, metavar="X", help="weight decay of the optimizer")
-    add("--seed", type=int, default=0, metavar="N", help="seed of weights, order, views and noise, "
-        "and of the choice of labeled pictures (default: %(default)s)")
+    add("--seed", type=int, default=0, metavar="N",
+        help="of weights, order, views, noise and labeled pictures (default: %(default)s)")
     add("--precision", choices=["fp32", "bf16", "fp16"], help="default: bf16 on a GPU, else fp32")
     add = parser.add_argument_group("run").add_argument
     add("--out", metavar="DIR", help="run folder (default: runs/METHOD-DATASET-LABELS-sSEED), or "
         "the folder for predictions (default: predictions)")
     add("--overwrite", action="store_true", help="begin a finished or different run anew")
     add("--log-every", type=int, metavar="N", help="iterations between records in log.jsonl")
-    add("--eval-every", type=int, metavar="N",
-        help="iterations between evaluations on val; the last iteration is always evaluated")
+    add("--eval-every", type=int, metavar="N", help="iterations between evaluations on val")
     add("--save-every", type=int, metavar="N", help="iterations between checkpoints (last.pt)")
     add("--scales", type=float, nargs="+", default=[1.0], metavar="X",
         help="evaluate at these scales and average the probabilities")
     add("--flip", action=argparse.BooleanOptionalAction, help="evaluate the mirrored picture too")
     add("--base-size", type=int, metavar="N", help="evaluate with windows of the crop's size on "
         "pictures whose longer side is N (0: whole pictures)")
-    add("--full-size-labels", action="store_true",
-        help="evaluate against masks at their size on disk, not at --size")
-    add("--check-data", action="store_true",
-        help="only read the whole dataset and report what would stop a run")
+    add("--full-size-labels", action="store_true", help="evaluate against masks at full size")
+    add("--check-data", action="store_true", help="only read the dataset and report its mistakes")
     add("--evaluate", action="store_true", help="only evaluate --checkpoint")
-    add("--predict", metavar="PATH",
-        help="only predict a picture, or all pictures of a folder, with --checkpoint")
+    add("--predict", metavar="PATH", help="only predict this picture, or the pictures of a folder")
     add("--checkpoint", metavar="FILE", help="a last.pt, for --evaluate and --predict")
 
 
@@ -2379,6 +2372,18 @@ class Run:
     FILES = ["args.json", "log.jsonl", "last.pt", "result.json"]
     LABELS = ["soft_labels", "pseudo_labels", "predictions"]
 
+    phase = None  # a word for the progress line during a warm-up
+    stage = None
+    done = 0  # iterations of this stage
+    tables = None  # confusion matrices of the last evaluation
+    pending = None  # loss terms on their way to the host
+    sums = 0  # of the loss terms since the last record
+    count = 0  # iterations since the last record
+    seconds = 0.  # of this run before it was resumed
+    peak = 0.  # MB of memory
+    steps = 0  # iterations of all stages
+    printed = 0.  # when the last line was shown
+
     def __init__(self, method, args, data, labeled, unlabeled, device, stages, headline,
                  word="stage"):
         self.method = method
@@ -2391,13 +2396,12 @@ class Run:
         self.word = word
         self.folder = Path(args.out or f"runs/{method}-{args.dataset}-{args.labels}-s{args.seed}")
         self.images = args.batch_size * (1 if args.supervised else 2)  # of an iteration
-        self.phase = None  # a word for the progress line during a warm-up
 
         split_sha256 = hashlib.sha256("\n".join([*labeled, "--", *unlabeled]).encode()).hexdigest()
-        aside = HARMLESS | {"changed", "given"}
-        fixed = {name: value for name, value in vars(args).items() if name not in aside}
-        fixed |= {"method": method, "split_sha256": split_sha256, "processes": world_size()}
+        fixed = {"method": method, "split_sha256": split_sha256, "processes": world_size()}
         fixed["classes"] = data.names
+        aside = HARMLESS | {"changed", "given"}
+        fixed |= {name: value for name, value in vars(args).items() if name not in aside}
         self.fixed = json.loads(json.dumps(fixed))  # what must be the same when the run goes on
         self.identity = hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()
         if restarted() and (self.folder / "result.json").exists():
@@ -2413,22 +2417,15 @@ class Run:
 
         path = self.folder / "last.pt"
         self.state = load_torch(path) if path.exists() else None
-        state = self.state or {"seconds": 0., "peak_memory_mb": 0., "step": 0}
-        self.seconds = state["seconds"]
-        self.peak = state["peak_memory_mb"]
-        self.steps = state["step"]  # iterations of all stages
+        if self.state:
+            self.seconds = self.state["seconds"]
+            self.peak = self.state["peak_memory_mb"]
+            self.steps = self.state["step"]
         self._check_that_all_processes_see_the_folder()
         self._trim_log()
         self.started = time.time()
 
-        self.stage = None
-        self.done = 0  # iterations of this stage
-        self.tables = None  # confusion matrices of the last evaluation
-        self.pending = None  # loss terms on their way to the host
-        self.sums = 0  # of the loss terms since the last record
-        self.count = 0  # iterations since the last record
         self.interval = time.time()  # when the last record was written
-        self.printed = 0.
         self.label_tables = {}  # confusion matrices of pseudo-labels since the last record
         self.known = torch.zeros(2, dtype=torch.int64, device=device)  # known and all pixels
         self.label_counts = torch.zeros(len(data.names) + 1, dtype=torch.int64, device=device)
@@ -2486,10 +2483,9 @@ class Run:
         """Drop the records after the checkpoint: those iterations come again."""
         path = self.folder / "log.jsonl"
         if is_main() and path.exists():
-            kept = []
-            for line in path.read_text().splitlines(keepends=True):
-                if line.endswith("}\n") and json.loads(line)["step"] <= self.steps:
-                    kept.append(line)
+            lines = path.read_text().splitlines(keepends=True)
+            whole = [line for line in lines if line.endswith("}\n")]
+            kept = [line for line in whole if json.loads(line)["step"] <= self.steps]
             write_file(path, lambda file: file.write("".join(kept).encode()))
 
     # ---- stages and checkpoints
@@ -2813,13 +2809,11 @@ class Run:
 
         columns: {title: (3, H, W) uint8 pictures or (H, W) labels}. A column "truth .." without any
         known pixel is left out, as for your own unlabeled pictures. No rows: no file."""
-        shown = {}
-        for title, cells in columns.items():
-            unknown = title.startswith("truth") and all((cell == IGNORE).all() for cell in cells)
-            if not unknown:
-                shown[title] = cells
-        if is_main() and all(len(cells) for cells in shown.values()):
-            self.picture(name, draw_panel(shown, self.data.names, self.data.colors))
+        for title, cells in list(columns.items()):
+            if title.startswith("truth") and all((cell == IGNORE).all() for cell in cells):
+                columns = {key: columns[key] for key in columns if key != title}
+        if is_main() and all(len(cells) for cells in columns.values()):
+            self.picture(name, draw_panel(columns, self.data.names, self.data.colors))
 
     def picture(self, name, picture):
         """pictures/NAME.png: a PIL picture."""
@@ -2862,19 +2856,14 @@ class Run:
 
     def _draw_losses(self):
         """pictures/losses.png: each loss term of the log, the mean over students."""
-        steps = []
-        curves = []
-        for line in (self.folder / "log.jsonl").read_text().splitlines():
-            record = json.loads(line)
-            terms = loss_terms(record)
-            if terms:
-                steps.append(record["step"])
-                curves.append(terms)
-        if steps:
-            names = dict.fromkeys(name for terms in curves for name in terms)
+        lines = (self.folder / "log.jsonl").read_text().splitlines()
+        records = [record for record in map(json.loads, lines) if loss_terms(record)]
+        if records:
+            curves = [loss_terms(record) for record in records]
             series = {}
-            for name in names:
+            for name in dict.fromkeys(name for terms in curves for name in terms):
                 series[name] = np.array([[terms.get(name, math.nan) for terms in curves]])
+            steps = [record["step"] for record in records]
             self.picture("losses", draw_curves("loss terms", series, ("iteration", steps)))
 
 
@@ -2888,8 +2877,9 @@ def strict(value):
 
 
 def versions():
-    return {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__,
-            "torchvision": torchvision.__version__, "pillow": PIL.__version__}
+    modules = {"torch": torch, "numpy": np, "torchvision": torchvision, "pillow": PIL}
+    numbers = {name: module.__version__ for name, module in modules.items()}
+    return {"python": sys.version.split()[0], **numbers}
 
 
 def loss_terms(record):
@@ -2927,13 +2917,10 @@ def report(tables, headline, data, args, paper=None):
 def progress(text, done, total, printed=[0.]):
     """Show how far a pass other than training is: a live line, or a line every 15 seconds."""
     terminal = sys.stdout.isatty()
-    if not is_main() or not (terminal or done == total or time.time() - printed[0] > 15):
-        return
-    printed[0] = time.time()
-    if terminal:
-        print(f"\r{text}: {done}/{total}\x1b[K", end="\n" if done == total else "", flush=True)
-    else:
-        print(f"{text}: {done}/{total}", flush=True)
+    if is_main() and (terminal or done == total or time.time() - printed[0] > 15):
+        printed[0] = time.time()
+        text = f"\r{text}: {done}/{total}\x1b[K" if terminal else f"{text}: {done}/{total}"
+        print(text, end="" if terminal and done < total else "\n", flush=True)
 
 
 def duration(seconds):
