@@ -148,16 +148,13 @@ class Dataset:
         return self._resized(self.files[id][0], self._read_image, Image.Resampling.BILINEAR)
 
     def label(self, id, full_size=False):
-        """(H, W) uint8 class ids and 255; all 255 without a mask file. full_size: as in the file.
-
-        A UserError names a mask that cannot be read, has another size than its picture, or holds
-        values outside the classes."""
+        """(H, W) uint8 class ids and 255; all 255 without a mask file. full_size: as the file."""
         image, mask = self.files[id]
         if mask is None:
             return np.full(self._fit(*self.header(image).shape), IGNORE, np.uint8)
-        read = partial(self._read_label, image=image)
         if full_size:
-            return read(mask)
+            return self._read_label(mask, image)
+        read = partial(self._read_label, image=image)
         return self._resized(mask, read, Image.Resampling.NEAREST, f"{len(self.names)} classes")
 
     def header(self, path):
@@ -196,13 +193,11 @@ class Dataset:
             largest = max(self.values.keys() - {IGNORE})
             unknown = ", 255" if IGNORE in self.values else ""
             raise UserError(f"{path}: label values {wrong} are outside the {len(self.names)} "
-                            f"classes of {self.name} (accepted: 0-{largest}{unknown}){self.advice}")
+                            f"classes of {self.name} (0-{largest}{unknown}){self.advice}")
         return label.astype(np.uint8)
 
     def _resized(self, path, read, resampling, kind="picture"):
-        """read(path) at self.size. What was shrunk is kept as a PNG, so it is decoded only once.
-
-        The name of the PNG depends on time and size of the file: a changed file is read again."""
+        """read(path) at self.size. A shrunk picture is kept as a PNG, until its file changes."""
         if self.size is None:
             return read(path)
         folder = "x".join(map(str, self.size)) if len(self.size) == 2 else f"longest_{self.size[0]}"
@@ -274,7 +269,7 @@ def hash_order(seed, ids):
 
 
 def class_ids(count):
-    """{value in a mask file: class id or 255} of masks that hold class ids."""
+    """Dataset.values of masks that hold class ids and 255."""
     return {k: k for k in range(count)} | {IGNORE: IGNORE}
 
 
@@ -289,21 +284,19 @@ def collected(problems):
 
 def raise_first(problems):
     """A UserError with the first of these problems, if there is one."""
-    for problem in problems[:1]:
-        raise UserError(f"{problem} ({len(set(problems))} in all; --check-data names them)")
+    if problems:
+        raise UserError(f"{problems[0]} ({len(problems)} in all; --check-data names them)")
 
 
 # ---- streets -------------------------------------------------------------------------------------
 
 class Streets(Dataset):
-    """Drawn street scenes, 64x128, 10 classes with a long tail. A scene is a function of its id.
-
-    Light, color and texture vary from scene to scene: a handful of labels does not cover them."""
+    """Drawn street scenes, 64x128, 10 classes with a long tail. A scene is a function of its id."""
 
     def __init__(self):
         train = [f"train_{i:04d}" for i in range(256)]
         val = [f"val_{i:04d}" for i in range(128)]
-        files = {id: (id, id) for id in train + val}
+        files = dict.fromkeys(train + val, ("drawn", "drawn"))
         super().__init__("streets", STREETS, train, val, files, class_ids(10))
 
     def image(self, id):
@@ -329,9 +322,8 @@ MATERIALS = {  # the colors that a shape can have: red, green, blue in percent
     "metal": "40 40 42, 30 28 25, 60 60 60",
     "plate": "80 15 10, 10 30 70, 90 80 20, 90 90 90, 10 50 30",
 }
-# Of each thing how many there are (one of four numbers), how near they are, and how long (vehicles)
-# or high (others) they are in heights of a car; then the material, form and corners of its shapes:
-# right of the middle in widths, above the foot in heights.
+# Of each thing: numbers in a scene; nearness; length (vehicles) or height (others) in heights of a
+# car; material, form and corners of its shapes (right of the middle, above the foot, in its size).
 THINGS = {
     "car": ((1, 2, 3, 4), (0.15, 1), (1.2, 2.2),
             "paint rectangle -.5 .55 .5 .1, glass polygon -.38 .55 -.25 1 .25 1 .38 .55"),
@@ -428,9 +420,8 @@ def draw_ground(scene):
         way = ((left + right) / 2, height) - end  # along the middle of the road
         for k in range(5):
             near = (k / 5) ** 2
-            far = (k / 5 + 0.08) ** 2
-            line = np.ravel([end + near * way, end + far * way])
-            pen.line(line.tolist(), fill=paint, width=1 + int(3 * near))
+            line = end + np.outer((near, (k / 5 + 0.08) ** 2), way)
+            pen.line(line.ravel().tolist(), fill=paint, width=1 + int(3 * near))
 
 
 def draw_things(scene):
@@ -567,8 +558,7 @@ def open_listed(name, root, size, cache, download=False, extra=None, seed=0):
     if name == "context" and is_background_unknown(train):
         classes = dict(list(CONTEXT.items())[1:])
         values = class_ids(59)
-        warn(f"{folder}/SegmentationClassContext: masks of 59 classes, background is unknown "
-             "(255); the papers' numbers are for 60 classes")
+        warn(f"{folder}: masks of 59 classes, background is unknown (255); the papers have 60")
     data = Dataset(name, classes, list(train), list(val), train | val, values, size, cache)
     if name == "vocaug":
         _, official = read_part(name, folder, "official")
@@ -581,9 +571,7 @@ def open_listed(name, root, size, cache, download=False, extra=None, seed=0):
 
 
 def read_part(name, folder, part):
-    """The path of the list of a part, and {id: (image path, mask path or None)} in its order.
-
-    The first column of a line counts, and of it the file stem."""
+    """The path of a part's list, {id: (image path, mask path or None)} by its first column."""
     row = LISTED[name]
     list_names, mask_folders, whole = row[part]
     path = image_folder = folder / (row["images"] or part)
@@ -609,11 +597,9 @@ def read_part(name, folder, part):
 
 def download_voc(root):
     """Fetch VOC to root unless it is there. One process does it, the others wait."""
-    parts = ["JPEGImages", "ImageSets/Segmentation", "SegmentationClass"]
-    complete = all((root / "VOCdevkit/VOC2012" / part).is_dir() for part in parts)
-    complete |= (root / "JPEGImages").is_dir()  # root is the folder VOC2012 itself
+    places = [root / "VOCdevkit/VOC2012/SegmentationClass", root / "SegmentationClass"]
     with one_after_another():
-        if is_main() and not complete:
+        if is_main() and not any(place.is_dir() for place in places):
             try:
                 torchvision.datasets.VOCSegmentation(root, "2012", "train", download=True)
             except (OSError, RuntimeError) as error:  # no network, a full disk, another checksum
@@ -622,14 +608,11 @@ def download_voc(root):
 
 
 def is_background_unknown(files):
-    """Do masks of PASCAL-Context hold 59 classes (255 is background, 0 aeroplane) and not 60?
-
-    Background is in nearly every picture: 255 and no 59 in 50 masks means 59 classes."""
+    """Do 50 masks of PASCAL-Context hold 59 classes (255 is background, 0 aeroplane), not 60?"""
     seen = set()
     for _, path in list(files.values())[:50]:
         if path:
-            with open_picture(path) as mask:
-                seen.update(np.unique(np.asarray(mask)).tolist())
+            seen.update(np.unique(np.asarray(open_picture(path))).tolist())
     return IGNORE in seen and 59 not in seen
 
 
@@ -643,6 +626,9 @@ def add_extra(data, extra, pictures, source, seed):
 
 
 # ---- cityscapes ----------------------------------------------------------------------------------
+
+CITYSCAPES_MASKS = ("labelIds", "labelTrainIds")  # the first that a picture has counts
+
 
 def open_cityscapes(root, size, cache, extra=None, seed=0):
     """Cityscapes with labelIds or labelTrainIds. extra: of train_extra, as in add_extra()."""
@@ -659,30 +645,23 @@ def open_cityscapes(root, size, cache, extra=None, seed=0):
         values = {c.id: c.train_id for c in classes if c.id >= 0} | {IGNORE: IGNORE}
     data = Dataset("cityscapes", CITYSCAPES, list(train), list(val), files, values, size, cache)
     if extra is not None:
-        folder = root / "leftImg8bit/train_extra"
-        pictures = {city_id(path): path for path in folder.glob("*/*_leftImg8bit.png")}
-        need(pictures, f"{folder}: no CITY/*_leftImg8bit.png for --extra; unpack "
-             f"leftImg8bit_trainextra.zip from https://www.cityscapes-dataset.com in {root}")
-        check_count(folder, len(pictures), [19998, 19997])  # one is corrupt, and often removed
-        add_extra(data, extra, pictures, folder, seed)
+        listed = read_cityscapes(root, "train_extra", 19998, 19997)  # one is corrupt, often removed
+        pictures = {id: image for id, (image, _) in listed.items()}
+        add_extra(data, extra, pictures, root / "leftImg8bit/train_extra", seed)
     return data
 
 
-def city_id(path):
-    """CITY/CITY_000000_000000 of a picture's path."""
-    return f"{path.parent.name}/{path.name.removesuffix('_leftImg8bit.png')}"
-
-
-def read_cityscapes(root, part, whole):
-    """{id: (image path, mask path or None)} of train or val, sorted by path."""
+def read_cityscapes(root, part, *whole):
+    """{CITY/CITY_000000_000000: (image path, mask path or None)} of a part, sorted by path."""
     folder = root / "leftImg8bit" / part
     files = {}
     for path in sorted(folder.glob("*/*_leftImg8bit.png")):
-        mask = root / f"gtFine/{part}/{city_id(path)}_gtFine_label"
-        masks = [Path(f"{mask}Ids.png"), Path(f"{mask}TrainIds.png")]
-        files[city_id(path)] = path, next(filter(Path.exists, masks), None)
-    check_content("cityscapes", folder, files)
-    check_count(folder, len(files), [whole])
+        id = f"{path.parent.name}/{path.name.removesuffix('_leftImg8bit.png')}"
+        masks = [root / f"gtFine/{part}/{id}_gtFine_{kind}.png" for kind in CITYSCAPES_MASKS]
+        files[id] = path, next(filter(Path.exists, masks), None)
+    need(files, f"{folder}: no CITY/*_leftImg8bit.png; --data-root must hold "
+         f"{LAYOUTS['cityscapes']}; --extra needs leftImg8bit_trainextra.zip from there")
+    check_count(folder, len(files), whole)
     return files
 
 
@@ -698,11 +677,10 @@ class Folder(Dataset):
 
 
 def open_folder(root, size, cache):
-    """Your own pictures: images/ and masks/ of the same names, and unlabeled/.
+    """The Folder of LAYOUTS["folder"]. What would stop a run is in its problems.
 
-    val_images/ and val_masks/ are for evaluation; without them a fifth of the labeled pictures is,
-    the first by a hash of their names. classes.txt names the classes; without it they are numbered
-    from the masks. What would stop a run is in data.problems."""
+    Without val_images/ a fifth of the labeled pictures is val, the first by a hash of their names.
+    Without classes.txt the classes are numbered from the masks."""
     for folder in (root, root / "images", root / "masks"):
         check_content("folder", folder, folder.is_dir())
     problems = []
@@ -711,8 +689,8 @@ def open_folder(root, size, cache):
     unlabeled = pictures_in(root / "unlabeled", problems)
     total = len(labeled)
     if total == 0 or total == 1 and not val:
-        problems.append(f"{root}/images: {total} pictures with a mask; --data-root must hold one "
-                        f"for training and one for evaluation: {LAYOUTS['folder']}")
+        problems.append(f"{root}/images: {total} pictures with a mask; training needs one, and "
+                        f"evaluation another: {LAYOUTS['folder']}")
     elif not val:
         held_out = hash_order(0, labeled)[:max(1, round(total / 5))]
         val = {id: labeled.pop(id) for id in sorted(held_out)}
@@ -722,8 +700,7 @@ def open_folder(root, size, cache):
     classes = read_classes(path, problems) if path.exists() else {}
     if not classes:
         classes = number_classes([mask for _, mask in (labeled | val).values()], problems)
-        say(f"classes   {len(classes)}, numbered from the masks; for names, write {path}, one on "
-            "each line, from class id 0 on")
+        say(f"classes   {len(classes)}, numbered from the masks; {path} can name them, one a line")
     extra = {f"unlabeled/{stem}": (path, None) for stem, path in unlabeled.items()}
     return Folder("folder", classes, list(labeled), list(val), labeled | val | extra,
                   class_ids(len(classes)), size, cache, [], list(extra), problems)
@@ -773,9 +750,7 @@ def warn_of_others(folder, names):
 
 
 def read_classes(path, problems):
-    """{name: color} of classes.txt. Problems are added.
-
-    A line is a name, and after it a color if you like (255 0 0 or #ff0000); # begins a comment."""
+    """{name: color} of classes.txt, by name_and_color(); # begins a comment. Problems are added."""
     classes, lines = {}, []
     with collected(problems):
         lines = read_lines(path, "write one name on each line, and save it as UTF-8")
@@ -799,9 +774,7 @@ def read_classes(path, problems):
 
 
 def number_classes(masks, problems):
-    """{name: color} of the classes 0, 1, .. up to the largest id in the masks. Problems are added.
-
-    Ids above a gap of more than ten do not count: they are out of range."""
+    """{name: color} of the classes in the masks, from 0 on, up to a gap of more than ten ids."""
     def read(path):
         with contextlib.suppress(UserError), open_picture(path) as mask:
             if mask.mode in Folder.mask_modes:
@@ -862,21 +835,19 @@ FRENCH_SEEDS = (12345, 23456, 34567, 45678, 56789)  # splits of French et al. (B
 
 
 def split(args, data, read=True):
-    """Labeled and unlabeled training ids. Sets args.labels to the number of the labeled ones.
+    """Labeled and unlabeled training ids; args.labels becomes the number of the labeled ones.
 
-    --split: the ids of its lists. Else the first --labels of split_order(). All others are
-    unlabeled, and so are the pictures of --extra. read: read some pictures before a long run."""
+    They are those of --split, or the first --labels of split_order() and all others. The pictures
+    of --extra are unlabeled too. read: read some pictures before a long run."""
     if args.split:
         labeled, unlabeled = read_split(args.split, data)
         if args.labels is not None and str(args.labels) != str(len(labeled)):
-            warn(f"{args.split[0]} names {len(labeled)} labeled pictures: --labels {args.labels} "
-                 "is not used")
+            warn(f"{args.split[0]} names {len(labeled)} pictures; --labels {args.labels} is unused")
     else:
         count = count_labels(args.labels, data)
         order = split_order(args, data, count)
         labeled, unlabeled = order[:count], order[count:]
-    named = set(labeled + unlabeled)
-    unlabeled = unlabeled + [id for id in data.extra if id not in named]
+    unlabeled = list(dict.fromkeys(unlabeled + data.extra))
     args.labels = len(labeled)
     need(unlabeled or args.supervised, f"all {len(labeled)} training pictures are labeled, so no "
          "unlabeled ones are left; use fewer --labels, or --supervised, or add unlabeled ones "
@@ -920,9 +891,7 @@ def split_order(args, data, count):
 
 
 def read_split(paths, data):
-    """Ids from one list (labeled) or two (labeled, unlabeled), in any public format.
-
-    The first column of a line counts, and of it picture_name()."""
+    """Ids from one list (labeled) or two (labeled, unlabeled), by picture_name() of column 1."""
     need(len(paths) <= 2, f"--split takes one list (labeled) or two (unlabeled), not {len(paths)}")
     known = {picture_name(id, data): id for id in data.train + data.extra}
     lists = []
@@ -956,9 +925,7 @@ def picture_name(text, data):
 # ---- reading pictures before a run, and --check-data ---------------------------------------------
 
 def read_picture(data, part, id):
-    """What is in a picture and its mask; problems would stop a run, notes would not.
-
-    content: a hash of size and pixels. pixels: of the mask by class id, (256,), or None."""
+    """What is in a picture and its mask; problems would stop a run, notes would not."""
     path, mask = data.files[id]
     found = SimpleNamespace(part=part, path=path, size=None, mode=None, content=None,
                             mask_mode=None, palette=None, pixels=None, problems=[], notes=[])
@@ -1004,9 +971,7 @@ def read_pictures(data, parts):
 
 
 def check_before_training(data, labeled, unlabeled):
-    """Read some pictures, of a user's own ones all. A UserError names what would stop the run.
-
-    Reading all also keeps small copies of big pictures in the cache."""
+    """Read some pictures, of a user's own ones all (into the cache). A UserError if one is bad."""
     if data.name == "folder":
         parts = {"labeled": labeled, "val": data.val, "unlabeled": unlabeled}
         parts = {part: ids[rank()::world_size()] for part, ids in parts.items()}
@@ -1019,9 +984,7 @@ def check_before_training(data, labeled, unlabeled):
 
 
 def check_data(args):
-    """Read all pictures and masks, print what is in them, and name all that would stop a run.
-
-    If something would, the end is a UserError, so exit status 2."""
+    """Read and describe all pictures and masks. A UserError after the list of all problems."""
     if not is_main():
         return
     data = open_dataset(args)
