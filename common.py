@@ -1058,9 +1058,9 @@ def print_contents(data, parts, pictures, pixels):
 # ---- weak views and streams ----------------------------------------------------------------------
 
 def weak_view(image, label, generator, crop, scale=(1.0, 1.0), cut=None):
-    """Scale, crop and flip at random, image and label alike.
+    """Scale, crop and flip image (H, W, 3) uint8 and label (H, W) uint8 at random.
 
-    image (H, W, 3) uint8, label (H, W) uint8; crop (h, w); scale: the range of the random factor.
+    crop: (h, w).  scale: the range of the random factor.
     cut(image (3, H, W), label (H, W), top, left, crop, generator) -> image, label: a method's way
     to take the crop out of the scaled picture; a third result takes the place of valid.
     Returns image (3, h, w) uint8, label (h, w) uint8, valid (h, w) bool, and for crop_map()
@@ -1082,9 +1082,8 @@ def weak_view(image, label, generator, crop, scale=(1.0, 1.0), cut=None):
     else:
         image = v2.functional.crop(image, top, left, *crop)
         label = v2.functional.crop(label, top, left, *crop)[0]
-    if not valid.all():
-        image = image.where(valid, torch.tensor(MEAN_COLOR, dtype=torch.uint8).view(3, 1, 1))
-        label = label.masked_fill(~valid, IGNORE)
+    image = image.where(valid, torch.tensor(MEAN_COLOR, dtype=torch.uint8).view(3, 1, 1))
+    label = label.masked_fill(~valid, IGNORE)
     if flip:
         image, label, valid = image.flip(-1), label.flip(-1), valid.flip(-1)
     bottom, right = top + crop[0], left + crop[1]
@@ -1712,28 +1711,36 @@ NETWORKS = ["deeplabv2", "deeplabv3plus", "pspnet"]  # on a ResNet
 TRANSFORMERS = ["setr", "setr-naive"]  # on a ViT
 
 
+# What differs on tiny, where feature maps have 16 x 32 cells.
+TINY = {
+    "deeplabv2": dict(width=32),
+    "deeplabv3plus": dict(width=32, rates=(2, 4, 8), low_width=16, norm=group_norm),
+    "pspnet": dict(width=64, norm=group_norm),
+    "setr": dict(width=32, norm=group_norm),
+    "setr-naive": dict(width=32, norm=group_norm),
+}
+
+
 def make_network(spec):
     """The network of a description (in every checkpoint), with random weights.
 
     A UserError if it is a script's network."""
     name, classes, style = spec.get("network", "deeplabv2"), spec["classes"], spec["style"]
-    need(name in NETWORKS + TRANSFORMERS,
+    need(name in TINY,
          f"this checkpoint's network is the one of {name}.py; use it with that script")
     tiny = spec["backbone"] == "tiny"
-    options = dict(style=style, norm=group_norm if tiny else nn.BatchNorm2d)
+    options = dict(TINY[name] if tiny else {}, style=style)
     if name in TRANSFORMERS:
         backbone = ViT(*VITS[spec["backbone"]], spec["grid"])
-        return SETR(backbone, classes, name == "setr-naive", 32 if tiny else 256, **options)
+        return SETR(backbone, classes, name == "setr-naive", **options)
     backbone = make_backbone(spec["backbone"], spec["batch_norm"], STYLES[style]["caffe"],
                              spec.get("deep_stem", False), 16 if name == "deeplabv3plus" else 8)
-    if name == "pspnet":
-        return PSPNet(backbone, classes, 64 if tiny else 512, **options)
-    if name == "deeplabv3plus":
-        sizes = dict(rates=(2, 4, 8), width=32, low_width=16) if tiny else {}
-        return DeepLabV3Plus(backbone, classes, **sizes, **options)
-    rates = (2, 4, 8, 12) if tiny else (6, 12, 18, 24)  # tiny: for feature maps of 16 x 32
-    rates = rates[: spec["aspp_branches"]]
-    return DeepLabV2(backbone, classes, spec["head"], rates, 32 if tiny else 256, style)
+    if name == "deeplabv2":
+        rates = (2, 4, 8, 12) if tiny else (6, 12, 18, 24)
+        rates = rates[: spec["aspp_branches"]]
+        return DeepLabV2(backbone, classes, spec["head"], rates, **options)
+    make = PSPNet if name == "pspnet" else DeepLabV3Plus
+    return make(backbone, classes, **options)
 
 
 def build_network(args, data, device, member=0, make=make_network, **more):
@@ -1747,17 +1754,14 @@ def build_network(args, data, device, member=0, make=make_network, **more):
     need(args.backbone in names, f"--backbone {args.backbone}: {args.network} sits on "
                                  f"{', '.join(names[:-1])} or {names[-1]}")
     weights, style, source = read_weights(args)
-    found = weights or {}
     same = ("network", "backbone", "head", "aspp_branches", "batch_norm")
     spec = {name: getattr(args, name) for name in same} | more
     spec |= dict(style=args.input_style or style, classes=len(data.names), deep_stem=False)
-    if "backbone.conv1.0.weight" in found:
-        spec["deep_stem"] = found["backbone.bn1.weight"].numel()
+    if "backbone.conv1.0.weight" in weights:
+        spec["deep_stem"] = weights["backbone.bn1.weight"].numel()
     if transformer:
-        spec["grid"] = 14
-        if "backbone.encoder.pos_embedding" in found:  # (1, 1 + grid * grid, C)
-            count = found["backbone.encoder.pos_embedding"].shape[1]
-            spec["grid"] = math.isqrt(count - 1)
+        positions = weights.get("backbone.encoder.pos_embedding", torch.empty(1, 1 + 14**2, 0))
+        spec["grid"] = math.isqrt(positions.shape[1] - 1)  # (1, 1 + grid * grid, C)
     with torch.random.fork_rng(devices=[]):
         seed_torch(args.seed, "network", member)
         network = make(spec)
@@ -1781,11 +1785,11 @@ COCO_URL = "http://vllab1.ucmerced.edu/~whung/adv-semi-seg/resnet101COCO-41f33a4
 
 
 def read_weights(args):
-    """The state dict of --weights in our names (None for none), its style, and its file.
+    """The state dict of --weights in our names (empty for none), its style, and its file.
 
     A UserError names a file that is missing, broken or of an unknown layout."""
     if args.weights == "none":
-        return None, "torchvision", None
+        return {}, "torchvision", None
     if args.weights in ("imagenet", "coco"):
         path = download_weights(args.weights, args.backbone)
     else:
@@ -1846,11 +1850,12 @@ def load_torch(path):
     return state
 
 
-# Modules of a stem of three convs: the names of semseg and MMSegmentation in ours.
-SEMSEG = {"conv1": "conv1.0", "bn1": "conv1.1", "conv2": "conv1.3", "bn2": "conv1.4",
-          "conv3": "conv1.6", "bn3": "bn1"}
-MMSEGMENTATION = {"stem.0": "conv1.0", "stem.1": "conv1.1", "stem.3": "conv1.3",
-                  "stem.4": "conv1.4", "stem.6": "conv1.6", "stem.7": "bn1"}
+# Beginnings of names in a file, and ours: the stem of MMSegmentation's ResNetV1c, Hung's ASPP; and
+# for semseg's files, which have a conv3, the stem of three convs.
+RENAMES = {"stem.7.": "bn1.", "stem.": "conv1.", "layer5.conv2d_list.": "branches."}
+SEMSEG = {"conv1.": "conv1.0.", "bn1.": "conv1.1.", "conv2.": "conv1.3.", "bn2.": "conv1.4.",
+          "conv3.": "conv1.6.", "bn3.": "bn1."}
+BACKBONE = re.compile(r"(conv1|bn1|layer[1-4]\.\d+|conv_proj|encoder)\.|class_token$")
 
 
 def convert_weights(state):
@@ -1862,27 +1867,24 @@ def convert_weights(state):
     torchvision ViT conv_proj.weight, encoder.pos_embedding, heads.*              torchvision
     Hung            the same names, layer5.conv2d_list.0.weight                   caffe-rgb
     The prefix module. (DataParallel) is dropped from any."""
-    style, converted = "torchvision", {}
     state = {re.sub(r"^(module\.)+", "", str(key)): value for key, value in state.items()
              if torch.is_tensor(value)}
-    stem = SEMSEG if "conv3.weight" in state else MMSEGMENTATION
+    renames = RENAMES | (SEMSEG if "conv3.weight" in state else {})
+    converted = {}
     for key, value in state.items():
-        module, _, parameter = key.rpartition(".")
-        if module in stem:
-            key = f"{stem[module]}.{parameter}"
-        if re.match(r"(conv1|bn1|layer[1-4]\.\d+|conv_proj|encoder)\.|class_token$", key):
-            key = key.replace(".mlp.linear_1.", ".mlp.0.")  # as torchvision's files of ViTs have it
-            key = key.replace(".mlp.linear_2.", ".mlp.3.")
-            converted["backbone." + key] = value
-        elif branch := re.match(r"layer5\.conv2d_list\.(\d\..+)", key):
-            converted["branches." + branch[1]] = value
-            style = "caffe-rgb"
-        else:
-            converted["skipped." + key] = value
+        start = next(filter(key.startswith, renames), "")
+        key = renames.get(start, "") + key.removeprefix(start)
+        # torchvision's files of ViTs have the names of an older MLP.
+        key = key.replace(".mlp.linear_1.", ".mlp.0.").replace(".mlp.linear_2.", ".mlp.3.")
+        if BACKBONE.match(key):
+            key = "backbone." + key
+        elif not key.startswith("branches."):
+            key = "skipped." + key
+        converted[key] = value
     known = {f"backbone.{key}.weight" for key in ("conv1", "conv1.0", "conv_proj")}
     if not known & converted.keys():
-        converted = {}
-    return converted, style
+        return {}, "torchvision"
+    return converted, "caffe-rgb" if "branches.0.weight" in converted else "torchvision"
 
 
 def load_weights(network, weights, source):
@@ -3092,7 +3094,9 @@ def predict_pictures(network, state, args, device):
         for file, result in zip(files, drawn):
             result.save(file)
         if len(rows) < 5:
-            rows.append(overview_row(picture, *drawn[1:]))
+            side = 480, max(1, round(480 * picture.height / picture.width))
+            small = [each.convert("RGB").resize(side) for each in (picture, *drawn[1:])]
+            rows.append([to_tensor(np.asarray(each)) for each in small])
     if rows:
         titles = ("picture", "prediction", "overlay", "confidence (white: 1)")
         panel = draw_panel(dict(zip(titles, zip(*rows))), names, colors)
@@ -3194,13 +3198,6 @@ def draw_prediction(picture, label, confidence, colors, label_ids):
     ids = Image.fromarray(label)
     ids.putpalette(palette.tobytes())
     return ids, color, Image.blend(picture, color, 0.5), Image.fromarray(confidence)
-
-
-def overview_row(*pictures):
-    """PIL pictures as tensors (3, h, 480) uint8."""
-    height = max(1, round(480 * pictures[0].height / pictures[0].width))
-    small = [picture.convert("RGB").resize((480, height)) for picture in pictures]
-    return [to_tensor(np.asarray(picture)) for picture in small]
 
 
 def say_predictions(jobs, out, names, unreadable):
