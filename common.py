@@ -1112,8 +1112,8 @@ class Stream(torch.utils.data.Dataset):
     labeled: False reads no mask to learn from; the sample's "truth" is for the log alone.
     soft_labels: folders with a map of each picture, which is cropped with it at this stride.
     pseudo_labels: a folder whose pseudo-labels take the place of the masks.
-    A sample is a dict: "image" (3, h, w) uint8, "label" or "truth" (h, w) uint8, "valid" (h, w)
-    bool, "position", and "soft_0", "soft_1", .. (K, h / stride, w / stride) float32.
+    A sample: "image" (3, h, w) uint8, "label" or "truth" (h, w) uint8, "valid" (h, w) bool,
+    "position", and "soft_0", "soft_1", .. (K, h / stride, w / stride) float32.
     A UserError names a file that cannot be read."""
 
     def __init__(self, data, ids, name, args, labeled=True, soft_labels=(), stride=8,
@@ -1353,13 +1353,13 @@ def windows(size, window, step):
 def evaluate(networks, data, args, device):
     """Confusion matrices {name: (K, K) int64 on the CPU} of networks {name: module} on val.
 
-    Every picture counts once and every process gets the result, however many there are. Labels
-    have the pictures' size, or with --full-size-labels the one of their file. Networks keep their
-    mode."""
+    Every picture counts once, and every process gets the result. Labels have the pictures' size, or
+    with --full-size-labels the one of their file. Networks keep their mode."""
     K = len(data.names)
     modes = {name: network.training for name, network in networks.items()}
-    tables = {name: torch.zeros(K, K, dtype=torch.int64, device=device) for name in networks}
-    for network in networks.values():
+    tables = {}
+    for name, network in networks.items():
+        tables[name] = torch.zeros(K, K, dtype=torch.int64, device=device)
         network.eval()
     for id in data.val[rank() :: world_size()]:
         image = to_tensor(data.image(id))[None].to(device)
@@ -1407,12 +1407,12 @@ def group_norm(channels):
 class ResNet(resnet.ResNet):
     """torchvision's ResNet without the classifier, at output stride 8 or 16; its weights load.
 
-    Stride 8: dilation 2 in all blocks of layer3 and 4 in all of layer4, as in DeepLab (the option
-    of torchvision leaves the first block of each at the dilation before). Stride 16: dilation 2 in
-    layer4 without its first block, as in MMSegmentation's DeepLabv3+.
+    Stride 8: dilation 2 in layer3 and 4 in layer4, as in DeepLab (torchvision's option leaves the
+    first block of each at the dilation before). Stride 16: dilation 2 in layer4 without its first
+    block, as in MMSegmentation's DeepLabv3+.
     slim: divides the widths of layer1 to layer4.  caffe: see STYLES.
-    deep_stem: channels of the stem of three 3x3 convs that replace the 7x7 one. True is 128, as in
-    semseg's PSPNet; MMSegmentation's ResNetV1c has 64."""
+    deep_stem: channels of three 3x3 convs in place of the 7x7 one: True is 128, as in semseg's
+    PSPNet; MMSegmentation's ResNetV1c has 64."""
 
     def __init__(self, block, depths, norm, slim=1, caffe=False, deep_stem=False, output_stride=8):
         self.slim, self.stem = slim, 128 if deep_stem is True else deep_stem
@@ -1679,12 +1679,11 @@ class PSPNet(SegmentationNetwork):
 class SETR(SegmentationNetwork):
     """SETR: a Vision Transformer, and a decoder that only scales up: progressively (PUP), or naive.
 
-    PUP: 3x3 conv to width, norm, ReLU and x 2, as often as it takes from patches to pixels: four
-    times for patches of 16. The last x 2 comes after the 1x1 conv to the classes, in upsample():
-    both are linear, so the logits are the same, and features and logits stay at stride 2.
+    PUP: 3x3 conv to width, norm, ReLU and x 2, from patches to pixels: four times for patches of
+    16. The last x 2 comes after the 1x1 conv to the classes, in upsample(): both are linear, so the
+    logits are the same, and features and logits stay at stride 2.
     naive: 1x1 conv to width, norm, ReLU, scaled up to stride 2 at once, 1x1 conv to the classes.
-    The first layer norm of both is the encoder's last one. The norms of the decoder are always
-    trained: there are no weights for them."""
+    The first layer norm of both is the encoder's last one; the decoder's norms are trained."""
 
     def __init__(self, backbone, classes, naive=False, width=256, style="torchvision",
                  norm=nn.BatchNorm2d):
@@ -1751,8 +1750,8 @@ def build_network(args, data, device, member=0, make=make_network, **more):
     A UserError if network and backbone, or backbone and weights, do not fit."""
     transformer = args.network in TRANSFORMERS
     names = list(VITS) if transformer else RESNETS
-    need(args.backbone in names, f"--backbone {args.backbone}: {args.network} sits on "
-                                 f"{', '.join(names[:-1])} or {names[-1]}")
+    need(args.backbone in names,
+         f"--backbone {args.backbone}: {args.network} sits on one of {', '.join(names)}")
     weights, style, source = read_weights(args)
     same = ("network", "backbone", "head", "aspp_branches", "batch_norm")
     spec = {name: getattr(args, name) for name in same} | more
@@ -1894,8 +1893,9 @@ def load_weights(network, weights, source):
     state = network.state_dict()
     fits = {key: value for key, value in weights.items()
             if key in state and state[key].shape == value.shape}
-    skipped = [key for key in weights if key not in fits and not key.endswith(COUNTER)]
-    missing = [key for key in state if key not in fits and not key.endswith(COUNTER)]
+    counter = "num_batches_tracked"  # of batch norm; older files have none
+    skipped = [key for key in weights if key not in fits and not key.endswith(counter)]
+    missing = [key for key in state if key not in fits and not key.endswith(counter)]
     wrong = [key for key in missing + skipped if key.startswith("backbone.")]
     if wrong:
         raise UserError(f"{source}: is not for --backbone {network.spec['backbone']} "
@@ -1910,9 +1910,6 @@ def load_weights(network, weights, source):
 
     return (f"weights   {source}: {len(fits)} loaded, skipped {few(skipped)}, "
             f"missing {few(missing)}")
-
-
-COUNTER = "num_batches_tracked"  # of batch norm; older files have none
 
 
 # ==================================================================================================
@@ -3068,10 +3065,10 @@ def open_val(state, args, path):
 def predict_pictures(network, state, args, device):
     """Predict the picture --predict, or every picture in and below that folder, into --out.
 
-    For each: NAME.png (class ids, as a palette picture), NAME_color.png, NAME_overlay.png and
-    NAME_confidence.png (the largest probability, 0 black, 1 white), in the picture's size; and
-    overview.jpg, the first five with a legend. An unreadable picture of a folder does not stop the
-    others: it is named at the end, with exit status 1. A single one is a UserError."""
+    For each RESULTS in its size: class ids (a palette picture), color, overlay and confidence (the
+    largest probability, 0 black, 1 white); and overview.jpg, the first five with a legend. An
+    unreadable picture of a folder is named at the end, with exit status 1; a single one is a
+    UserError."""
     Image.MAX_IMAGE_PIXELS = None  # any size
     source, out = Path(args.predict), Path(args.out)
     jobs = plan_predictions(source, out, state["dataset"])
@@ -3105,14 +3102,18 @@ def predict_pictures(network, state, args, device):
 
 
 CITYSCAPES_PICTURE = re.compile(r".+_\d{6}_\d{6}_leftImg8bit\.png")
+# The results of a picture, and (True) of Cityscapes' pictures after training on them: its server
+# wants label ids, and no other CITY_000000_000000*.png.
+RESULTS = {
+    False: ("NAME.png", "NAME_color.png", "NAME_overlay.png", "NAME_confidence.png"),
+    True: ("NAME_labelIds.png", "NAME_leftImg8bit_color.jpg", "NAME_leftImg8bit_overlay.jpg",
+           "NAME_leftImg8bit_confidence.jpg"),
+}
 
 
 def plan_predictions(source, out, dataset):
-    """What to predict, and where: a list of (path, four files, label_ids).
+    """What to predict, and where: a list of (path, files of RESULTS, label_ids).
 
-    The files are for class ids, color, overlay and confidence. After training on Cityscapes its
-    pictures get label ids in CITY_000000_000000_labelIds.png, as the evaluation server wants them;
-    it wants no other CITY_000000_000000*.png, so the other files are JPEGs.
     A UserError if there is no picture, or a result would take the place of another file."""
     need(source.exists(), f"--predict {source}: no such picture or folder")
     paths = [source]
@@ -3133,11 +3134,11 @@ def plan_predictions(source, out, dataset):
         name = path.stem
         if stems[name] > 1:  # a.jpg and a.png do not share a result
             name = "_".join(path.relative_to(source).parts)
-        label_ids = dataset == "cityscapes" and CITYSCAPES_PICTURE.fullmatch(path.name)
-        ids = name.replace("_leftImg8bit", "_labelIds") if label_ids else name
-        suffix = "jpg" if label_ids else "png"
-        kinds = [out / f"{name}_{kind}.{suffix}" for kind in ("color", "overlay", "confidence")]
-        jobs.append((path, [out / f"{ids}.png", *kinds], bool(label_ids)))
+        label_ids = dataset == "cityscapes" and bool(CITYSCAPES_PICTURE.fullmatch(path.name))
+        if label_ids:
+            name = name.replace("_leftImg8bit", "")
+        files = [out / result.replace("NAME", name) for result in RESULTS[label_ids]]
+        jobs.append((path, files, label_ids))
     written = Counter(file for _, files, _ in jobs for file in files)
     written[out / "overview.jpg"] += 1
     file, times = written.most_common(1)[0]
@@ -3194,7 +3195,7 @@ def draw_prediction(picture, label, confidence, colors, label_ids):
     if label_ids:
         label = np.array(CITYSCAPES_IDS, np.uint8)[label]
         palette = np.zeros((256, 3), np.uint8)
-        palette[CITYSCAPES_IDS] = list(CITYSCAPES.values())
+        palette[CITYSCAPES_IDS] = colors
     ids = Image.fromarray(label)
     ids.putpalette(palette.tobytes())
     return ids, color, Image.blend(picture, color, 0.5), Image.fromarray(confidence)
@@ -3204,13 +3205,11 @@ def say_predictions(jobs, out, names, unreadable):
     """Print what was written. Exit with status 1 if a picture could not be read."""
     print(f"{len(jobs) - len(unreadable)} of {len(jobs)} pictures, in {out}; "
           f"look at {out / 'overview.jpg'}")
-    files = {False: "NAME.png (class ids), NAME_color.png, NAME_overlay.png, NAME_confidence.png",
-             True: "CITY_000000_000000_labelIds.png, for Cityscapes' evaluation server, and "
-                   ".._leftImg8bit_color.jpg, _overlay.jpg, _confidence.jpg"}
     for label_ids in sorted({label_ids for _, _, label_ids in jobs}):
         ids = CITYSCAPES_IDS if label_ids else range(len(names))
         classes = ", ".join(f"{k} {name}" for k, name in zip(ids, names))
-        print(f"{files[label_ids]}; ids: {classes}")
+        files = RESULTS[label_ids]
+        print(f"{', '.join(files)}; class ids in {files[0]}: {classes}")
     if unreadable:
         print(f"error: {len(unreadable)} of {len(jobs)} could not be predicted:",
               *unreadable, sep="\n", file=sys.stderr, flush=True)
