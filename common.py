@@ -1061,8 +1061,8 @@ def weak_view(image, label, generator, crop, scale=(1.0, 1.0), cut=None):
     """Scale, crop and flip image (H, W, 3) uint8 and label (H, W) uint8 at random.
 
     crop: (h, w).  scale: the range of the random factor.
-    cut(image (3, H, W), label (H, W), top, left, crop, generator) -> image, label: a method's way
-    to take the crop out of the scaled picture; a third result takes the place of valid.
+    cut(image (3, H, W), label (H, W), top, left, crop, generator) -> image, label[, valid]: how a
+    method takes the crop out of the scaled picture.
     Returns image (3, h, w) uint8, label (h, w) uint8, valid (h, w) bool, and for crop_map()
     view = (top, left, bottom, right, flip), the crop in fractions of the picture.
     valid is False where the crop reaches beyond the picture: there label is 255, never 0."""
@@ -1460,24 +1460,24 @@ class ResNet(resnet.ResNet):
         return self.layers(x)[-1]
 
 
-RESNETS = ["resnet50", "resnet101", "tiny"]
+# Blocks of layer1 to layer4. tiny, as below, is for training from scratch on a CPU.
+RESNETS = {"resnet50": (3, 4, 6, 3), "resnet101": (3, 4, 23, 3), "tiny": (2, 2, 2, 2)}
 
 
 def make_backbone(name, batch_norm="frozen", caffe=False, deep_stem=False, output_stride=8):
-    """A ResNet with random weights. tiny: a ResNet-18 of an eighth of the width at stride 4.
+    """A ResNet with random weights.
 
-    tiny is for training from scratch on a CPU; it has group norm and no use for the arguments."""
+    tiny: a ResNet-18 of an eighth of the width, with group norm, at stride 4, whatever the rest."""
     if name == "tiny":
-        tiny = ResNet(resnet.BasicBlock, [2, 2, 2, 2], group_norm, slim=8)
+        tiny = ResNet(resnet.BasicBlock, RESNETS[name], group_norm, slim=8)
         tiny.conv1 = nn.Conv2d(3, 64, 3, stride=2, padding=1, bias=False)
         tiny.maxpool, tiny.stride = nn.Identity(), 4
         return tiny
-    depths = {"resnet50": [3, 4, 6, 3], "resnet101": [3, 4, 23, 3]}[name]
     norm = FrozenBatchNorm if batch_norm == "frozen" else nn.BatchNorm2d
-    return ResNet(resnet.Bottleneck, depths, norm, 1, caffe, deep_stem, output_stride)
+    return ResNet(resnet.Bottleneck, RESNETS[name], norm, 1, caffe, deep_stem, output_stride)
 
 
-# Side of a patch, layers, attention heads, channels. tiny is for training from scratch on a CPU.
+# Side of a patch, layers, attention heads, channels.
 VITS = {"vit_b_16": (16, 12, 12, 768), "vit_l_16": (16, 24, 16, 1024), "tiny": (8, 4, 4, 64)}
 
 
@@ -1749,7 +1749,7 @@ def build_network(args, data, device, member=0, make=make_network, **more):
     make(description), more: a script's network, and what its description needs beside.
     A UserError if network and backbone, or backbone and weights, do not fit."""
     transformer = args.network in TRANSFORMERS
-    names = list(VITS) if transformer else RESNETS
+    names = VITS if transformer else RESNETS
     need(args.backbone in names,
          f"--backbone {args.backbone}: {args.network} sits on one of {', '.join(names)}")
     weights, style, source = read_weights(args)
@@ -1803,11 +1803,9 @@ def read_weights(args):
         if isinstance(state.get(key), dict):
             state = state[key]
     weights, style = convert_weights(state)
-    if not weights:
-        first = ", ".join(map(str, list(state)[:3]))
-        raise UserError(f"{path}: unknown layout (its first entries: {first}); expected "
-                        "torchvision's ResNet or ViT, semseg's or MMSegmentation's ResNet, "
-                        "Hung's COCO ResNet-101, or a last.pt")
+    first = ", ".join(map(str, list(state)[:3]))
+    need(weights, f"{path}: unknown layout (its first entries: {first}); expected torchvision's "
+         "ResNet or ViT, semseg's or MMSegmentation's ResNet, Hung's COCO ResNet-101, or a last.pt")
     return weights, style, path
 
 
@@ -3047,9 +3045,9 @@ def use_checkpoint(args, device, make=make_network):
 def open_val(state, args, path):
     """The dataset to evaluate a checkpoint on. A UserError if its classes are others."""
     trained = state["dataset"]
-    if args.dataset == "streets" and trained != "streets":
-        raise UserError(f"--checkpoint {path}: was trained on {trained}; "
-                        f"add --dataset {trained} --data-root DIR")
+    need(args.dataset != "streets" or trained == "streets",
+         f"--checkpoint {path}: was trained on {trained}; "
+         f"add --dataset {trained} --data-root DIR")
     data = open_dataset(args)
     if list(state["classes"]) == data.names:
         return data
