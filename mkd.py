@@ -77,10 +77,9 @@ PAPER["folder-gpu"] = PAPER["camvid-gpu"] | dict(
     iterations=10_000)
 # Code: these four depart from the paper. So do two passes for the two kinds of pictures, teachers
 #   that normalize by their batches, and losses on padding, which we leave out   --preset
-OFFICIAL = dict(
-    gamma=0.6, features_of_teachers=True, labeled_consistency=True, weak_photometric=True)
 for name in ("vocaug", "voc", "streets"):
-    PAPER[f"{name}-official"] = PAPER[name] | OFFICIAL
+    PAPER[f"{name}-official"] = PAPER[name] | dict(
+        gamma=0.6, features_of_teachers=True, labeled_consistency=True, weak_photometric=True)
 
 # The paper's mIoU: {(dataset, --extra, backbone, --threshold): {labels: mIoU}}, Tables 1 and 2.
 PAPER_MIOU = {
@@ -96,8 +95,7 @@ PAPER_MIOU = {
     ("cityscapes", None, "resnet101", 0): {186: 77.19, 372: 79.20, 744: 80.80, 1488: 81.04},
 }
 
-# The teachers that student 1 and student 2 learn from (0: teacher 1, 1: teacher 2).
-TEACHERS = {"none": (), "own": (0, 1), "mutual": (1, 0)}
+TEACHERS = {"none": (), "own": (0, 1), "mutual": (1, 0)}  # of students 1 and 2; 0 is teacher 1
 
 
 def get_parser():
@@ -108,7 +106,7 @@ def get_parser():
     add = parser.add_argument_group("mutual knowledge distillation").add_argument
     number = dict(type=float, metavar="X")
     switch = dict(action=argparse.BooleanOptionalAction)
-    add("--teachers", choices=list(TEACHERS), default="mutual",
+    add("--teachers", choices=TEACHERS, default="mutual",
         help="the mean teacher that a student learns from, besides the other student (Table 3)")
     add("--strong", **switch, default=True, help="strong views for the students (Table 3, SDA)")
     add("--cutmix", **switch, help="CutMix as a part of the strong view (Sect. 3.2)")
@@ -123,13 +121,10 @@ def get_parser():
     add("--threshold", **number, default=0.0,
         help="ignore the teachers' labels below this confidence (Table 1, *: .95)")
     add("--loss-stride", type=int, metavar="N", help="stride of the crop in L_st and L_ss")
-    add("--features-of-teachers", **switch,
-        help="feature augmentation of the teachers, too (authors' code)")
-    add("--labeled-consistency", **switch,
-        help="L_st and L_ss on labeled pictures, too (authors' code)")
-    add("--weak-photometric", **switch,
-        help="photometric distortion of labeled pictures and weak views (authors' code)")
-    common.add_arguments(parser)
+    add("--features-of-teachers", **switch, help="FDA of the teachers, too (authors' code)")
+    add("--labeled-consistency", **switch, help="L_st, L_ss: labeled pictures, too (authors' code)")
+    add("--weak-photometric", **switch, help="photometric distortion of weak views (authors' code)")
+    common.add_arguments(parser, networks=["deeplabv2", "deeplabv3plus"])
     return parser  # fmt: skip
 
 
@@ -138,9 +133,10 @@ def paper_miou(args):
     others = set(args.changed) - {"backbone", "extra", "threshold"}
     if args.dataset != "vocaug":  # there U2PL's lists have other numbers
         others.discard("split")
+    if others or args.supervised:
+        return None
     setting = (args.dataset, args.extra, args.backbone, args.threshold)
-    numbers = {} if others else PAPER_MIOU.get(setting, {})
-    return numbers.get(args.labels)
+    return PAPER_MIOU.get(setting, {}).get(args.labels)
 
 
 # ---- perturbations -------------------------------------------------------------------------------
@@ -155,7 +151,7 @@ def color_jitter(image, r):
 
 
 # Open: the share of each operation, and its range; the code's
-SHARES = [3 / 15, 5 / 15, 1 / 15, 1 / 15, 5 / 15]
+SHARES = [share / 15 for share in (3, 5, 1, 1, 5)]
 OPERATIONS = [
     color_jitter,
     lambda image, r: V.gaussian_blur(image, int(r.choice([3, 5, 7])), r.uniform(0.1, 2.0)),
@@ -187,19 +183,18 @@ def distort(image, r):
 
 
 def views(operation, images, args, name, positions):
-    """operation(image, r) of each picture, r a seeded generator: (B, 3, H, W) uint8 -> the same."""
+    """operation(image, r) of each picture or mask, r a seeded generator: (B, ..) -> the same."""
     result = torch.empty_like(images)
     for i, position in enumerate(positions):
         result[i] = operation(images[i], common.rng(args.seed, name, position))
     return result
 
 
-def cutmix_mask(size, r, device="cpu"):
-    """m of CutMix: (H, W) bool, three boxes of u / 3 of the area, off again where two overlap."""
+def cutmix_mask(mask, r):
+    """m of CutMix: mask (H, W) bool, all False, with three boxes of u / 3 of the area inverted."""
     # Open: the shape of m; the code's boxes, for every picture. In Table 3 CutMix is a part of SDA.
     #   Streets go without it, since it harms small networks from scratch   --cutmix
-    height, width = size
-    mask = torch.zeros(height, width, dtype=torch.bool, device=device)
+    height, width = mask.shape
     for _ in range(3):
         u = r.uniform(0.25, 0.5)
         tall = u ** r.uniform()  # between u and 1; the box is u / tall wide
@@ -214,8 +209,7 @@ def cutmix_mask(size, r, device="cpu"):
 def cutmix(x, mask, start=0):
     """x = (1 - m) x_i + m x_j (Sect. 3.2), where j is the next picture; after the last the first.
 
-    x (start + B, .., H, W), m: mask (B, H, W) bool -> like x; the first start pictures stay as they
-    are. One more picture in x is the last one's next picture."""
+    x (start + B or one more, .., H, W), m: mask (B, H, W) bool. The first start pictures stay."""
     if x.ndim == 4:
         mask = mask[:, None]  # for all channels
     x_i = x[start : start + len(mask)]
@@ -229,16 +223,13 @@ def nearest(x, size):
 
 
 # Feature augmentation (FD, FDA; Sect. 3.2). Features of one class vary: a car is red or white, near
-# or far. Sigma_y, the covariance of the features of class y, says in which directions. A feature
-# f_i of class y_i that moves along these directions is a plausible feature of the same class. FDA
-# draws such moves from N(0, lambda Sigma_y) and trains the classifier (w, b) on all of them at
-# once: for infinitely many moves, the mean cross entropy has the upper bound of Eq. 3,
-#     mean over i of log sum_j exp(v^T f_i + (b_j - b_yi) + lambda / 2 v^T Sigma_yi v),
+# or far. Sigma_y, the covariance of the features of class y, says in which directions. FDA moves
+# each feature f_i, of class y_i, along them by draws from N(0, lambda Sigma_yi), and trains on all
+# draws at once: for infinitely many, the mean cross entropy of the classifier (w, b) is at most
+#     mean over i of log sum_j exp(v^T f_i + (b_j - b_yi) + lambda / 2 v^T Sigma_yi v)  (Eq. 3),
 # with v = w_j - w_yi. This is the usual cross entropy with one more term: the logit of each class
 # j != y_i rises, most where j and y_i differ in a direction in which y_i varies. So the student has
 # to separate them by a larger margin there. The term depends on (y_i, j) alone: a K x K table.
-
-
 class ClassStatistics(nn.Module):
     """Sigma of Eq. 3: the covariance of each class's features (K, C, C), or its diagonal (K, C)."""
 
@@ -255,30 +246,27 @@ class ClassStatistics(nn.Module):
     def update(self, features, label):
         """Add a batch of all processes: features (B, C, h, w), label (B, h, w), 255 for unknown.
 
-        A class has n_b pixels in the batch, with mean mu_b and covariance Sigma_b; before n, mu and
-        Sigma. With r = n_b / (n + n_b), which is 0 for an absent class,
+        A class has n_b pixels in the batch, of mean mu_b, covariance Sigma_b. r = n_b / (n + n_b):
             Sigma <- (1 - r) Sigma + r Sigma_b + r (1 - r) (mu - mu_b) (mu - mu_b)^T
             mu    <- (1 - r) mu + r mu_b"""
-        K = len(self.mean)
         features = features.flatten(2).float()  # (B, C, hw)
-        label = label.flatten(1)  # (B, hw)
-        classes = torch.arange(K, device=label.device)[:, None]
-        one_hot = (label[:, None] == classes).float()  # (B, K, hw), 0 for unknown
+        classes = torch.arange(len(self.mean), device=label.device)[:, None]
+        one_hot = (label.flatten(1)[:, None] == classes).float()  # (B, K, hw), 0 for unknown
         n_b = common.all_reduce(one_hot.sum((0, 2))[:, None])  # (K, 1)
         mu_b = common.all_reduce((one_hot @ features.mT).sum(0)) / n_b.clamp(min=1)
-        r = n_b / (self.count[:, None] + n_b).clamp(min=1)
+        r = n_b / (self.count[:, None] + n_b).clamp(min=1)  # 0 for an absent class
         gap = self.mean - mu_b
-        self.count += n_b[:, 0].long()
+        self.count += n_b.squeeze(1).long()
         self.mean.lerp_(mu_b, r)
 
-        deviation = features - mu_b[label.clamp(max=K - 1)].mT  # (B, C, hw), not used where unknown
+        deviation = (mu_b.mT @ one_hot).sub_(features)  # (B, C, hw), not used where unknown
         if self.covariance.ndim == 2:
             squares = (one_hot @ deviation.square_().mT).sum(0)  # (K, C)
             gap = gap.square()
         else:
             classes = one_hot.split(1, 1)
             squares = torch.stack([(deviation * one @ deviation.mT).sum(0) for one in classes])
-            gap = gap[:, :, None] * gap[:, None]
+            gap = torch.einsum("kc,kd->kcd", gap, gap)
             n_b = n_b[..., None]  # (K, 1, 1)
             r = r[..., None]
         sigma_b = common.all_reduce(squares) / n_b.clamp(min=1)
@@ -296,18 +284,15 @@ def augmentation_table(weight, covariance):
 def augment_features(features, logits, label, valid, weight, statistics, strength):
     """FD: p + lambda / 2 v^T Sigma v (Eq. 3), the logits of the augmented features.
 
-    features (L + B, C, ..) of L labeled and B unlabeled pictures update Sigma, statistics. y: label
-    (L, h, w). p: logits (B or L + B, K, h, w), valid (.., h, w). w: weight. lambda: strength.
-    Returns logits like p; those of unknown pixels stay as they are."""
+    p: logits (L + B, K, h, w) of L labeled pictures with y: label (L, h, w), and B unlabeled ones
+    with valid (B, h, w). features (L + B, C, ..) update Sigma: statistics. lambda: strength."""
     # Open: y of unlabeled pixels, "pseudo-labels"; the student's prediction, as in the code
-    predicted = hard_label(logits, valid)
-    unlabeled = len(features) - len(label)
-    label = torch.cat([label, predicted[len(predicted) - unlabeled :]])  # (L + B, h, w)
+    predicted = hard_label(logits[len(label) :], valid)
+    label = torch.cat([label, predicted])  # (L + B, h, w)
     statistics.update(common.upsample(features.detach(), label.shape[1:]), label)
     # Open: whether the term has a gradient; none, as in the code; in ISDA w has one
-    table = augmentation_table(weight.detach().float().flatten(1), statistics.covariance)
-    table = F.pad(strength / 2 * table, (0, 0, 0, 1))  # a row of zeros for unknown pixels
-    label = label[-len(logits) :].clamp(max=len(table) - 1)
+    table = augmentation_table(weight.detach().flatten(1), statistics.covariance)
+    table = F.pad(strength / 2 * table, (0, 0, 0, 256 - len(table)))  # 0 for unknown pixels, 255
     return logits + table[label].permute(0, 3, 1, 2)  # Eq. 3
 
 
@@ -354,13 +339,11 @@ class Ensemble(nn.ModuleList):
 
 
 def cross_entropy(logits, label):
-    """l_ce of logits (B, K, H, W) and label (B, H, W), 255 for unknown: the mean over known pixels.
-
-    0 if there are none. It is a sum over processes, times their number, since DDP averages."""
+    """l_ce: the mean over known pixels of logits (B, K, H, W), label (B, H, W); 0 without any."""
     # Open: which pixels count; not padding, and not those below the threshold   --threshold
     count = common.all_reduce((label != IGNORE).sum())
     total = F.cross_entropy(logits, label, ignore_index=IGNORE, reduction="sum")
-    return total * common.world_size() / count.clamp(min=1)
+    return total * common.world_size() / count.clamp(min=1)  # DDP averages over processes
 
 
 # ---- training ------------------------------------------------------------------------------------
@@ -370,10 +353,14 @@ def numbered(name, values):
     return {f"{name}_{i}": value for i, value in enumerate(values, 1)}
 
 
-def update_students(students, optimizer, scaler, args, iteration):
-    """A step of the optimizer. Returns its learning rate, which falls to 0 ("poly", Sect. 4.1)."""
+def update_students(args, keep, students, loss, iteration):
+    """Backward, and a step of the optimizer. Returns the learning rate, "poly" (Sect. 4.1)."""
+    optimizer = keep["optimizer"]
+    scaler = keep["scaler"]
     lr = args.lr * (1 - iteration / args.iterations) ** 0.9
     optimizer.param_groups[0]["lr"] = lr
+    optimizer.zero_grad()
+    scaler.scale(loss).backward()
     scaler.step(optimizer)
     scaler.update()
     common.average_buffers(students)
@@ -381,9 +368,9 @@ def update_students(students, optimizer, scaler, args, iteration):
 
 
 def train_supervised(args, run, stream, students, learners, teachers, keep, begin, stop):
-    """Learning from labels alone, iterations begin to stop: the warm-up, and the baseline."""
-    optimizer = keep["optimizer"]
-    scaler = keep["scaler"]
+    """Learn from labels alone, iterations begin to stop - 1: the warm-up, and the baseline."""
+    run.phase = None if args.supervised else "warm-up"
+    run.images = args.batch_size
     batches = common.batches(stream, args, run.device, begin, stop)
     for iteration, labeled in enumerate(batches, begin):
         # 5 EMA: first (Algorithm 1, line 6)
@@ -405,9 +392,7 @@ def train_supervised(args, run, stream, students, learners, teachers, keep, begi
             loss_labeled.append(cross_entropy(logits, label))  # Eq. 5
 
         # 4 backward
-        optimizer.zero_grad()
-        scaler.scale(sum(loss_labeled)).backward()
-        lr = update_students(students, optimizer, scaler, args, iteration)
+        lr = update_students(args, keep, students, sum(loss_labeled), iteration)
 
         # 6 log, evaluate, save
         losses = numbered("loss_labeled", loss_labeled)
@@ -420,19 +405,17 @@ def train_supervised(args, run, stream, students, learners, teachers, keep, begi
 
 def train(args, run, streams, students, learners, teachers, keep, begin):
     """Algorithm 1, from iteration begin on. streams: of labeled and of unlabeled pictures."""
-    device = run.device
-    optimizer = keep["optimizer"]
-    scaler = keep["scaler"]
+    run.phase = None
+    run.images = 2 * args.batch_size
     statistics = keep["statistics"]  # of students; with --features-of-teachers of teachers, too
     networks = numbered("student", students) | numbered("teacher", teachers)
     mixed = args.strong and args.cutmix
     # Open: the size of p in L_st and L_ss; an eighth of the crop, as in the code   --loss-stride
     size = [math.ceil(side / args.loss_stride) for side in args.crop]  # (h, w)
-    batches = zip(
-        common.batches(streams[0], args, device, begin, args.iterations),
-        common.batches(streams[1], args, device, begin, args.iterations, overlap=mixed),
-    )
-    for iteration, (labeled, unlabeled) in enumerate(batches, begin):
+    batches = [
+        common.batches(streams[0], args, run.device, begin, args.iterations),
+        common.batches(streams[1], args, run.device, begin, args.iterations, overlap=mixed)]
+    for iteration, (labeled, unlabeled) in enumerate(zip(*batches), begin):
         # 5 EMA: first (Algorithm 1, line 6)
         update_teachers(teachers, students, iteration, args.gamma)
 
@@ -448,12 +431,9 @@ def train(args, run, streams, students, learners, teachers, keep, begin):
         B = len(image)
         mask = torch.zeros_like(label, dtype=torch.bool)  # m, (B, H, W)
         if mixed:
-            for i, position in enumerate(places[:B]):
-                r = common.rng(args.seed, "cutmix", position)
-                mask[i] = cutmix_mask(args.crop, r, device)
+            mask = views(cutmix_mask, mask, args, "cutmix", places[:B])
         strong = cutmix(strong, mask)  # (B, 3, H, W)
-        # L_st and L_ss: of L + B pictures; L is 0, or B with --labeled-consistency
-        L = B if args.labeled_consistency else 0
+        L = B if args.labeled_consistency else 0  # labeled pictures in L_st and L_ss
         small_mask = nearest(mask, size)  # (B, h, w)
         small_label = nearest(label, size)
         valid = nearest(torch.cat([labeled["valid"][:L], unlabeled["valid"]]), size)
@@ -463,18 +443,17 @@ def train(args, run, streams, students, learners, teachers, keep, begin):
 
         # 2 pseudo-labels: of both teachers on weak views; their logits are mixed like the pictures
         pseudo_labels = []
+        teacher_input = common.to_float(torch.cat([image[:L], weak]))  # (L + B, 3, H, W)
         for i, teacher in enumerate(teachers):
-            with torch.no_grad(), common.autocast(args, device):
-                teacher_input = common.to_float(torch.cat([image[:L], weak]))
-                features = teacher.features(teacher_input)
-                p = teacher.classifier(features)
+            with torch.no_grad(), common.autocast(args, run.device):
+                features, p = WithFeatures(teacher)(teacher_input)
             p = cutmix(common.upsample(p, size), small_mask, L)  # p_t, (L + B, K, h, w)
             confidence = p.softmax(1).amax(1)
             if args.features_of_teachers and statistics:
                 features = cutmix(common.upsample(features, size), small_mask, L)
-                w = teacher.last.weight
-                sigma = statistics[2 + i]
-                p = augment_features(features, p, small_label[:L], valid, w, sigma, strength)
+                p = augment_features(
+                    features, p, small_label[:L], valid[L:],
+                    teacher.last.weight, statistics[2 + i], strength)
             pseudo_label = hard_label(p, valid & (confidence >= args.threshold))
             pseudo_labels.append(pseudo_label)  # y_t, (L + B, h, w)
 
@@ -484,16 +463,16 @@ def train(args, run, streams, students, learners, teachers, keep, begin):
         loss_labeled = []
         student_logits = []
         for i, learner in enumerate(learners):
-            with common.autocast(args, device):
+            with common.autocast(args, run.device):
                 features, p = learner(student_input)
             p_labeled = common.upsample(p[:B], args.crop)  # p_s^l, (B, K, H, W)
             loss_labeled.append(cross_entropy(p_labeled, label))  # Eq. 5
-            p = common.upsample(p[B - L :], size)  # p_s^u, (L + B, K, h, w)
+            p = common.upsample(p, size)  # (2B, K, h, w)
             if statistics:
-                w = students[i].last.weight
-                sigma = statistics[i]
-                p = augment_features(features, p, small_label, valid, w, sigma, strength)
-            student_logits.append(p)
+                p = augment_features(
+                    features, p, small_label, valid[L:],
+                    students[i].last.weight, statistics[i], strength)
+            student_logits.append(p[B - L :])  # p_s^u, (L + B, K, h, w)
         loss_st = []
         for p, i in zip(student_logits, TEACHERS[args.teachers]):
             loss_st.append(cross_entropy(p, pseudo_labels[i]))  # Eq. 2
@@ -507,9 +486,7 @@ def train(args, run, streams, students, learners, teachers, keep, begin):
         loss = sum(loss_labeled) + args.alpha * sum(loss_st) + args.beta * sum(loss_ss)  # Eq. 4
 
         # 4 backward
-        optimizer.zero_grad()
-        scaler.scale(loss).backward()
-        lr = update_students(students, optimizer, scaler, args, iteration)
+        lr = update_students(args, keep, students, loss, iteration)
 
         # 6 log, evaluate, save
         losses = numbered("loss_labeled", loss_labeled) | numbered("loss_st", loss_st)
@@ -521,7 +498,7 @@ def train(args, run, streams, students, learners, teachers, keep, begin):
         truth = cutmix(unlabeled["truth"], mask)  # nothing learns from it
         run.step(iteration, losses, pseudo_labels, nearest(truth, size), **numbers)
         if run.due():
-            ensemble = {"ensemble": Ensemble(students)} if run.last else {}
+            ensemble = {"ensemble": students} if run.last else {}
             run.evaluate(networks | ensemble, shown=networks)
             draw(run, weak, strong, truth, pseudo_labels.values(), [y_s1[L:], y_s2[L:]])
         run.save(iteration, keep)
@@ -532,9 +509,9 @@ def draw(run, weak, strong, truth, pseudo_labels, predictions):
     columns = {"weak view": weak, "strong view": strong, "truth (not used)": truth}
     labels = numbered("label of teacher", pseudo_labels)
     labels |= numbered("prediction of student", predictions)
-    columns |= {title: nearest(label, truth.shape[1:]) for title, label in labels.items()}
-    rows = min(4, len(truth))  # weak may hold one more picture
-    run.panel(f"batch_{run.mark}", {title: cells[:rows] for title, cells in columns.items()})
+    for title, label in labels.items():
+        columns[title] = nearest(label, truth.shape[1:])
+    run.panel(f"batch_{run.mark}", {title: cells[:4] for title, cells in columns.items()})
 
 
 # ---- main ----------------------------------------------------------------------------------------
@@ -549,40 +526,35 @@ def main():
     common.check_range(args, 1, min(args.crop), "loss_stride")
     common.check_range(args, 0, 1, "gamma", "threshold")
     common.check_range(args, 0, math.inf, "alpha", "beta", "lambda0", "warmup")
-    plain = args.network == "deeplabv2" and args.head == "plain"
-    need(args.network != "pspnet" and not plain,
-         f"--network {args.network} --head {args.head}: Eq. 3 needs a network that ends in one "
-         "linear classifier; use --network deeplabv3plus, or deeplabv2 with --head bottleneck")
+    need(args.network == "deeplabv3plus" or args.head == "bottleneck",
+         "--network deeplabv2 --head plain: Eq. 3 needs a single linear classifier at the end; use "
+         "--head bottleneck, or --network deeplabv3plus")
     mixed = args.cutmix and args.strong and not args.supervised
     need(args.batch_size > 1 or not mixed,
-         f"--batch-size {args.batch_size}: CutMix mixes neighbors of a batch; use 2 or more, or "
-         "--no-cutmix")
+         "--batch-size 1: CutMix mixes neighbors of a batch; use 2 or more, or --no-cutmix")
     need(args.warmup < args.iterations or args.iterations == 0 or args.supervised,
-         f"--warmup {args.warmup}: of {args.iterations} iterations none is left for the method; "
-         "use fewer, or more --iterations")
+         f"--warmup {args.warmup}: leaves no iteration for the method; use a lower one, or more "
+         "--iterations")
     data = common.open_dataset(args)
     labeled, unlabeled = common.split(args, data)
-
     # Open: the differences of the students; the initialization (of heads on a pretrained backbone)
     # Open: the baseline; one student on the same weak views, for as many steps   --supervised
     members = range(1 if args.supervised else 2)
-    students = [common.build_network(args, data, device, member) for member in members]
-    teachers = []
+    students = Ensemble(common.build_network(args, data, device, member) for member in members)
+    teachers = Ensemble()
     statistics = nn.ModuleList()
     if not args.supervised:
         same = torch.equal(students[0].last.weight, students[1].last.weight)
-        need(not same, f"--weights {args.weights}: both students would begin with the same weights "
-             "and stay one network; use a backbone's weights, not those of a whole network")
+        need(not same, f"--weights {args.weights}: both students would begin with the same "
+             "weights; use those of a backbone, not those of a whole network")
         if args.teachers != "none":
-            teachers = [copy.deepcopy(student).requires_grad_(False).eval() for student in students]
+            teachers = copy.deepcopy(students).requires_grad_(False).eval()
         if args.features != "none":
             augmented = students + teachers if args.features_of_teachers else students
-            full = args.features == "full"
-            for network in augmented:
-                channels = network.feature_channels
-                statistics.append(ClassStatistics(len(data.names), channels, full).to(device))
+            sizes = (len(data.names), students[0].feature_channels, args.features == "full")
+            statistics = nn.ModuleList(ClassStatistics(*sizes) for _ in augmented).to(device)
     learners = [common.parallel(WithFeatures(student), device) for student in students]
-    optimizer = common.make_optimizer(args, args.lr, nn.ModuleList(students).parameters())
+    optimizer = common.make_optimizer(args, args.lr, students.parameters())
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
     # Open: the network that is reported; student 1. The last table has all of them, and their mean.
     method = "mkd-supervised" if args.supervised else "mkd"
@@ -591,21 +563,17 @@ def main():
     networks = numbered("student", students) | numbered("teacher", teachers)
     keep = networks | {"statistics": statistics, "optimizer": optimizer, "scaler": scaler}
     begin = run.restore(keep)
-    labeled = common.Stream(data, labeled, "labeled", args)
-    if args.supervised:
-        train_supervised(args, run, labeled, students, learners, [], keep, begin, args.iterations)
-        return run.finish(networks)
+    streams = [
+        common.Stream(data, labeled, "labeled", args),
+        common.Stream(data, unlabeled, "unlabeled", args, labeled=False)]
     # Open: how students from scratch begin; with labels alone, since else they collapse   --warmup
-    if begin < args.warmup:
-        run.phase = "warm-up"
-        run.images = args.batch_size
-        train_supervised(args, run, labeled, students, learners, teachers, keep, begin, args.warmup)
-        run.phase = None
-        run.images = 2 * args.batch_size
-    unlabeled = common.Stream(data, unlabeled, "unlabeled", args, labeled=False)
-    begin = max(begin, args.warmup)
-    train(args, run, [labeled, unlabeled], students, learners, teachers, keep, begin)
-    run.finish(networks | {"ensemble": Ensemble(students)}, paper_miou(args))
+    stop = args.iterations if args.supervised else min(args.warmup, args.iterations)
+    if begin < stop:
+        train_supervised(args, run, streams[0], students, learners, teachers, keep, begin, stop)
+    if not args.supervised:
+        train(args, run, streams, students, learners, teachers, keep, max(begin, stop))
+        networks["ensemble"] = students
+    run.finish(networks, paper_miou(args))
 
 
 if __name__ == "__main__":

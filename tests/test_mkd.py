@@ -201,10 +201,10 @@ def term_by_hand(weight, covariance, y, j):
 
 
 def augmented(logits, label, weight, covariance, strength):
-    """FD with labels of all pictures and a given covariance."""
+    """FD of labeled pictures with a given covariance."""
     statistics = SimpleNamespace(covariance=covariance, update=lambda features, label: None)
     features = logits.detach()
-    valid = torch.ones_like(label, dtype=torch.bool)
+    valid = torch.ones(0, *label.shape[1:], dtype=torch.bool)  # there are no unlabeled pictures
     return mkd.augment_features(features, logits, label, valid, weight, statistics, strength)
 
 
@@ -277,27 +277,25 @@ def test_the_term_is_zero_for_the_pixels_class_and_unknown_pixels_and_never_nega
     assert (augmented(zeros, label, weight, covariance, 0.0) == 0).all()
 
 
-@pytest.mark.parametrize("labeled, with_logits", [(1, 2), (1, 3), (0, 3), (3, 3), (3, 1)])
-def test_the_class_is_the_label_or_the_prediction_and_statistics_are_of_all_pictures(
-    labeled, with_logits
-):
-    """Three pictures, the first ones labeled; the last ones have logits, to which FD is applied."""
+@pytest.mark.parametrize("labeled", [0, 1, 3])
+def test_the_class_is_the_label_or_the_prediction_and_statistics_are_of_all_pictures(labeled):
+    """Three pictures, the first ones labeled."""
     features = torch.randn(3, C, 9, 6, requires_grad=True)
-    logits = torch.randn(with_logits, K, 4, 3)
+    logits = torch.randn(3, K, 4, 3)
     label = labels(labeled, 4, 3)
-    valid = torch.rand(with_logits, 4, 3) < 0.7
+    valid = torch.rand(3 - labeled, 4, 3) < 0.7
     weight = torch.randn(K, C, 1, 1)
     statistics = mkd.ClassStatistics(K, C)
     ours = mkd.augment_features(features, logits, label, valid, weight, statistics, 1.5)
 
-    predicted = logits.argmax(1).masked_fill(~valid, 255)
-    y = torch.cat([label, predicted[with_logits - (3 - labeled) :]])
+    predicted = logits[labeled:].argmax(1).masked_fill(~valid, 255)
+    y = torch.cat([label, predicted])
     expected = mkd.ClassStatistics(K, C)
     small = F.interpolate(features.detach(), (4, 3), mode="bilinear", align_corners=False)
     expected.update(small, y)
     assert equal(statistics.state_dict(), expected.state_dict())
     assert int(statistics.count.sum()) == int((y != 255).sum())
-    term = augmented(logits, y[3 - with_logits :], weight, expected.covariance, 1.5)
+    term = augmented(logits, y, weight, expected.covariance, 1.5)
     torch.testing.assert_close(ours, term)
 
 
@@ -320,10 +318,14 @@ class Draws:
         return self.places.pop(0)
 
 
+def mask_of(size, r):
+    return mkd.cutmix_mask(torch.zeros(size, dtype=torch.bool), r)
+
+
 def test_three_boxes_by_hand_off_again_where_two_overlap():
     """u = .36: height .36 ^ .5 = .6, width .6; over root 3, 33 of 96 rows, 67 of 192 columns."""
     r = Draws([0.36, 0.5, 0.36, 0.5, 0.25, 0.0], [0, 0, 20, 40, 41, 81])
-    mask = mkd.cutmix_mask((96, 192), r)
+    mask = mask_of((96, 192), r)
     expected = np.zeros((96, 192), int)
     expected[0:33, 0:67] += 1
     expected[20:53, 40:107] += 1
@@ -338,7 +340,7 @@ def test_boxes_lie_inside_the_picture_at_any_place_and_have_their_area():
     areas = []
     reached = torch.zeros(60, 90, dtype=torch.bool)
     for seed in range(500):
-        mask = mkd.cutmix_mask((60, 90), common.rng(seed))
+        mask = mask_of((60, 90), common.rng(seed))
         r = common.rng(seed)
         expected = np.zeros((60, 90), bool)
         total = 0
@@ -366,7 +368,7 @@ def test_boxes_lie_inside_the_picture_at_any_place_and_have_their_area():
 
 @pytest.mark.parametrize("size", [(1, 1), (2, 3), (512, 1024)])
 def test_a_mask_of_any_size(size):
-    assert all(mkd.cutmix_mask(size, common.rng(seed)).shape == size for seed in range(20))
+    assert all(mask_of(size, common.rng(seed)).shape == size for seed in range(20))
 
 
 def mixed_by_hand(x, mask):
