@@ -148,16 +148,13 @@ class Dataset:
         return self._resized(self.files[id][0], self._read_image, Image.Resampling.BILINEAR)
 
     def label(self, id, full_size=False):
-        """(H, W) uint8 class ids and 255; all 255 without a mask file. full_size: as in the file.
-
-        A UserError names a mask that cannot be read, has another size than its picture, or holds
-        values outside the classes."""
+        """(H, W) uint8 class ids and 255; all 255 without a mask file. full_size: as the file."""
         image, mask = self.files[id]
         if mask is None:
             return np.full(self._fit(*self.header(image).shape), IGNORE, np.uint8)
-        read = partial(self._read_label, image=image)
         if full_size:
-            return read(mask)
+            return self._read_label(mask, image)
+        read = partial(self._read_label, image=image)
         return self._resized(mask, read, Image.Resampling.NEAREST, f"{len(self.names)} classes")
 
     def header(self, path):
@@ -196,13 +193,11 @@ class Dataset:
             largest = max(self.values.keys() - {IGNORE})
             unknown = ", 255" if IGNORE in self.values else ""
             raise UserError(f"{path}: label values {wrong} are outside the {len(self.names)} "
-                            f"classes of {self.name} (accepted: 0-{largest}{unknown}){self.advice}")
+                            f"classes of {self.name} (0-{largest}{unknown}){self.advice}")
         return label.astype(np.uint8)
 
     def _resized(self, path, read, resampling, kind="picture"):
-        """read(path) at self.size. What was shrunk is kept as a PNG, so it is decoded only once.
-
-        The name of the PNG depends on time and size of the file: a changed file is read again."""
+        """read(path) at self.size. A shrunk picture is kept as a PNG, until its file changes."""
         if self.size is None:
             return read(path)
         folder = "x".join(map(str, self.size)) if len(self.size) == 2 else f"longest_{self.size[0]}"
@@ -274,7 +269,7 @@ def hash_order(seed, ids):
 
 
 def class_ids(count):
-    """{value in a mask file: class id or 255} of masks that hold class ids."""
+    """Dataset.values of masks that hold class ids and 255."""
     return {k: k for k in range(count)} | {IGNORE: IGNORE}
 
 
@@ -289,21 +284,19 @@ def collected(problems):
 
 def raise_first(problems):
     """A UserError with the first of these problems, if there is one."""
-    for problem in problems[:1]:
-        raise UserError(f"{problem} ({len(set(problems))} in all; --check-data names them)")
+    if problems:
+        raise UserError(f"{problems[0]} ({len(problems)} in all; --check-data names them)")
 
 
 # ---- streets -------------------------------------------------------------------------------------
 
 class Streets(Dataset):
-    """Drawn street scenes, 64x128, 10 classes with a long tail. A scene is a function of its id.
-
-    Light, color and texture vary from scene to scene: a handful of labels does not cover them."""
+    """Drawn street scenes, 64x128, 10 classes with a long tail. A scene is a function of its id."""
 
     def __init__(self):
         train = [f"train_{i:04d}" for i in range(256)]
         val = [f"val_{i:04d}" for i in range(128)]
-        files = {id: (id, id) for id in train + val}
+        files = dict.fromkeys(train + val, ("drawn", "drawn"))
         super().__init__("streets", STREETS, train, val, files, class_ids(10))
 
     def image(self, id):
@@ -329,9 +322,8 @@ MATERIALS = {  # the colors that a shape can have: red, green, blue in percent
     "metal": "40 40 42, 30 28 25, 60 60 60",
     "plate": "80 15 10, 10 30 70, 90 80 20, 90 90 90, 10 50 30",
 }
-# Of each thing how many there are (one of four numbers), how near they are, and how long (vehicles)
-# or high (others) they are in heights of a car; then the material, form and corners of its shapes:
-# right of the middle in widths, above the foot in heights.
+# Of each thing: numbers in a scene; nearness; length (vehicles) or height (others) in heights of a
+# car; material, form and corners of its shapes (right of the middle, above the foot, in its size).
 THINGS = {
     "car": ((1, 2, 3, 4), (0.15, 1), (1.2, 2.2),
             "paint rectangle -.5 .55 .5 .1, glass polygon -.38 .55 -.25 1 .25 1 .38 .55"),
@@ -428,9 +420,8 @@ def draw_ground(scene):
         way = ((left + right) / 2, height) - end  # along the middle of the road
         for k in range(5):
             near = (k / 5) ** 2
-            far = (k / 5 + 0.08) ** 2
-            line = np.ravel([end + near * way, end + far * way])
-            pen.line(line.tolist(), fill=paint, width=1 + int(3 * near))
+            line = end + np.outer((near, (k / 5 + 0.08) ** 2), way)
+            pen.line(line.ravel().tolist(), fill=paint, width=1 + int(3 * near))
 
 
 def draw_things(scene):
@@ -567,8 +558,7 @@ def open_listed(name, root, size, cache, download=False, extra=None, seed=0):
     if name == "context" and is_background_unknown(train):
         classes = dict(list(CONTEXT.items())[1:])
         values = class_ids(59)
-        warn(f"{folder}/SegmentationClassContext: masks of 59 classes, background is unknown "
-             "(255); the papers' numbers are for 60 classes")
+        warn(f"{folder}: masks of 59 classes, background is unknown (255); the papers have 60")
     data = Dataset(name, classes, list(train), list(val), train | val, values, size, cache)
     if name == "vocaug":
         _, official = read_part(name, folder, "official")
@@ -581,9 +571,7 @@ def open_listed(name, root, size, cache, download=False, extra=None, seed=0):
 
 
 def read_part(name, folder, part):
-    """The path of the list of a part, and {id: (image path, mask path or None)} in its order.
-
-    The first column of a line counts, and of it the file stem."""
+    """The path of a part's list, {id: (image path, mask path or None)} by its first column."""
     row = LISTED[name]
     list_names, mask_folders, whole = row[part]
     path = image_folder = folder / (row["images"] or part)
@@ -609,11 +597,9 @@ def read_part(name, folder, part):
 
 def download_voc(root):
     """Fetch VOC to root unless it is there. One process does it, the others wait."""
-    parts = ["JPEGImages", "ImageSets/Segmentation", "SegmentationClass"]
-    complete = all((root / "VOCdevkit/VOC2012" / part).is_dir() for part in parts)
-    complete |= (root / "JPEGImages").is_dir()  # root is the folder VOC2012 itself
+    places = [root / "VOCdevkit/VOC2012/SegmentationClass", root / "SegmentationClass"]
     with one_after_another():
-        if is_main() and not complete:
+        if is_main() and not any(place.is_dir() for place in places):
             try:
                 torchvision.datasets.VOCSegmentation(root, "2012", "train", download=True)
             except (OSError, RuntimeError) as error:  # no network, a full disk, another checksum
@@ -622,14 +608,11 @@ def download_voc(root):
 
 
 def is_background_unknown(files):
-    """Do masks of PASCAL-Context hold 59 classes (255 is background, 0 aeroplane) and not 60?
-
-    Background is in nearly every picture: 255 and no 59 in 50 masks means 59 classes."""
+    """Do 50 masks of PASCAL-Context hold 59 classes (255 is background, 0 aeroplane), not 60?"""
     seen = set()
     for _, path in list(files.values())[:50]:
         if path:
-            with open_picture(path) as mask:
-                seen.update(np.unique(np.asarray(mask)).tolist())
+            seen.update(np.unique(np.asarray(open_picture(path))).tolist())
     return IGNORE in seen and 59 not in seen
 
 
@@ -643,6 +626,9 @@ def add_extra(data, extra, pictures, source, seed):
 
 
 # ---- cityscapes ----------------------------------------------------------------------------------
+
+CITYSCAPES_MASKS = ("labelIds", "labelTrainIds")  # the first that a picture has counts
+
 
 def open_cityscapes(root, size, cache, extra=None, seed=0):
     """Cityscapes with labelIds or labelTrainIds. extra: of train_extra, as in add_extra()."""
@@ -659,30 +645,23 @@ def open_cityscapes(root, size, cache, extra=None, seed=0):
         values = {c.id: c.train_id for c in classes if c.id >= 0} | {IGNORE: IGNORE}
     data = Dataset("cityscapes", CITYSCAPES, list(train), list(val), files, values, size, cache)
     if extra is not None:
-        folder = root / "leftImg8bit/train_extra"
-        pictures = {city_id(path): path for path in folder.glob("*/*_leftImg8bit.png")}
-        need(pictures, f"{folder}: no CITY/*_leftImg8bit.png for --extra; unpack "
-             f"leftImg8bit_trainextra.zip from https://www.cityscapes-dataset.com in {root}")
-        check_count(folder, len(pictures), [19998, 19997])  # one is corrupt, and often removed
-        add_extra(data, extra, pictures, folder, seed)
+        listed = read_cityscapes(root, "train_extra", 19998, 19997)  # one is corrupt, often removed
+        pictures = {id: image for id, (image, _) in listed.items()}
+        add_extra(data, extra, pictures, root / "leftImg8bit/train_extra", seed)
     return data
 
 
-def city_id(path):
-    """CITY/CITY_000000_000000 of a picture's path."""
-    return f"{path.parent.name}/{path.name.removesuffix('_leftImg8bit.png')}"
-
-
-def read_cityscapes(root, part, whole):
-    """{id: (image path, mask path or None)} of train or val, sorted by path."""
+def read_cityscapes(root, part, *whole):
+    """{CITY/CITY_000000_000000: (image path, mask path or None)} of a part, sorted by path."""
     folder = root / "leftImg8bit" / part
     files = {}
     for path in sorted(folder.glob("*/*_leftImg8bit.png")):
-        mask = root / f"gtFine/{part}/{city_id(path)}_gtFine_label"
-        masks = [Path(f"{mask}Ids.png"), Path(f"{mask}TrainIds.png")]
-        files[city_id(path)] = path, next(filter(Path.exists, masks), None)
-    check_content("cityscapes", folder, files)
-    check_count(folder, len(files), [whole])
+        id = f"{path.parent.name}/{path.name.removesuffix('_leftImg8bit.png')}"
+        masks = [root / f"gtFine/{part}/{id}_gtFine_{kind}.png" for kind in CITYSCAPES_MASKS]
+        files[id] = path, next(filter(Path.exists, masks), None)
+    need(files, f"{folder}: no CITY/*_leftImg8bit.png; --data-root must hold "
+         f"{LAYOUTS['cityscapes']}; --extra needs leftImg8bit_trainextra.zip from there")
+    check_count(folder, len(files), whole)
     return files
 
 
@@ -698,11 +677,10 @@ class Folder(Dataset):
 
 
 def open_folder(root, size, cache):
-    """Your own pictures: images/ and masks/ of the same names, and unlabeled/.
+    """The Folder of LAYOUTS["folder"]. What would stop a run is in its problems.
 
-    val_images/ and val_masks/ are for evaluation; without them a fifth of the labeled pictures is,
-    the first by a hash of their names. classes.txt names the classes; without it they are numbered
-    from the masks. What would stop a run is in data.problems."""
+    Without val_images/ a fifth of the labeled pictures is val, the first by a hash of their names.
+    Without classes.txt the classes are numbered from the masks."""
     for folder in (root, root / "images", root / "masks"):
         check_content("folder", folder, folder.is_dir())
     problems = []
@@ -711,8 +689,8 @@ def open_folder(root, size, cache):
     unlabeled = pictures_in(root / "unlabeled", problems)
     total = len(labeled)
     if total == 0 or total == 1 and not val:
-        problems.append(f"{root}/images: {total} pictures with a mask; --data-root must hold one "
-                        f"for training and one for evaluation: {LAYOUTS['folder']}")
+        problems.append(f"{root}/images: {total} pictures with a mask; training needs one, and "
+                        f"evaluation another: {LAYOUTS['folder']}")
     elif not val:
         held_out = hash_order(0, labeled)[:max(1, round(total / 5))]
         val = {id: labeled.pop(id) for id in sorted(held_out)}
@@ -722,8 +700,7 @@ def open_folder(root, size, cache):
     classes = read_classes(path, problems) if path.exists() else {}
     if not classes:
         classes = number_classes([mask for _, mask in (labeled | val).values()], problems)
-        say(f"classes   {len(classes)}, numbered from the masks; for names, write {path}, one on "
-            "each line, from class id 0 on")
+        say(f"classes   {len(classes)}, numbered from the masks; {path} can name them, one a line")
     extra = {f"unlabeled/{stem}": (path, None) for stem, path in unlabeled.items()}
     return Folder("folder", classes, list(labeled), list(val), labeled | val | extra,
                   class_ids(len(classes)), size, cache, [], list(extra), problems)
@@ -773,9 +750,7 @@ def warn_of_others(folder, names):
 
 
 def read_classes(path, problems):
-    """{name: color} of classes.txt. Problems are added.
-
-    A line is a name, and after it a color if you like (255 0 0 or #ff0000); # begins a comment."""
+    """{name: color} of classes.txt, by name_and_color(); # begins a comment. Problems are added."""
     classes, lines = {}, []
     with collected(problems):
         lines = read_lines(path, "write one name on each line, and save it as UTF-8")
@@ -799,9 +774,7 @@ def read_classes(path, problems):
 
 
 def number_classes(masks, problems):
-    """{name: color} of the classes 0, 1, .. up to the largest id in the masks. Problems are added.
-
-    Ids above a gap of more than ten do not count: they are out of range."""
+    """{name: color} of the classes in the masks, from 0 on, up to a gap of more than ten ids."""
     def read(path):
         with contextlib.suppress(UserError), open_picture(path) as mask:
             if mask.mode in Folder.mask_modes:
@@ -862,21 +835,19 @@ FRENCH_SEEDS = (12345, 23456, 34567, 45678, 56789)  # splits of French et al. (B
 
 
 def split(args, data, read=True):
-    """Labeled and unlabeled training ids. Sets args.labels to the number of the labeled ones.
+    """Labeled and unlabeled training ids; args.labels becomes the number of the labeled ones.
 
-    --split: the ids of its lists. Else the first --labels of split_order(). All others are
-    unlabeled, and so are the pictures of --extra. read: read some pictures before a long run."""
+    They are those of --split, or the first --labels of split_order() and all others. The pictures
+    of --extra are unlabeled too. read: read some pictures before a long run."""
     if args.split:
         labeled, unlabeled = read_split(args.split, data)
         if args.labels is not None and str(args.labels) != str(len(labeled)):
-            warn(f"{args.split[0]} names {len(labeled)} labeled pictures: --labels {args.labels} "
-                 "is not used")
+            warn(f"{args.split[0]} names {len(labeled)} pictures; --labels {args.labels} is unused")
     else:
         count = count_labels(args.labels, data)
         order = split_order(args, data, count)
         labeled, unlabeled = order[:count], order[count:]
-    named = set(labeled + unlabeled)
-    unlabeled = unlabeled + [id for id in data.extra if id not in named]
+    unlabeled = list(dict.fromkeys(unlabeled + data.extra))
     args.labels = len(labeled)
     need(unlabeled or args.supervised, f"all {len(labeled)} training pictures are labeled, so no "
          "unlabeled ones are left; use fewer --labels, or --supervised, or add unlabeled ones "
@@ -920,9 +891,7 @@ def split_order(args, data, count):
 
 
 def read_split(paths, data):
-    """Ids from one list (labeled) or two (labeled, unlabeled), in any public format.
-
-    The first column of a line counts, and of it picture_name()."""
+    """Ids from one list (labeled) or two (labeled, unlabeled), by picture_name() of column 1."""
     need(len(paths) <= 2, f"--split takes one list (labeled) or two (unlabeled), not {len(paths)}")
     known = {picture_name(id, data): id for id in data.train + data.extra}
     lists = []
@@ -956,9 +925,7 @@ def picture_name(text, data):
 # ---- reading pictures before a run, and --check-data ---------------------------------------------
 
 def read_picture(data, part, id):
-    """What is in a picture and its mask; problems would stop a run, notes would not.
-
-    content: a hash of size and pixels. pixels: of the mask by class id, (256,), or None."""
+    """What is in a picture and its mask; problems would stop a run, notes would not."""
     path, mask = data.files[id]
     found = SimpleNamespace(part=part, path=path, size=None, mode=None, content=None,
                             mask_mode=None, palette=None, pixels=None, problems=[], notes=[])
@@ -1004,9 +971,7 @@ def read_pictures(data, parts):
 
 
 def check_before_training(data, labeled, unlabeled):
-    """Read some pictures, of a user's own ones all. A UserError names what would stop the run.
-
-    Reading all also keeps small copies of big pictures in the cache."""
+    """Read some pictures, of a user's own ones all (into the cache). A UserError if one is bad."""
     if data.name == "folder":
         parts = {"labeled": labeled, "val": data.val, "unlabeled": unlabeled}
         parts = {part: ids[rank()::world_size()] for part, ids in parts.items()}
@@ -1019,9 +984,7 @@ def check_before_training(data, labeled, unlabeled):
 
 
 def check_data(args):
-    """Read all pictures and masks, print what is in them, and name all that would stop a run.
-
-    If something would, the end is a UserError, so exit status 2."""
+    """Read and describe all pictures and masks. A UserError after the list of all problems."""
     if not is_main():
         return
     data = open_dataset(args)
@@ -1095,11 +1058,11 @@ def print_contents(data, parts, pictures, pixels):
 # ---- weak views and streams ----------------------------------------------------------------------
 
 def weak_view(image, label, generator, crop, scale=(1.0, 1.0), cut=None):
-    """Scale, crop and flip at random, image and label alike.
+    """Scale, crop and flip image (H, W, 3) uint8 and label (H, W) uint8 at random.
 
-    image (H, W, 3) uint8, label (H, W) uint8; crop (h, w); scale: the range of the random factor.
-    cut(image (3, H, W), label (H, W), top, left, crop, generator) -> image, label: a method's way
-    to take the crop out of the scaled picture; a third result takes the place of valid.
+    crop: (h, w).  scale: the range of the random factor.
+    cut(image (3, H, W), label (H, W), top, left, crop, generator) -> image, label[, valid]: how a
+    method takes the crop out of the scaled picture.
     Returns image (3, h, w) uint8, label (h, w) uint8, valid (h, w) bool, and for crop_map()
     view = (top, left, bottom, right, flip), the crop in fractions of the picture.
     valid is False where the crop reaches beyond the picture: there label is 255, never 0."""
@@ -1119,9 +1082,8 @@ def weak_view(image, label, generator, crop, scale=(1.0, 1.0), cut=None):
     else:
         image = v2.functional.crop(image, top, left, *crop)
         label = v2.functional.crop(label, top, left, *crop)[0]
-    if not valid.all():
-        image = image.where(valid, torch.tensor(MEAN_COLOR, dtype=torch.uint8).view(3, 1, 1))
-        label = label.masked_fill(~valid, IGNORE)
+    image = image.where(valid, torch.tensor(MEAN_COLOR, dtype=torch.uint8).view(3, 1, 1))
+    label = label.masked_fill(~valid, IGNORE)
     if flip:
         image, label, valid = image.flip(-1), label.flip(-1), valid.flip(-1)
     bottom, right = top + crop[0], left + crop[1]
@@ -1150,8 +1112,8 @@ class Stream(torch.utils.data.Dataset):
     labeled: False reads no mask to learn from; the sample's "truth" is for the log alone.
     soft_labels: folders with a map of each picture, which is cropped with it at this stride.
     pseudo_labels: a folder whose pseudo-labels take the place of the masks.
-    A sample is a dict: "image" (3, h, w) uint8, "label" or "truth" (h, w) uint8, "valid" (h, w)
-    bool, "position", and "soft_0", "soft_1", .. (K, h / stride, w / stride) float32.
+    A sample: "image" (3, h, w) uint8, "label" or "truth" (h, w) uint8, "valid" (h, w) bool,
+    "position", and "soft_0", "soft_1", .. (K, h / stride, w / stride) float32.
     A UserError names a file that cannot be read."""
 
     def __init__(self, data, ids, name, args, labeled=True, soft_labels=(), stride=8,
@@ -1391,13 +1353,13 @@ def windows(size, window, step):
 def evaluate(networks, data, args, device):
     """Confusion matrices {name: (K, K) int64 on the CPU} of networks {name: module} on val.
 
-    Every picture counts once and every process gets the result, however many there are. Labels
-    have the pictures' size, or with --full-size-labels the one of their file. Networks keep their
-    mode."""
+    Every picture counts once, and every process gets the result. Labels have the pictures' size, or
+    with --full-size-labels the one of their file. Networks keep their mode."""
     K = len(data.names)
     modes = {name: network.training for name, network in networks.items()}
-    tables = {name: torch.zeros(K, K, dtype=torch.int64, device=device) for name in networks}
-    for network in networks.values():
+    tables = {}
+    for name, network in networks.items():
+        tables[name] = torch.zeros(K, K, dtype=torch.int64, device=device)
         network.eval()
     for id in data.val[rank() :: world_size()]:
         image = to_tensor(data.image(id))[None].to(device)
@@ -1445,12 +1407,12 @@ def group_norm(channels):
 class ResNet(resnet.ResNet):
     """torchvision's ResNet without the classifier, at output stride 8 or 16; its weights load.
 
-    Stride 8: dilation 2 in all blocks of layer3 and 4 in all of layer4, as in DeepLab (the option
-    of torchvision leaves the first block of each at the dilation before). Stride 16: dilation 2 in
-    layer4 without its first block, as in MMSegmentation's DeepLabv3+.
+    Stride 8: dilation 2 in layer3 and 4 in layer4, as in DeepLab (torchvision's option leaves the
+    first block of each at the dilation before). Stride 16: dilation 2 in layer4 without its first
+    block, as in MMSegmentation's DeepLabv3+.
     slim: divides the widths of layer1 to layer4.  caffe: see STYLES.
-    deep_stem: channels of the stem of three 3x3 convs that replace the 7x7 one. True is 128, as in
-    semseg's PSPNet; MMSegmentation's ResNetV1c has 64."""
+    deep_stem: channels of three 3x3 convs in place of the 7x7 one: True is 128, as in semseg's
+    PSPNet; MMSegmentation's ResNetV1c has 64."""
 
     def __init__(self, block, depths, norm, slim=1, caffe=False, deep_stem=False, output_stride=8):
         self.slim, self.stem = slim, 128 if deep_stem is True else deep_stem
@@ -1498,24 +1460,24 @@ class ResNet(resnet.ResNet):
         return self.layers(x)[-1]
 
 
-RESNETS = ["resnet50", "resnet101", "tiny"]
+# Blocks of layer1 to layer4. tiny, as below, is for training from scratch on a CPU.
+RESNETS = {"resnet50": (3, 4, 6, 3), "resnet101": (3, 4, 23, 3), "tiny": (2, 2, 2, 2)}
 
 
 def make_backbone(name, batch_norm="frozen", caffe=False, deep_stem=False, output_stride=8):
-    """A ResNet with random weights. tiny: a ResNet-18 of an eighth of the width at stride 4.
+    """A ResNet with random weights.
 
-    tiny is for training from scratch on a CPU; it has group norm and no use for the arguments."""
+    tiny: a ResNet-18 of an eighth of the width, with group norm, at stride 4, whatever the rest."""
     if name == "tiny":
-        tiny = ResNet(resnet.BasicBlock, [2, 2, 2, 2], group_norm, slim=8)
+        tiny = ResNet(resnet.BasicBlock, RESNETS[name], group_norm, slim=8)
         tiny.conv1 = nn.Conv2d(3, 64, 3, stride=2, padding=1, bias=False)
         tiny.maxpool, tiny.stride = nn.Identity(), 4
         return tiny
-    depths = {"resnet50": [3, 4, 6, 3], "resnet101": [3, 4, 23, 3]}[name]
     norm = FrozenBatchNorm if batch_norm == "frozen" else nn.BatchNorm2d
-    return ResNet(resnet.Bottleneck, depths, norm, 1, caffe, deep_stem, output_stride)
+    return ResNet(resnet.Bottleneck, RESNETS[name], norm, 1, caffe, deep_stem, output_stride)
 
 
-# Side of a patch, layers, attention heads, channels. tiny is for training from scratch on a CPU.
+# Side of a patch, layers, attention heads, channels.
 VITS = {"vit_b_16": (16, 12, 12, 768), "vit_l_16": (16, 24, 16, 1024), "tiny": (8, 4, 4, 64)}
 
 
@@ -1717,12 +1679,11 @@ class PSPNet(SegmentationNetwork):
 class SETR(SegmentationNetwork):
     """SETR: a Vision Transformer, and a decoder that only scales up: progressively (PUP), or naive.
 
-    PUP: 3x3 conv to width, norm, ReLU and x 2, as often as it takes from patches to pixels: four
-    times for patches of 16. The last x 2 comes after the 1x1 conv to the classes, in upsample():
-    both are linear, so the logits are the same, and features and logits stay at stride 2.
+    PUP: 3x3 conv to width, norm, ReLU and x 2, from patches to pixels: four times for patches of
+    16. The last x 2 comes after the 1x1 conv to the classes, in upsample(): both are linear, so the
+    logits are the same, and features and logits stay at stride 2.
     naive: 1x1 conv to width, norm, ReLU, scaled up to stride 2 at once, 1x1 conv to the classes.
-    The first layer norm of both is the encoder's last one. The norms of the decoder are always
-    trained: there are no weights for them."""
+    The first layer norm of both is the encoder's last one; the decoder's norms are trained."""
 
     def __init__(self, backbone, classes, naive=False, width=256, style="torchvision",
                  norm=nn.BatchNorm2d):
@@ -1749,28 +1710,36 @@ NETWORKS = ["deeplabv2", "deeplabv3plus", "pspnet"]  # on a ResNet
 TRANSFORMERS = ["setr", "setr-naive"]  # on a ViT
 
 
+# What differs on tiny, where feature maps have 16 x 32 cells.
+TINY = {
+    "deeplabv2": dict(width=32),
+    "deeplabv3plus": dict(width=32, rates=(2, 4, 8), low_width=16, norm=group_norm),
+    "pspnet": dict(width=64, norm=group_norm),
+    "setr": dict(width=32, norm=group_norm),
+    "setr-naive": dict(width=32, norm=group_norm),
+}
+
+
 def make_network(spec):
     """The network of a description (in every checkpoint), with random weights.
 
     A UserError if it is a script's network."""
     name, classes, style = spec.get("network", "deeplabv2"), spec["classes"], spec["style"]
-    need(name in NETWORKS + TRANSFORMERS,
+    need(name in TINY,
          f"this checkpoint's network is the one of {name}.py; use it with that script")
     tiny = spec["backbone"] == "tiny"
-    options = dict(style=style, norm=group_norm if tiny else nn.BatchNorm2d)
+    options = dict(TINY[name] if tiny else {}, style=style)
     if name in TRANSFORMERS:
         backbone = ViT(*VITS[spec["backbone"]], spec["grid"])
-        return SETR(backbone, classes, name == "setr-naive", 32 if tiny else 256, **options)
+        return SETR(backbone, classes, name == "setr-naive", **options)
     backbone = make_backbone(spec["backbone"], spec["batch_norm"], STYLES[style]["caffe"],
                              spec.get("deep_stem", False), 16 if name == "deeplabv3plus" else 8)
-    if name == "pspnet":
-        return PSPNet(backbone, classes, 64 if tiny else 512, **options)
-    if name == "deeplabv3plus":
-        sizes = dict(rates=(2, 4, 8), width=32, low_width=16) if tiny else {}
-        return DeepLabV3Plus(backbone, classes, **sizes, **options)
-    rates = (2, 4, 8, 12) if tiny else (6, 12, 18, 24)  # tiny: for feature maps of 16 x 32
-    rates = rates[: spec["aspp_branches"]]
-    return DeepLabV2(backbone, classes, spec["head"], rates, 32 if tiny else 256, style)
+    if name == "deeplabv2":
+        rates = (2, 4, 8, 12) if tiny else (6, 12, 18, 24)
+        rates = rates[: spec["aspp_branches"]]
+        return DeepLabV2(backbone, classes, spec["head"], rates, **options)
+    make = PSPNet if name == "pspnet" else DeepLabV3Plus
+    return make(backbone, classes, **options)
 
 
 def build_network(args, data, device, member=0, make=make_network, **more):
@@ -1780,21 +1749,18 @@ def build_network(args, data, device, member=0, make=make_network, **more):
     make(description), more: a script's network, and what its description needs beside.
     A UserError if network and backbone, or backbone and weights, do not fit."""
     transformer = args.network in TRANSFORMERS
-    names = list(VITS) if transformer else RESNETS
-    need(args.backbone in names, f"--backbone {args.backbone}: {args.network} sits on "
-                                 f"{', '.join(names[:-1])} or {names[-1]}")
+    names = VITS if transformer else RESNETS
+    need(args.backbone in names,
+         f"--backbone {args.backbone}: {args.network} sits on one of {', '.join(names)}")
     weights, style, source = read_weights(args)
-    found = weights or {}
     same = ("network", "backbone", "head", "aspp_branches", "batch_norm")
     spec = {name: getattr(args, name) for name in same} | more
     spec |= dict(style=args.input_style or style, classes=len(data.names), deep_stem=False)
-    if "backbone.conv1.0.weight" in found:
-        spec["deep_stem"] = found["backbone.bn1.weight"].numel()
+    if "backbone.conv1.0.weight" in weights:
+        spec["deep_stem"] = weights["backbone.bn1.weight"].numel()
     if transformer:
-        spec["grid"] = 14
-        if "backbone.encoder.pos_embedding" in found:  # (1, 1 + grid * grid, C)
-            count = found["backbone.encoder.pos_embedding"].shape[1]
-            spec["grid"] = math.isqrt(count - 1)
+        positions = weights.get("backbone.encoder.pos_embedding", torch.empty(1, 1 + 14**2, 0))
+        spec["grid"] = math.isqrt(positions.shape[1] - 1)  # (1, 1 + grid * grid, C)
     with torch.random.fork_rng(devices=[]):
         seed_torch(args.seed, "network", member)
         network = make(spec)
@@ -1818,11 +1784,11 @@ COCO_URL = "http://vllab1.ucmerced.edu/~whung/adv-semi-seg/resnet101COCO-41f33a4
 
 
 def read_weights(args):
-    """The state dict of --weights in our names (None for none), its style, and its file.
+    """The state dict of --weights in our names (empty for none), its style, and its file.
 
     A UserError names a file that is missing, broken or of an unknown layout."""
     if args.weights == "none":
-        return None, "torchvision", None
+        return {}, "torchvision", None
     if args.weights in ("imagenet", "coco"):
         path = download_weights(args.weights, args.backbone)
     else:
@@ -1837,11 +1803,9 @@ def read_weights(args):
         if isinstance(state.get(key), dict):
             state = state[key]
     weights, style = convert_weights(state)
-    if not weights:
-        first = ", ".join(map(str, list(state)[:3]))
-        raise UserError(f"{path}: unknown layout (its first entries: {first}); expected "
-                        "torchvision's ResNet or ViT, semseg's or MMSegmentation's ResNet, "
-                        "Hung's COCO ResNet-101, or a last.pt")
+    first = ", ".join(map(str, list(state)[:3]))
+    need(weights, f"{path}: unknown layout (its first entries: {first}); expected torchvision's "
+         "ResNet or ViT, semseg's or MMSegmentation's ResNet, Hung's COCO ResNet-101, or a last.pt")
     return weights, style, path
 
 
@@ -1883,11 +1847,12 @@ def load_torch(path):
     return state
 
 
-# Modules of a stem of three convs: the names of semseg and MMSegmentation in ours.
-SEMSEG = {"conv1": "conv1.0", "bn1": "conv1.1", "conv2": "conv1.3", "bn2": "conv1.4",
-          "conv3": "conv1.6", "bn3": "bn1"}
-MMSEGMENTATION = {"stem.0": "conv1.0", "stem.1": "conv1.1", "stem.3": "conv1.3",
-                  "stem.4": "conv1.4", "stem.6": "conv1.6", "stem.7": "bn1"}
+# Beginnings of names in a file, and ours: the stem of MMSegmentation's ResNetV1c, Hung's ASPP; and
+# for semseg's files, which have a conv3, the stem of three convs.
+RENAMES = {"stem.7.": "bn1.", "stem.": "conv1.", "layer5.conv2d_list.": "branches."}
+SEMSEG = {"conv1.": "conv1.0.", "bn1.": "conv1.1.", "conv2.": "conv1.3.", "bn2.": "conv1.4.",
+          "conv3.": "conv1.6.", "bn3.": "bn1."}
+BACKBONE = re.compile(r"(conv1|bn1|layer[1-4]\.\d+|conv_proj|encoder)\.|class_token$")
 
 
 def convert_weights(state):
@@ -1899,27 +1864,24 @@ def convert_weights(state):
     torchvision ViT conv_proj.weight, encoder.pos_embedding, heads.*              torchvision
     Hung            the same names, layer5.conv2d_list.0.weight                   caffe-rgb
     The prefix module. (DataParallel) is dropped from any."""
-    style, converted = "torchvision", {}
     state = {re.sub(r"^(module\.)+", "", str(key)): value for key, value in state.items()
              if torch.is_tensor(value)}
-    stem = SEMSEG if "conv3.weight" in state else MMSEGMENTATION
+    renames = RENAMES | (SEMSEG if "conv3.weight" in state else {})
+    converted = {}
     for key, value in state.items():
-        module, _, parameter = key.rpartition(".")
-        if module in stem:
-            key = f"{stem[module]}.{parameter}"
-        if re.match(r"(conv1|bn1|layer[1-4]\.\d+|conv_proj|encoder)\.|class_token$", key):
-            key = key.replace(".mlp.linear_1.", ".mlp.0.")  # as torchvision's files of ViTs have it
-            key = key.replace(".mlp.linear_2.", ".mlp.3.")
-            converted["backbone." + key] = value
-        elif branch := re.match(r"layer5\.conv2d_list\.(\d\..+)", key):
-            converted["branches." + branch[1]] = value
-            style = "caffe-rgb"
-        else:
-            converted["skipped." + key] = value
+        start = next(filter(key.startswith, renames), "")
+        key = renames.get(start, "") + key.removeprefix(start)
+        # torchvision's files of ViTs have the names of an older MLP.
+        key = key.replace(".mlp.linear_1.", ".mlp.0.").replace(".mlp.linear_2.", ".mlp.3.")
+        if BACKBONE.match(key):
+            key = "backbone." + key
+        elif not key.startswith("branches."):
+            key = "skipped." + key
+        converted[key] = value
     known = {f"backbone.{key}.weight" for key in ("conv1", "conv1.0", "conv_proj")}
     if not known & converted.keys():
-        converted = {}
-    return converted, style
+        return {}, "torchvision"
+    return converted, "caffe-rgb" if "branches.0.weight" in converted else "torchvision"
 
 
 def load_weights(network, weights, source):
@@ -1929,8 +1891,9 @@ def load_weights(network, weights, source):
     state = network.state_dict()
     fits = {key: value for key, value in weights.items()
             if key in state and state[key].shape == value.shape}
-    skipped = [key for key in weights if key not in fits and not key.endswith(COUNTER)]
-    missing = [key for key in state if key not in fits and not key.endswith(COUNTER)]
+    counter = "num_batches_tracked"  # of batch norm; older files have none
+    skipped = [key for key in weights if key not in fits and not key.endswith(counter)]
+    missing = [key for key in state if key not in fits and not key.endswith(counter)]
     wrong = [key for key in missing + skipped if key.startswith("backbone.")]
     if wrong:
         raise UserError(f"{source}: is not for --backbone {network.spec['backbone']} "
@@ -1945,9 +1908,6 @@ def load_weights(network, weights, source):
 
     return (f"weights   {source}: {len(fits)} loaded, skipped {few(skipped)}, "
             f"missing {few(missing)}")
-
-
-COUNTER = "num_batches_tracked"  # of batch norm; older files have none
 
 
 # ==================================================================================================
@@ -1971,19 +1931,17 @@ def add_arguments(parser, networks=NETWORKS, several=False):
         help="default: streets, drawn without a download; folder: your own pictures")
     add("--data-root", metavar="DIR", help="the dataset's folder")
     add("--download", action="store_true", help="download PASCAL VOC with torchvision")
-    add("--extra", metavar="N", help="more unlabeled pictures, a number or all: on cityscapes of "
-        "train_extra, on voc of the 10,582")
+    add("--extra", metavar="N",
+        help="more unlabeled pictures, or all: cityscapes' train_extra, voc's 10,582")
     add("--preset", metavar="P", help="another row of the method's table PAPER; on camvid and "
         "folder cpu or gpu, a small or a big network (default: gpu if there is one)")
     add("--labels", metavar="N", help="labeled pictures: a number, or a share such as 1/8")
-    add("--split", nargs="+", metavar="FILE",
-        help="a list of the labeled pictures, or two lists: labeled, unlabeled")
+    add("--split", nargs="+", metavar="FILE", help="lists: labeled pictures, unlabeled (optional)")
     add("--split-seed", type=int, metavar="N", help="selects the labeled pictures (default: "
         "--seed; on Cityscapes one of the five splits of French et al.)")
     add("--size", type=int, nargs="+", metavar="N",
         help="resize pictures to this height and width; one number: shrink the longer side to it")
-    add("--crop", type=int, nargs=2, metavar=("H", "W"),
-        help="size of a training crop, and of a window (--base-size)")
+    add("--crop", type=int, nargs=2, metavar=("H", "W"), help="of a training crop and a window")
     add("--scale", type=float, nargs=2, metavar=("LOW", "HIGH"), help="random scale of weak views")
     add("--cache", metavar="DIR", default="runs/cache",
         help="folder for resized copies of big pictures (default: %(default)s)")
@@ -2029,37 +1987,32 @@ def add_network_arguments(parser, networks, several):
 
 def add_run_arguments(parser):
     add = parser.add_argument_group("training").add_argument
-    add("--supervised", action="store_true",
-        help="the baseline: labeled pictures only, the same number of steps")
+    add("--supervised", action="store_true", help="the baseline: as many steps on labels alone")
     add("--iterations", type=int, metavar="N", help="for each stage or round")
     add("--batch-size", type=int, metavar="N",
         help="labeled (and as many unlabeled) pictures in a step; the sum over all processes")
     add("--optimizer", choices=["sgd", "adamw"], help="sgd with momentum .9, or adamw")
     add("--lr", type=float, metavar="X", help="learning rate at the start")
     add("--weight-decay", type=float, metavar="X", help="weight decay of the optimizer")
-    add("--seed", type=int, default=0, metavar="N", help="seed of weights, order, views and noise, "
-        "and of the choice of labeled pictures (default: %(default)s)")
+    add("--seed", type=int, default=0, metavar="N",
+        help="of weights, order, views, noise and labeled pictures (default: %(default)s)")
     add("--precision", choices=["fp32", "bf16", "fp16"], help="default: bf16 on a GPU, else fp32")
     add = parser.add_argument_group("run").add_argument
     add("--out", metavar="DIR", help="run folder (default: runs/METHOD-DATASET-LABELS-sSEED), or "
         "the folder for predictions (default: predictions)")
     add("--overwrite", action="store_true", help="begin a finished or different run anew")
     add("--log-every", type=int, metavar="N", help="iterations between records in log.jsonl")
-    add("--eval-every", type=int, metavar="N",
-        help="iterations between evaluations on val; the last iteration is always evaluated")
+    add("--eval-every", type=int, metavar="N", help="iterations between evaluations on val")
     add("--save-every", type=int, metavar="N", help="iterations between checkpoints (last.pt)")
     add("--scales", type=float, nargs="+", default=[1.0], metavar="X",
         help="evaluate at these scales and average the probabilities")
     add("--flip", action=argparse.BooleanOptionalAction, help="evaluate the mirrored picture too")
     add("--base-size", type=int, metavar="N", help="evaluate with windows of the crop's size on "
         "pictures whose longer side is N (0: whole pictures)")
-    add("--full-size-labels", action="store_true",
-        help="evaluate against masks at their size on disk, not at --size")
-    add("--check-data", action="store_true",
-        help="only read the whole dataset and report what would stop a run")
+    add("--full-size-labels", action="store_true", help="evaluate against masks at full size")
+    add("--check-data", action="store_true", help="only read the dataset and report its mistakes")
     add("--evaluate", action="store_true", help="only evaluate --checkpoint")
-    add("--predict", metavar="PATH",
-        help="only predict a picture, or all pictures of a folder, with --checkpoint")
+    add("--predict", metavar="PATH", help="only predict this picture, or the pictures of a folder")
     add("--checkpoint", metavar="FILE", help="a last.pt, for --evaluate and --predict")
 
 
@@ -2379,6 +2332,18 @@ class Run:
     FILES = ["args.json", "log.jsonl", "last.pt", "result.json"]
     LABELS = ["soft_labels", "pseudo_labels", "predictions"]
 
+    phase = None  # a word for the progress line during a warm-up
+    stage = None
+    done = 0  # iterations of this stage
+    tables = None  # confusion matrices of the last evaluation
+    pending = None  # loss terms on their way to the host
+    sums = 0  # of the loss terms since the last record
+    count = 0  # iterations since the last record
+    seconds = 0.  # of this run before it was resumed
+    peak = 0.  # MB of memory
+    steps = 0  # iterations of all stages
+    printed = 0.  # when the last line was shown
+
     def __init__(self, method, args, data, labeled, unlabeled, device, stages, headline,
                  word="stage"):
         self.method = method
@@ -2391,13 +2356,12 @@ class Run:
         self.word = word
         self.folder = Path(args.out or f"runs/{method}-{args.dataset}-{args.labels}-s{args.seed}")
         self.images = args.batch_size * (1 if args.supervised else 2)  # of an iteration
-        self.phase = None  # a word for the progress line during a warm-up
 
         split_sha256 = hashlib.sha256("\n".join([*labeled, "--", *unlabeled]).encode()).hexdigest()
-        aside = HARMLESS | {"changed", "given"}
-        fixed = {name: value for name, value in vars(args).items() if name not in aside}
-        fixed |= {"method": method, "split_sha256": split_sha256, "processes": world_size()}
+        fixed = {"method": method, "split_sha256": split_sha256, "processes": world_size()}
         fixed["classes"] = data.names
+        aside = HARMLESS | {"changed", "given"}
+        fixed |= {name: value for name, value in vars(args).items() if name not in aside}
         self.fixed = json.loads(json.dumps(fixed))  # what must be the same when the run goes on
         self.identity = hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()
         if restarted() and (self.folder / "result.json").exists():
@@ -2413,22 +2377,15 @@ class Run:
 
         path = self.folder / "last.pt"
         self.state = load_torch(path) if path.exists() else None
-        state = self.state or {"seconds": 0., "peak_memory_mb": 0., "step": 0}
-        self.seconds = state["seconds"]
-        self.peak = state["peak_memory_mb"]
-        self.steps = state["step"]  # iterations of all stages
+        if self.state:
+            self.seconds = self.state["seconds"]
+            self.peak = self.state["peak_memory_mb"]
+            self.steps = self.state["step"]
         self._check_that_all_processes_see_the_folder()
         self._trim_log()
         self.started = time.time()
 
-        self.stage = None
-        self.done = 0  # iterations of this stage
-        self.tables = None  # confusion matrices of the last evaluation
-        self.pending = None  # loss terms on their way to the host
-        self.sums = 0  # of the loss terms since the last record
-        self.count = 0  # iterations since the last record
         self.interval = time.time()  # when the last record was written
-        self.printed = 0.
         self.label_tables = {}  # confusion matrices of pseudo-labels since the last record
         self.known = torch.zeros(2, dtype=torch.int64, device=device)  # known and all pixels
         self.label_counts = torch.zeros(len(data.names) + 1, dtype=torch.int64, device=device)
@@ -2486,10 +2443,9 @@ class Run:
         """Drop the records after the checkpoint: those iterations come again."""
         path = self.folder / "log.jsonl"
         if is_main() and path.exists():
-            kept = []
-            for line in path.read_text().splitlines(keepends=True):
-                if line.endswith("}\n") and json.loads(line)["step"] <= self.steps:
-                    kept.append(line)
+            lines = path.read_text().splitlines(keepends=True)
+            whole = [line for line in lines if line.endswith("}\n")]
+            kept = [line for line in whole if json.loads(line)["step"] <= self.steps]
             write_file(path, lambda file: file.write("".join(kept).encode()))
 
     # ---- stages and checkpoints
@@ -2813,13 +2769,11 @@ class Run:
 
         columns: {title: (3, H, W) uint8 pictures or (H, W) labels}. A column "truth .." without any
         known pixel is left out, as for your own unlabeled pictures. No rows: no file."""
-        shown = {}
-        for title, cells in columns.items():
-            unknown = title.startswith("truth") and all((cell == IGNORE).all() for cell in cells)
-            if not unknown:
-                shown[title] = cells
-        if is_main() and all(len(cells) for cells in shown.values()):
-            self.picture(name, draw_panel(shown, self.data.names, self.data.colors))
+        for title, cells in list(columns.items()):
+            if title.startswith("truth") and all((cell == IGNORE).all() for cell in cells):
+                columns = {key: columns[key] for key in columns if key != title}
+        if is_main() and all(len(cells) for cells in columns.values()):
+            self.picture(name, draw_panel(columns, self.data.names, self.data.colors))
 
     def picture(self, name, picture):
         """pictures/NAME.png: a PIL picture."""
@@ -2889,8 +2843,9 @@ def strict(value):
 
 
 def versions():
-    return {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__,
-            "torchvision": torchvision.__version__, "pillow": PIL.__version__}
+    modules = {"torch": torch, "numpy": np, "torchvision": torchvision, "pillow": PIL}
+    numbers = {name: module.__version__ for name, module in modules.items()}
+    return {"python": sys.version.split()[0], **numbers}
 
 
 def loss_terms(record):
@@ -2928,13 +2883,10 @@ def report(tables, headline, data, args, paper=None):
 def progress(text, done, total, printed=[0.]):
     """Show how far a pass other than training is: a live line, or a line every 15 seconds."""
     terminal = sys.stdout.isatty()
-    if not is_main() or not (terminal or done == total or time.time() - printed[0] > 15):
-        return
-    printed[0] = time.time()
-    if terminal:
-        print(f"\r{text}: {done}/{total}\x1b[K", end="\n" if done == total else "", flush=True)
-    else:
-        print(f"{text}: {done}/{total}", flush=True)
+    if is_main() and (terminal or done == total or time.time() - printed[0] > 15):
+        printed[0] = time.time()
+        text = f"\r{text}: {done}/{total}\x1b[K" if terminal else f"{text}: {done}/{total}"
+        print(text, end="" if terminal and done < total else "\n", flush=True)
 
 
 def duration(seconds):
@@ -3099,9 +3051,9 @@ def use_checkpoint(args, device, make=make_network):
 def open_val(state, args, path):
     """The dataset to evaluate a checkpoint on. A UserError if its classes are others."""
     trained = state["dataset"]
-    if args.dataset == "streets" and trained != "streets":
-        raise UserError(f"--checkpoint {path}: was trained on {trained}; "
-                        f"add --dataset {trained} --data-root DIR")
+    need(args.dataset != "streets" or trained == "streets",
+         f"--checkpoint {path}: was trained on {trained}; "
+         f"add --dataset {trained} --data-root DIR")
     data = open_dataset(args)
     if list(state["classes"]) == data.names:
         return data
@@ -3117,10 +3069,10 @@ def open_val(state, args, path):
 def predict_pictures(network, state, args, device):
     """Predict the picture --predict, or every picture in and below that folder, into --out.
 
-    For each: NAME.png (class ids, as a palette picture), NAME_color.png, NAME_overlay.png and
-    NAME_confidence.png (the largest probability, 0 black, 1 white), in the picture's size; and
-    overview.jpg, the first five with a legend. An unreadable picture of a folder does not stop the
-    others: it is named at the end, with exit status 1. A single one is a UserError."""
+    For each RESULTS in its size: class ids (a palette picture), color, overlay and confidence (the
+    largest probability, 0 black, 1 white); and overview.jpg, the first five with a legend. An
+    unreadable picture of a folder is named at the end, with exit status 1; a single one is a
+    UserError."""
     Image.MAX_IMAGE_PIXELS = None  # any size
     source, out = Path(args.predict), Path(args.out)
     jobs = plan_predictions(source, out, state["dataset"])
@@ -3143,7 +3095,9 @@ def predict_pictures(network, state, args, device):
         for file, result in zip(files, drawn):
             result.save(file)
         if len(rows) < 5:
-            rows.append(overview_row(picture, *drawn[1:]))
+            side = 480, max(1, round(480 * picture.height / picture.width))
+            small = [each.convert("RGB").resize(side) for each in (picture, *drawn[1:])]
+            rows.append([to_tensor(np.asarray(each)) for each in small])
     if rows:
         titles = ("picture", "prediction", "overlay", "confidence (white: 1)")
         panel = draw_panel(dict(zip(titles, zip(*rows))), names, colors)
@@ -3152,14 +3106,18 @@ def predict_pictures(network, state, args, device):
 
 
 CITYSCAPES_PICTURE = re.compile(r".+_\d{6}_\d{6}_leftImg8bit\.png")
+# The results of a picture, and (True) of Cityscapes' pictures after training on them: its server
+# wants label ids, and no other CITY_000000_000000*.png.
+RESULTS = {
+    False: ("NAME.png", "NAME_color.png", "NAME_overlay.png", "NAME_confidence.png"),
+    True: ("NAME_labelIds.png", "NAME_leftImg8bit_color.jpg", "NAME_leftImg8bit_overlay.jpg",
+           "NAME_leftImg8bit_confidence.jpg"),
+}
 
 
 def plan_predictions(source, out, dataset):
-    """What to predict, and where: a list of (path, four files, label_ids).
+    """What to predict, and where: a list of (path, files of RESULTS, label_ids).
 
-    The files are for class ids, color, overlay and confidence. After training on Cityscapes its
-    pictures get label ids in CITY_000000_000000_labelIds.png, as the evaluation server wants them;
-    it wants no other CITY_000000_000000*.png, so the other files are JPEGs.
     A UserError if there is no picture, or a result would take the place of another file."""
     need(source.exists(), f"--predict {source}: no such picture or folder")
     paths = [source]
@@ -3180,11 +3138,11 @@ def plan_predictions(source, out, dataset):
         name = path.stem
         if stems[name] > 1:  # a.jpg and a.png do not share a result
             name = "_".join(path.relative_to(source).parts)
-        label_ids = dataset == "cityscapes" and CITYSCAPES_PICTURE.fullmatch(path.name)
-        ids = name.replace("_leftImg8bit", "_labelIds") if label_ids else name
-        suffix = "jpg" if label_ids else "png"
-        kinds = [out / f"{name}_{kind}.{suffix}" for kind in ("color", "overlay", "confidence")]
-        jobs.append((path, [out / f"{ids}.png", *kinds], bool(label_ids)))
+        label_ids = dataset == "cityscapes" and bool(CITYSCAPES_PICTURE.fullmatch(path.name))
+        if label_ids:
+            name = name.replace("_leftImg8bit", "")
+        files = [out / result.replace("NAME", name) for result in RESULTS[label_ids]]
+        jobs.append((path, files, label_ids))
     written = Counter(file for _, files, _ in jobs for file in files)
     written[out / "overview.jpg"] += 1
     file, times = written.most_common(1)[0]
@@ -3241,30 +3199,21 @@ def draw_prediction(picture, label, confidence, colors, label_ids):
     if label_ids:
         label = np.array(CITYSCAPES_IDS, np.uint8)[label]
         palette = np.zeros((256, 3), np.uint8)
-        palette[CITYSCAPES_IDS] = list(CITYSCAPES.values())
+        palette[CITYSCAPES_IDS] = colors
     ids = Image.fromarray(label)
     ids.putpalette(palette.tobytes())
     return ids, color, Image.blend(picture, color, 0.5), Image.fromarray(confidence)
-
-
-def overview_row(*pictures):
-    """PIL pictures as tensors (3, h, 480) uint8."""
-    height = max(1, round(480 * pictures[0].height / pictures[0].width))
-    small = [picture.convert("RGB").resize((480, height)) for picture in pictures]
-    return [to_tensor(np.asarray(picture)) for picture in small]
 
 
 def say_predictions(jobs, out, names, unreadable):
     """Print what was written. Exit with status 1 if a picture could not be read."""
     print(f"{len(jobs) - len(unreadable)} of {len(jobs)} pictures, in {out}; "
           f"look at {out / 'overview.jpg'}")
-    files = {False: "NAME.png (class ids), NAME_color.png, NAME_overlay.png, NAME_confidence.png",
-             True: "CITY_000000_000000_labelIds.png, for Cityscapes' evaluation server, and "
-                   ".._leftImg8bit_color.jpg, _overlay.jpg, _confidence.jpg"}
     for label_ids in sorted({label_ids for _, _, label_ids in jobs}):
         ids = CITYSCAPES_IDS if label_ids else range(len(names))
         classes = ", ".join(f"{k} {name}" for k, name in zip(ids, names))
-        print(f"{files[label_ids]}; ids: {classes}")
+        files = RESULTS[label_ids]
+        print(f"{', '.join(files)}; class ids in {files[0]}: {classes}")
     if unreadable:
         print(f"error: {len(unreadable)} of {len(jobs)} could not be predicted:",
               *unreadable, sep="\n", file=sys.stderr, flush=True)

@@ -12,7 +12,7 @@ The second branch has its own last two blocks in stage 2, its own last block in 
     python three_stage.py                       # drawn streets on a CPU, in minutes
     torchrun --nproc_per_node=4 three_stage.py --dataset cityscapes --data-root DIR --labels 372
 
-paper -> code
+paper -> code                           (what the paper leaves open: grep "# Open:" three_stage.py)
     Eq. 1           consistency loss L_con        train(), step 3: loss_consistency
     Eq. 2           supervised loss L_seg         train_supervised() and train(), step 3
     Eq. 3           pseudo-mask loss L_pl         train(), step 3: loss_pseudo
@@ -22,19 +22,18 @@ paper -> code
     Figs. 2, 3      loss curves, lambda_1, 2      log.jsonl; --lambda1, --lambda2
     Figs. 4, 5      predictions of the stages     pictures/stages.png and val_stage_*.png
     Tables II-IV    results                       --dataset, --labels, --weights; PAPER_MIOU
-    Table V         ablations                     --stages 1 | 2;  no CR: --no-consistency;
-                    no T2: --no-pseudo-masks;  no SA: --no-strong;  no N2: --branch g-hat
+    Table V         ablations                     --stages 1 | 2; --no-consistency (CR);
+                    --no-pseudo-masks (T2); --no-strong (SA); --branch g-hat (N2)
     Table VI        without EMA                   --no-ema
     Table VII       branches g-hat, g-tilde       SecondBranch, TwoBranches
     Sect. IV-C      a fourth stage                --stages 4
-
-What the paper leaves open stands where it acts: grep -n "# Open:" three_stage.py
 """
 
 import argparse
 import copy
 import math
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -107,8 +106,7 @@ PAPER_MIOU = {
 def get_parser():
     parser = argparse.ArgumentParser(
         allow_abbrev=False, description=__doc__.split("\n\n")[1],
-        epilog="Values left out come from the table PAPER in three_stage.py; a run writes all of "
-        "them to args.json.")
+        epilog="Defaults: the table PAPER in three_stage.py; a run writes all values to args.json.")
     switch = dict(action=argparse.BooleanOptionalAction, default=True)
     count = dict(type=int, metavar="N")
     number = dict(type=float, metavar="X")
@@ -138,11 +136,9 @@ def get_parser():
 
 def paper_miou(args):
     """The paper's mIoU of the setting that these arguments make, or None."""
-    others = set(args.changed) - {"weights"}
-    if args.supervised or others:
-        return None
-    row = PAPER_MIOU.get((args.dataset, args.weights), {})
-    return row.get(args.labels)
+    if not args.supervised and set(args.changed) <= {"weights"}:
+        row = PAPER_MIOU.get((args.dataset, args.weights), {})
+        return row.get(args.labels)
 
 
 # ---- perturbations -------------------------------------------------------------------------------
@@ -153,15 +149,13 @@ GREY = 128  # beyond the border of a moved picture, and in Cutout's squares
 def sharpness(image, factor):
     """PIL's Sharpness, 0: smooth, 1: unchanged. (torchvision's is a sync point on a GPU.)"""
     smooth = image.float()
-    rows = smooth[:, :-2] + smooth[:, 1:-1] + smooth[:, 2:]
-    box = rows[..., :-2] + rows[..., 1:-1] + rows[..., 2:]  # sums of 3x3 pixels; avg_pool2d is slow
+    rows = smooth.unfold(1, 3, 1).sum(-1)
+    box = rows.unfold(2, 3, 1).sum(-1)  # sums of 3x3 pixels; avg_pool2d is slow
     smooth[:, 1:-1, 1:-1].mul_(4).add_(box).div_(13).round_()
-    blend = smooth.lerp(image.float(), factor)
-    return blend.clamp_(0, 255).to(torch.uint8)
+    return smooth.lerp(image.float(), factor).clamp_(0, 255).to(torch.uint8)
 
 
-# RandAugment: what an operation does at a level from 1 to 9.
-# Photometric: image (3, H, W) uint8 -> the same.
+# RandAugment. Photometric operations: image (3, H, W) uint8, level from 1 to 9 -> image.
 PHOTOMETRIC = {
     "Identity": lambda image, level: image,
     "AutoContrast": lambda image, level: V.autocontrast(image),
@@ -175,61 +169,46 @@ PHOTOMETRIC = {
 }
 
 
+def affine(a=1, b=0, c=0, d=0, e=1, f=0):
+    """As in PIL: pixel (x, y) shows what was at (a x + b y + c, d x + e y + f)."""
+    return np.array([[a, b, c], [d, e, f], [0, 0, 1]])
+
+
 def rotate(level, height, width):
-    """A rotation by 3 degrees times the level about the center (x, y)."""
+    """A rotation by 3 degrees times the level about the center."""
     angle = math.radians(3 * level)
     cos = math.cos(angle)
     sin = math.sin(angle)
-    x = width / 2
-    y = height / 2
-    c = x - cos * x - sin * y
-    f = y + sin * x - cos * y
-    return cos, sin, c, -sin, cos, f
+    center = affine(c=width / 2, f=height / 2)
+    return center @ affine(cos, sin, 0, -sin, cos) @ np.linalg.inv(center)
 
 
-# Geometric: signed level, height, width -> matrix (a, b, c, d, e, f), as in PIL: pixel (x, y) shows
-# what was at (a x + b y + c, d x + e y + f).
+# Geometric operations: level with a sign, height, width of the picture -> matrix (3, 3).
 GEOMETRIC = {
     "Rotate": rotate,
-    "ShearX": lambda level, height, width: (1, 0.03 * level, 0, 0, 1, 0),
-    "ShearY": lambda level, height, width: (1, 0, 0, 0.03 * level, 1, 0),
-    "TranslateX": lambda level, height, width: (1, 0, level, 0, 1, 0),
-    "TranslateY": lambda level, height, width: (1, 0, 0, 0, 1, level),
+    "ShearX": lambda level, *size: affine(b=0.03 * level),
+    "ShearY": lambda level, *size: affine(d=0.03 * level),
+    "TranslateX": lambda level, *size: affine(c=level),
+    "TranslateY": lambda level, *size: affine(f=level),
 }
-IDENTITY = (1, 0, 0, 0, 1, 0)
 OPERATIONS = [*PHOTOMETRIC, *GEOMETRIC]
-
-
-def compose(first, second):
-    """The matrix that does first, then second."""
-    a, b, c, d, e, f = second
-    matrix = []
-    for p, q, r in (first[:3], first[3:]):
-        matrix.append(p * a + q * d)
-        matrix.append(p * b + q * e)
-        matrix.append(p * c + q * f + r)
-    return tuple(matrix)
 
 
 def warp(image, labels, matrix):
     """Move a picture (3, H, W) and its label maps (L, H, W), uint8, by a matrix, nearest pixel.
-
-    One look-up moves all of them together. Beyond the border are GREY and 255."""
-    a, b, c, d, e, f = matrix
+    Beyond the border are GREY and 255."""
+    (a, b, c), (d, e, f), _ = matrix.tolist()
     height, width = image.shape[1:]
     x = torch.arange(width, device=image.device) + 0.5  # centers of pixels
     y = torch.arange(height, device=image.device)[:, None] + 0.5
     column = (a * x + (b * y + c)).floor()  # (H, W): where each pixel comes from
     row = (d * x + (e * y + f)).floor()
-    inner_column = column.clamp(0, width - 1)
-    inner_row = row.clamp(0, height - 1)
-    inside = (column == inner_column) & (row == inner_row)
-    index = (inner_row * width + inner_column).long()  # exact in float32 up to 4096 x 4096
-    maps = torch.cat([image, labels]).flatten(1)  # (3 + L, HW)
-    index = index.flatten().expand(len(maps), -1)
-    moved = maps.gather(1, index)
-    moved = moved.unflatten(1, (height, width))  # (3 + L, H, W)
-    return moved[:3].where(inside, GREY), moved[3:].where(inside, IGNORE)
+    column = column.clamp(-1, width).long() + 1
+    row = row.clamp(-1, height).long() + 1
+    border = (1, 1, 1, 1)  # all pixels from outside come from the border
+    image = F.pad(image, border, value=GREY)
+    labels = F.pad(labels, border, value=IGNORE)
+    return image[:, row, column], labels[:, row, column]
 
 
 def cutout(image, side, generator):
@@ -240,9 +219,7 @@ def cutout(image, side, generator):
     for _ in range(3):
         top = generator.randint(height) - side // 2
         left = generator.randint(width) - side // 2
-        rows = slice(max(top, 0), max(top + side, 0))
-        columns = slice(max(left, 0), max(left + side, 0))
-        image[:, rows, columns] = GREY
+        image[:, max(top, 0) : top + side, max(left, 0) : left + side] = GREY
     return image
 
 
@@ -253,7 +230,7 @@ def strong_view(images, labels, generators, cutout_side):
     generators: one for each picture. Returns images and labels of the same shapes."""
     images, labels = images.clone(), labels.clone()
     for i, generator in enumerate(generators):
-        matrix = IDENTITY
+        matrix = np.eye(3)
         # Open: number and strength; three of 14 operations with replacement, each with probability
         #   .5 at level 1 to 9, as in the authors' code   --no-strong
         for _ in range(3):
@@ -264,11 +241,10 @@ def strong_view(images, labels, generators, cutout_side):
             if apply and name in PHOTOMETRIC:
                 images[i] = PHOTOMETRIC[name](images[i], level)
             elif apply:
-                operation = GEOMETRIC[name](sign * level, *images.shape[2:])
-                matrix = compose(matrix, operation)
+                matrix = matrix @ GEOMETRIC[name](sign * level, *images.shape[2:])
         # Open: the order; geometric operations last, in one look-up, so that no color operation
         #   changes GREY, and pictures and labels agree at each pixel
-        if matrix != IDENTITY:
+        if not np.array_equal(matrix, np.eye(3)):
             images[i], labels[i] = warp(images[i], labels[i], matrix)
         images[i] = cutout(images[i], cutout_side, generator)
     return images, labels
@@ -280,8 +256,7 @@ def strong_view(images, labels, generators, cutout_side):
 def update_teacher(teacher, student, decay):
     """theta' <- decay theta' + (1 - decay) theta. Buffers are copied."""
     averages = list(teacher.parameters())
-    weights = list(student.parameters())
-    torch._foreach_lerp_(averages, weights, 1 - decay)
+    torch._foreach_lerp_(averages, list(student.parameters()), 1 - decay)
     torch._foreach_copy_(list(teacher.buffers()), list(student.buffers()))
 
 
@@ -298,34 +273,28 @@ def make_pseudo_masks(args, run, keep, data, labeled, unlabeled, stage):
     """y_i = arg max f_theta(x_i), i in L u U: a PNG of each in pseudo_labels/stage_<stage>/.
 
     stage: whose network predicts them; its mIoU on the unlabeled pictures, whose truth nothing
-    learns from, goes to keep["pseudo_miou"]. Each process takes its share. Masks that exist stay.
-    """
+    learns from, goes to keep["pseudo_miou"]. Each process takes its share; existing masks stay."""
     folder = run.folder / f"pseudo_labels/stage_{stage}"
     run.claim(folder)
     network = keep[folder.name].eval()
     classes = len(data.names)
     table = torch.zeros(classes, classes, dtype=torch.int64)
-    ids = labeled + unlabeled
-    ids = ids[common.rank() :: common.world_size()]
-    labeled = set(labeled)
+    ids = (labeled + unlabeled)[common.rank() :: common.world_size()]
     for number, id in enumerate(ids, 1):
         if not common.pseudo_label_path(folder, id).exists():
             # Open: how they are predicted; from the whole picture at once, whatever val's protocol
             # Code: the bonnet of Cityscapes' car is cut out of pseudo-masks
-            image = to_tensor(data.image(id))[None]
-            image = image.to(run.device)
+            image = to_tensor(data.image(id))[None].to(run.device)
             plain = dict(scales=[1.0], flip=False, base_size=0)
             prob = common.predict(network, image, args, image.shape[2:], **plain)
             label = prob.argmax(1)[0].byte()  # Algorithm 1, lines 5, 9
             common.write_pseudo_label(folder, id, label.cpu().numpy(), data.colors)
         if id not in labeled:
-            label = common.read_pseudo_label(folder, id)
-            truth = common.truth_for_the_log(data, id, label.shape)
-            label, truth = to_tensor(label), to_tensor(truth)
+            label = to_tensor(common.read_pseudo_label(folder, id))
+            truth = to_tensor(common.truth_for_the_log(data, id, label.shape))
             table += common.confusion_matrix(truth, label, classes)
         common.progress(f"stage {stage}, pseudo-masks", number, len(ids))
-    table = common.all_reduce(table.to(run.device))
-    miou = common.mean_iou(table.cpu())
+    miou = common.mean_iou(common.all_reduce(table.to(run.device)))
     common.say(f"stage {stage}   pseudo-masks: mIoU {miou:.1f} on unlabeled pictures (for the log)")
     keep["pseudo_miou"][folder.name] = miou if math.isfinite(miou) else None
     common.barrier()
@@ -336,33 +305,26 @@ def make_pseudo_masks(args, run, keep, data, labeled, unlabeled, stage):
 class SecondBranch(nn.Module):
     """The blocks of g-hat or g-tilde that f does not share (Table VII): logits (B, K, h, w).
 
-    g-hat: conv6, which is conv5 at half the width, and ASPP_2 on conv4; g-tilde: ASPP_3 on conv5.
-    """
+    g-hat: conv6, i.e. conv5 at half the width, and ASPP_2 on conv4. g-tilde: ASPP_3 on conv5."""
 
     def __init__(self, network, classes, kind):
         super().__init__()
-        conv5 = network.backbone.layer4
-        channels = network.backbone.channels
+        backbone = network.backbone
+        conv5 = backbone.layer4
+        channels = backbone.channels
         self.conv6 = None
         if kind == "g-hat":
             channels = channels // 2
-            block = type(conv5[0])
-            norm = type(conv5[0].bn1)
-            norm = common.group_norm if norm is nn.GroupNorm else norm
-            inside = conv5[0].conv1.in_channels
-            projection = nn.Conv2d(inside, channels, 1, bias=False)
-            self.conv6 = nn.Sequential()
-            for index in range(len(conv5)):
-                planes = channels // block.expansion
-                width = channels if index else inside
-                self.conv6.append(block(width, planes, norm_layer=norm))
-            self.conv6[0].downsample = nn.Sequential(projection, norm(channels))
-            network.backbone.dilate(self.conv6, 4, first=4)
+            backbone.inplanes = conv5[0].conv1.in_channels  # where torchvision begins a layer
+            self.conv6 = backbone._make_layer(type(conv5[0]), 256, len(conv5), stride=2)
+            backbone.dilate(self.conv6, 4, first=4)  # in place of the stride
+            if isinstance(backbone.bn1, nn.SyncBatchNorm):
+                self.conv6 = nn.SyncBatchNorm.convert_sync_batchnorm(self.conv6)
         # Code: ASPP returns after two of the four rates   --aspp-branches 2
         self.aspp = nn.ModuleList()
         for conv in network.branches:
-            same = dict(padding=conv.padding, dilation=conv.dilation)
-            self.aspp.append(nn.Conv2d(channels, classes, 3, **same))
+            rate = conv.dilation
+            self.aspp.append(nn.Conv2d(channels, classes, 3, padding=rate, dilation=rate))
         # Open: the initial weights; N(0, .01), as in the authors' code
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
@@ -374,9 +336,7 @@ class SecondBranch(nn.Module):
 
 
 class TwoBranches(nn.Module):
-    """f and g in one pass: pictures (B, 3, H, W) float -> logits of both, (B, K, h, w) each.
-
-    Without a SecondBranch (branch None) there are no logits of g: None."""
+    """f and g in one pass: (B, 3, H, W) float -> logits of both, (B, K, h, w); g may be None."""
 
     def __init__(self, network, branch):
         super().__init__()
@@ -384,8 +344,8 @@ class TwoBranches(nn.Module):
         self.branch = branch
 
     def forward(self, image):
-        backbone = self.network.backbone
-        _, _, conv4, conv5 = backbone.layers(self.network.normalize(image))
+        image = self.network.normalize(image)
+        *_, conv4, conv5 = self.network.backbone.layers(image)
         f = self.network.classifier(conv5)
         g = self.branch(conv4, conv5) if self.branch else None
         return f, g
@@ -407,42 +367,53 @@ def cross_entropy(logits, label):
 # ---- training ------------------------------------------------------------------------------------
 
 def start_stage(args, data, device, stage, before):
-    """What a stage trains and keeps, for Run.restore(): first student, teacher, optimizer, scaler.
-
-    before: what the stage before has kept."""
+    """What a stage trains and keeps, for Run.restore(). before: what the stage before has kept."""
     # Open: what "reinitialise" means; the pretrained weights again, also of the head where they fit
     #   it; the rest is new, other weights in each stage   --weights
     student = common.build_network(args, data, device, stage - 1)
     teacher = copy.deepcopy(student).requires_grad_(False).eval()
+    keep = {"student": student, "teacher": teacher}
+    keep["results"] = before["results"]
+    keep["pseudo_miou"] = before["pseudo_miou"]
     head = student.head_parameters()
-    keep = {"results": before["results"], "pseudo_miou": before["pseudo_miou"]}
     if stage > 1:
         # Open: theta or theta'; the authors' code predicts masks by theta'   --pseudo-masks-of
-        source = before.get(args.pseudo_masks_of)  # not known in a run that was resumed
-        keep[f"stage_{stage - 1}"] = source or copy.deepcopy(teacher)
+        new = copy.deepcopy(teacher)  # in a run that was resumed; its weights are in last.pt
+        keep[f"stage_{stage - 1}"] = before.get(args.pseudo_masks_of, new)
     if stage > 1 and args.pseudo_masks:
-        with torch.random.fork_rng(devices=[]):
-            common.seed_torch(args.seed, "branch", stage)
-            kind = args.branch or ("g-hat" if stage == 2 else "g-tilde")
-            branch = SecondBranch(student, len(data.names), kind)
-        cuda = device.type == "cuda"
-        memory_format = torch.channels_last if cuda else torch.preserve_format
-        keep["branch"] = branch.to(device, memory_format=memory_format)
+        kind = args.branch or ("g-hat" if stage == 2 else "g-tilde")
+        common.seed_torch(args.seed, "branch", stage)
+        branch = SecondBranch(student, len(data.names), kind)
+        if device.type == "cuda":
+            branch.to(memory_format=torch.channels_last)
+        keep["branch"] = branch.to(device)
         head += branch.parameters()
     # Code: pretrained layers learn at a lower rate   --backbone-lr-mult
     optimizer = common.make_optimizer(args, args.lr, student.backbone.parameters(), head)
     optimizer.param_groups[0]["lr"] = args.lr * args.backbone_lr_mult
-    scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
-    first = {"student": student, "teacher": teacher, "optimizer": optimizer, "scaler": scaler}
-    return first | keep
+    keep["optimizer"] = optimizer
+    keep["scaler"] = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
+    return keep
+
+
+def update_student(keep, learner, loss):
+    """A step of the optimizer at a constant rate (Sect. IV-B)."""
+    optimizer = keep["optimizer"]
+    scaler = keep["scaler"]
+    optimizer.zero_grad()
+    scaler.scale(loss).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    common.average_buffers([learner])
 
 
 def train_supervised(args, run, keep, data, labeled_ids, begin):
     """Stage 1, and the baseline: learn from labels alone, L = L_seg (Eq. 2)."""
-    student, teacher, optimizer, scaler, *_ = keep.values()
+    student = keep["student"]
+    teacher = keep["teacher"]
     learner = common.parallel(student, run.device)
-    stop = run.stages[run.stage]
     run.images = args.stage1_batch_size
+    stop = run.stages[run.stage]
     stream = Stream(data, labeled_ids, f"labeled, stage {run.stage}", args)
     batches = common.batches(stream, args, run.device, begin, stop, run.images)
     for iteration, labeled in enumerate(batches, begin):
@@ -455,11 +426,7 @@ def train_supervised(args, run, keep, data, labeled_ids, begin):
         loss_labeled = cross_entropy(logits, labeled["label"])  # Eq. 2
 
         # 4 backward
-        optimizer.zero_grad()
-        scaler.scale(loss_labeled).backward()
-        scaler.step(optimizer)
-        scaler.update()
-        common.average_buffers([learner])
+        update_student(keep, learner, loss_labeled)
 
         # 5 EMA
         # Open: a teacher in stage 1; it has one, so that its gain is not counted for the method
@@ -484,21 +451,23 @@ def train(args, run, keep, data, labeled_ids, all_ids, begin):
 
     f_theta: student; f_theta': teacher; g: the branch g-hat or g-tilde; y': the pseudo-masks y-hat
     or y-tilde of the stage before; L: labeled_ids; L u U: all_ids."""
-    student, teacher, optimizer, scaler, *_ = keep.values()
+    student = keep["student"]
+    teacher = keep["teacher"]
     learner = common.parallel(TwoBranches(student, keep.get("branch")), run.device)
-    stop = run.stages[run.stage]
     before = f"stage_{run.stage - 1}"
-    masks = dict(pseudo_labels=run.folder / "pseudo_labels" / before)
+    masks = run.folder / "pseudo_labels" / before
     name = f"labeled, stage {run.stage}"  # two streams of one name show the same views
     streams = [
-        (Stream(data, labeled_ids, name, args), args.labeled_batch_size),
-        (Stream(data, labeled_ids, name, args, **masks), args.labeled_batch_size),
-        (Stream(data, all_ids, f"all, stage {run.stage}", args, **masks), args.batch_size),
+        Stream(data, labeled_ids, name, args),
+        Stream(data, labeled_ids, name, args, pseudo_labels=masks),
+        Stream(data, all_ids, f"all, stage {run.stage}", args, pseudo_labels=masks),
     ]
-    batches = []
-    for stream, size in streams:
-        batches.append(common.batches(stream, args, run.device, begin, stop, size))
+    sizes = [args.labeled_batch_size, args.labeled_batch_size, args.batch_size]
     run.images = args.labeled_batch_size + args.batch_size
+    stop = run.stages[run.stage]
+    batches = []
+    for stream, size in zip(streams, sizes):
+        batches.append(common.batches(stream, args, run.device, begin, stop, size))
     for iteration, (labeled, labeled_masks, union) in enumerate(zip(*batches), begin):
         # 1 batch: Sub-batch 2 of labeled pictures, then Sub-batch 1 of pictures from L u U
         B_l = len(labeled["image"])
@@ -518,14 +487,12 @@ def train(args, run, keep, data, labeled_ids, all_ids, begin):
             targets["pseudo-mask"] = torch.cat([labeled_masks["label"], union["label"]])
         view = weak
         if args.strong and targets:  # A = B = identity for Sub-batch 2 (Sect. IV-B)
-            places = union["position"]
-            generators = [rng(args.seed, "strong", run.stage, place) for place in places]
-            maps = [target[B_l:].byte() for target in targets.values()]
-            maps = torch.stack(maps, 1)  # (B, L, H, W)
-            strong, maps = strong_view(union["image"], maps, generators, args.cutout)  # A x, B y'
-            view = torch.cat([labeled["image"], strong])
-            for target, moved in zip(targets.values(), maps.unbind(1)):
-                target[B_l:] = moved
+            generators = [rng(args.seed, "strong", run.stage, place) for place in union["position"]]
+            maps = torch.stack(list(targets.values()), 1)  # (B_l + B, L, H, W)
+            moved = maps[B_l:].byte()
+            strong, maps[B_l:] = strong_view(union["image"], moved, generators, args.cutout)
+            view = torch.cat([labeled["image"], strong])  # A x
+            targets = dict(zip(targets, maps.unbind(1)))  # B f_theta'(x), B y'
 
         # 3 losses
         with autocast(args, run.device):
@@ -543,15 +510,10 @@ def train(args, run, keep, data, labeled_ids, all_ids, begin):
         loss = loss + args.lambda2 * losses.get("loss_pseudo", 0)  # Eqs. 4, 5
 
         # 4 backward
-        optimizer.zero_grad()
-        scaler.scale(loss).backward()
-        scaler.step(optimizer)
-        scaler.update()
-        common.average_buffers([learner])
+        update_student(keep, learner, loss)
 
         # 5 EMA
-        progress = iteration / stop
-        decay = decay_at(progress, args.ema_decay)
+        decay = decay_at(iteration / stop, args.ema_decay)
         update_teacher(teacher, student, decay)
 
         # 6 log, evaluate, save
@@ -566,21 +528,19 @@ def train(args, run, keep, data, labeled_ids, all_ids, begin):
 
 def draw(run, columns):
     """pictures/batch_MARK.png: four pictures of the batch {title: pictures or labels}."""
-    columns = {title: cells[:4] for title, cells in columns.items()}
-    run.panel(f"batch_{run.mark}", columns)
+    run.panel(f"batch_{run.mark}", {title: cells[:4] for title, cells in columns.items()})
 
 
 def show_stages(args, run, teacher, data, ids):
     """pictures/stages.png (Figs. 4, 5): the pseudo-masks of each stage, and the last prediction."""
     ids = ids[:: max(1, len(ids) // 5)][:5]
-    images, truths, predictions = [], [], []
-    for id in ids:
-        image = to_tensor(data.image(id))
+    images = [to_tensor(data.image(id)) for id in ids]
+    truths = []
+    predictions = []
+    for id, image in zip(ids, images):
         size = image.shape[1:]
-        truth = common.truth_for_the_log(data, id, size)
+        truths.append(to_tensor(common.truth_for_the_log(data, id, size)))
         prob = common.predict(teacher, image[None].to(run.device), args, size)
-        images.append(image)
-        truths.append(to_tensor(truth))
         predictions.append(prob.argmax(1)[0])
     columns = {"unlabeled picture": images, "truth (not used)": truths}
     for folder in sorted((run.folder / "pseudo_labels").glob("stage_*")):
@@ -599,8 +559,8 @@ def main():
         return common.check_data(args)
     if args.evaluate or args.predict:
         return common.use_checkpoint(args, device)
-    check_range(args, 1, math.inf, "stages", "iterations", "stage1_iterations", "cutout")
-    check_range(args, 1, math.inf, "labeled_batch_size", "stage1_batch_size")
+    check_range(args, 1, math.inf, "stages", "iterations", "stage1_iterations", "cutout",
+                "labeled_batch_size", "stage1_batch_size")
     check_range(args, 0, math.inf, "lambda1", "lambda2", "backbone_lr_mult")
     check_range(args, 0, 1, "ema_decay")
     network = f"--network {args.network} --head {args.head}"
@@ -638,10 +598,9 @@ def main():
             train(args, run, keep, data, labeled, labeled + unlabeled, begin)  # 8, 12
     show_stages(args, run, keep["teacher"], data, unlabeled or labeled)  # 13
 
-    *before, last = stages
     results = keep["results"]
-    tables = {f"stage_{stage}": results[stage]["teacher"] for stage in before}
-    tables |= results[last]  # student, teacher
+    last = results.pop(run.stage)  # student, teacher
+    tables = {f"stage_{stage}": tables["teacher"] for stage, tables in results.items()} | last
     run.finish({}, paper_miou(args), tables, pseudo_miou=keep["pseudo_miou"])
 
 

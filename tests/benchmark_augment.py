@@ -72,6 +72,7 @@ def pil_view(image, labels, rng, side, by_index):
         else:
             geometric = list(three_stage.GEOMETRIC.values())[operation - 9]
             matrix = geometric(sign * level, height, width)
+            matrix = matrix[:2].flatten().tolist()
             picture = move(picture, matrix, GREY)
             maps = [move(label_map, matrix, fill) for label_map in maps]
 
