@@ -1090,19 +1090,27 @@ def weak_view(image, label, generator, crop, scale=(1.0, 1.0), cut=None):
     return image, label, valid, (top / height, left / width, bottom / height, right / width, flip)
 
 
-def crop_map(soft, view, size):
-    """The part of a whole picture's map that a weak view shows.
+def crop_map(soft, picture, view, crop, stride=1, align_corners=True):
+    """The part of a whole picture's map that a weak view shows: (K, h', w') float32.
 
-    soft (K, h, w) at any stride, view from weak_view(), size (h', w') -> (K, h', w') float32."""
+    soft (K, h, w) of a picture of size (H, W); view from weak_view(); crop (h, w). Cells of both
+    maps lie at the stride as upsample() says; h' and w' are the crop's, rounded up."""
     top, left, bottom, right, flip = view
-    if (top, left, bottom, right) == (0, 0, 1, 1) and soft.shape[1:] == tuple(size):
-        return soft.flip(-1).float() if flip else soft.float()  # the whole picture: no sampling
-    # Centres of the cells, as fractions of the picture.
-    y = top + (torch.arange(size[0]) + 0.5) / size[0] * (bottom - top)
-    x = left + (torch.arange(size[1]) + 0.5) / size[1] * (right - left)
-    y, x = torch.meshgrid(y, x.flip(0) if flip else x, indexing="ij")
-    grid = torch.stack([x, y], -1)[None] * 2 - 1
-    return F.grid_sample(soft[None].float(), grid, padding_mode="border", align_corners=False)[0]
+    offset = 0 if align_corners else (stride - 1) / 2  # the pixel of cell 0
+
+    def places(begin, end, side, cells, length, flip):
+        """Where cells of the crop lie on the picture's map, from -1, its first cell, to 1."""
+        pixel = torch.arange(0, length, stride) + offset
+        if flip:
+            pixel = length - 1 - pixel
+        pixel = (begin + (pixel + 0.5) / length * (end - begin)) * side - 0.5  # in the picture
+        return 2 * (pixel - offset) / stride / max(cells - 1, 1) - 1
+
+    y = places(top, bottom, picture[0], soft.shape[1], crop[0], False)
+    x = places(left, right, picture[1], soft.shape[2], crop[1], flip)
+    y, x = torch.meshgrid(y, x, indexing="ij")
+    grid = torch.stack([x, y], -1)[None]
+    return F.grid_sample(soft[None].float(), grid, padding_mode="border", align_corners=True)[0]
 
 
 class Stream(torch.utils.data.Dataset):
@@ -1110,18 +1118,19 @@ class Stream(torch.utils.data.Dataset):
 
     name: streams of different names have different orders.  scale, cut: see weak_view().
     labeled: False reads no mask to learn from; the sample's "truth" is for the log alone.
-    soft_labels: folders with a map of each picture, which is cropped with it at this stride.
+    soft_labels: {folder with a map of each picture: align_corners, see upsample()}; the maps have
+    this stride and are cropped with their pictures.
     pseudo_labels: a folder whose pseudo-labels take the place of the masks.
     A sample: "image" (3, h, w) uint8, "label" or "truth" (h, w) uint8, "valid" (h, w) bool,
     "position", and "soft_0", "soft_1", .. (K, h / stride, w / stride) float32.
     A UserError names a file that cannot be read."""
 
-    def __init__(self, data, ids, name, args, labeled=True, soft_labels=(), stride=8,
+    def __init__(self, data, ids, name, args, labeled=True, soft_labels={}, stride=8,
                  pseudo_labels=None, scale=None, cut=None):
         self.data, self.ids, self.name, self.seed = data, ids, name, args.seed
         self.labeled, self.soft_labels, self.pseudo_labels = labeled, soft_labels, pseudo_labels
         self.crop, self.scale, self.cut = args.crop, scale or args.scale, cut
-        self.map_size = [math.ceil(side / stride) for side in args.crop]
+        self.stride = stride
 
     def __getitem__(self, position):
         epoch, place = divmod(position, len(self.ids))
@@ -1137,9 +1146,10 @@ class Stream(torch.utils.data.Dataset):
         *parts, view = weak_view(image, label, generator, self.crop, self.scale, self.cut)
         keys = ("image", "label" if self.labeled else "truth", "valid")
         sample = dict(zip(keys, parts), position=position)
-        for i, folder in enumerate(self.soft_labels):
+        for i, (folder, align_corners) in enumerate(self.soft_labels.items()):
             soft = torch.from_numpy(read_soft_label(folder, id))
-            sample[f"soft_{i}"] = crop_map(soft, view, self.map_size)
+            sample[f"soft_{i}"] = crop_map(
+                soft, image.shape[:2], view, self.crop, self.stride, align_corners)
         return sample
 
 
@@ -1288,7 +1298,8 @@ def predict(network, image, args, size, logits=False,
         """(B, 3, h, w) float -> (B, K, *size)."""
         with autocast(args, image.device, precision):
             output = network(torch.cat([x, x.flip(-1)]) if flip else x)
-        output = upsample(output, size, network.align_corners)
+        output = upsample(output, x.shape[2:], network.stride, network.align_corners)
+        output = resize(output, size)
         output = output if logits else output.softmax(1)
         if flip:
             output, mirrored = output.chunk(2)
@@ -1301,23 +1312,35 @@ def predict(network, image, args, size, logits=False,
         if base_size:
             scale = scale * base_size / max(image.shape[2:])
         if scale != 1:
-            x = upsample(x, [round(side * scale) for side in image.shape[2:]])
+            x = resize(x, [round(side * scale) for side in image.shape[2:]])
         if base_size:
-            total = total + upsample(slide(predict_once, x, args.crop), size)
+            total = total + resize(slide(predict_once, x, args.crop), size)
         else:
             total = total + predict_once(x, size)
     return total / len(scales)
 
 
-def upsample(logits, size, align_corners=False):
-    """Logits (B, K, h, w) at size (H, W), in float32.
+def resize(image, size):
+    """Pictures, or a number for each pixel: (B, C, h, w) -> (B, C, *size)."""
+    return F.interpolate(image, size, mode="bilinear")
 
-    align_corners counts only where H = (h - 1) stride + 1, as in crops of 361 or 713: there corners
-    lie on corners. Elsewhere it would stretch the map."""
-    for side, cells in zip(size, logits.shape[2:]):
-        fits = [stride * (cells - 1) + 1 for stride in (1, 2, 4, 8, 16)]
-        align_corners = align_corners and side in fits
-    return F.interpolate(logits.float(), size, mode="bilinear", align_corners=align_corners)
+
+def upsample(maps, size, stride, align_corners=True):
+    """Logits or features (B, C, h, w) at the pixels of their picture: (B, C, *size) float32.
+
+    Cell i is centred on pixel stride * i, as in a ResNet, where each strided conv begins at the
+    corner; without align_corners on stride * i + (stride - 1) / 2, as a patch of a ViT. A stretch
+    from border to border would move the cells by up to half a stride, depending on the size.
+    Between the last cell and the picture's border the map is continued."""
+    maps = maps.float()
+    if align_corners:
+        lacking = [max(0, math.ceil((side - 1) / stride) + 1 - cells)
+                   for side, cells in zip(size, maps.shape[2:])]
+        maps = F.pad(maps, (0, lacking[1], 0, lacking[0]), mode="replicate")
+    gap = stride - 1 if align_corners else 0  # no pixels follow the last cell
+    full = [cells * stride - gap for cells in maps.shape[2:]]
+    maps = F.interpolate(maps, full, mode="bilinear", align_corners=align_corners)
+    return maps[:, :, : size[0], : size[1]]
 
 
 def slide(predict_window, image, window):
@@ -1521,9 +1544,11 @@ class SegmentationNetwork(nn.Module):
     logits    (B, K, h, w)
     .stride is 8, of DeepLabv3+ 4, of both on tiny half of that, of SETR always 2. With caffe's
     backbones a map has one row and column more where the side is even.
-    align_corners: for upsample().  dropout, before the last conv: a method may replace it."""
+    Cell i of a map is centred on pixel stride * i, of SETR's on stride * i + (stride - 1) / 2
+    (.align_corners False): upsample() puts it there.
+    dropout, before the last conv: a method may replace it."""
 
-    align_corners = False
+    align_corners = True
 
     def __init__(self, backbone, style, width=None):
         super().__init__()
@@ -1620,7 +1645,8 @@ class DeepLabV3Plus(SegmentationNetwork):
         layer1, _, _, layer4 = self.backbone.layers(self.normalize(image))
         context = self.pool(layer4).expand(-1, -1, *layer4.shape[2:])
         x = torch.cat([context, *(branch(layer4) for branch in self.branches)], 1)
-        x = F.interpolate(self.bottleneck(x), layer1.shape[2:], mode="bilinear")
+        ratio = self.backbone.stride // self.stride
+        x = upsample(self.bottleneck(x), layer1.shape[2:], ratio)
         return self.decoder(torch.cat([x, self.low(layer1)], 1))
 
 
@@ -1652,10 +1678,7 @@ class PyramidPooling(nn.Module):
 class PSPNet(SegmentationNetwork):
     """PSPNet as in semseg: pyramid pooling to width (the features), dropout and a 1x1 conv.
 
-    An auxiliary head of half the width sits on layer3. The paper's crops have 8 n + 1 pixels,
-    hence align_corners."""
-
-    align_corners = True
+    An auxiliary head of half the width sits on layer3."""
 
     def __init__(self, backbone, classes, width=512, style="torchvision", norm=nn.BatchNorm2d):
         super().__init__(backbone, style, width)
@@ -1684,6 +1707,8 @@ class SETR(SegmentationNetwork):
     logits are the same, and features and logits stay at stride 2.
     naive: 1x1 conv to width, norm, ReLU, scaled up to stride 2 at once, 1x1 conv to the classes.
     The first layer norm of both is the encoder's last one; the decoder's norms are trained."""
+
+    align_corners = False  # a patch is centred between its pixels
 
     def __init__(self, backbone, classes, naive=False, width=256, style="torchvision",
                  norm=nn.BatchNorm2d):
@@ -3186,7 +3211,9 @@ def predict_tiled(network, picture, size, args, device, tile=1024, margin=128, b
             end = min(begin + band, bottom)
             seen = np.array([[begin, left], [end, right]]) * size / full
             view = ((seen - start) / (stop - start)).flatten().tolist()
-            best, index = crop_map(prob, (*view, False), (end - begin, right - left)).max(0)
+            band_size = (end - begin, right - left)
+            part = crop_map(prob, prob.shape[1:], (*view, False), band_size)
+            best, index = part.max(0)
             label[begin:end, left:right] = index.numpy()
             confidence[begin:end, left:right] = (255 * best).round().clamp(0, 255).numpy()
     return label, confidence

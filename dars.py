@@ -435,7 +435,7 @@ def train_supervised(args, iterations, scale, data, labeled_ids, keep, learner, 
             outputs = learner(common.to_float(image), aux=True)  # (B, K, h, w) of each head
         losses = {}
         for (head, weight), logits in zip(HEADS.items(), outputs):
-            logits = common.upsample(logits, args.crop, student.align_corners)  # (B, K, H, W)
+            logits = common.upsample(logits, args.crop, student.stride)  # (B, K, H, W)
             losses[f"loss_labeled{head}"] = weight * cross_entropy(logits, label)
         loss = sum(losses.values())  # Eq. 1
 
@@ -495,7 +495,7 @@ def train(args, number, iterations, alpha, scale, data, labeled_ids, unlabeled_i
             outputs = learner(common.to_float(image), aux=True)  # (2B, K, h, w) of each head
         losses = {}
         for (head, weight), logits in zip(HEADS.items(), outputs):
-            logits = common.upsample(logits, args.crop, student.align_corners)  # (2B, K, H, W)
+            logits = common.upsample(logits, args.crop, student.stride)  # (2B, K, H, W)
             logits_labeled, logits_pseudo = logits.chunk(2)
             losses[f"loss_labeled{head}"] = weight * cross_entropy(logits_labeled, label)
             losses[f"loss_pseudo{head}"] = weight * cross_entropy(logits_pseudo, pseudo_label)

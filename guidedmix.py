@@ -311,8 +311,6 @@ class GuidedMixNet(common.SegmentationNetwork):
     """Fig. 2: a ResNet with a PSP module, and a decoder of two MITrans steps. Logits at stride 2.
     50,048,233 parameters with ResNet-50, 21 classes and classifier; with ResNet-101 69,040,361."""
 
-    align_corners = True  # crops of 8 n + 1 pixels (321, 513) have corners on corners
-
     def __init__(self, spec):
         need(spec["network"] == "guidedmix", "this checkpoint's network is "
              f"{spec['network']}; use the script that trained it")
@@ -353,8 +351,8 @@ class GuidedMixNet(common.SegmentationNetwork):
 
 def cross_entropy(logits, label):
     """L_ce = - sum_i y_i log(y^_i), the mean over known pixels, or 0 if there are none.
-    logits (B, K, h, w), label (B, H, W) with 255."""
-    logits = common.upsample(logits, label.shape[1:], align_corners=True)  # (B, K, H, W)
+    logits (B, K, h, w) at stride 2, label (B, H, W) with 255."""
+    logits = common.upsample(logits, label.shape[1:], 2)  # (B, K, H, W)
     # Gradients are averaged over processes: each returns its share times their number.
     known = all_reduce((label != IGNORE).sum())
     total = F.cross_entropy(logits, label, ignore_index=IGNORE, reduction="sum")
@@ -377,7 +375,7 @@ def mask_error(M_dec, M, valid, masks="logits"):
     if masks == "softmax":
         M_dec = M_dec.softmax(1)
         M = M.softmax(1)
-    valid = at_size(valid, M.shape[2:])
+    valid = valid[:, ::2, ::2]  # at the cells of the masks
     count = all_reduce(valid.sum())
     total = ((M_dec - M).square() * valid[:, None]).sum()
     return total * world_size() / count.clamp(min=1)  # Eqs. 10, 12
@@ -516,7 +514,7 @@ def train(args, run, learner, keep, streams, warmup, begin):
         losses = {"loss_labeled": loss_labeled, "loss_cla": loss_cla}
         losses |= {"loss_dec": loss_dec, "loss_usup": loss_usup}
         losses = {name: term for name, term in losses.items() if torch.is_tensor(term)}
-        truth = at_size(unlabeled["truth"], M_l.shape[2:])  # for the log alone
+        truth = unlabeled["truth"][:, ::2, ::2]  # for the log alone
         numbers = {"lr": lr}
         if args.omega:
             numbers |= {"omega": omega, "lambda": lam}

@@ -120,7 +120,8 @@ def get_parser():
         help="iterations on labels alone before L_st and L_ss begin (paper: 0)")
     add("--threshold", **number, default=0.0,
         help="ignore the teachers' labels below this confidence (Table 1, *: .95)")
-    add("--loss-stride", type=int, metavar="N", help="stride of the crop in L_st and L_ss")
+    add("--loss-stride", type=int, choices=[1, 2, 4, 8, 16],
+        help="stride of the crop in L_st and L_ss")
     add("--features-of-teachers", **switch, help="FDA of the teachers, too (authors' code)")
     add("--labeled-consistency", **switch, help="L_st, L_ss: labeled pictures, too (authors' code)")
     add("--weak-photometric", **switch, help="photometric distortion of weak views (authors' code)")
@@ -217,9 +218,13 @@ def cutmix(x, mask, start=0):
     return torch.cat([x[:start], x_i.where(~mask, x_j)])
 
 
-def nearest(x, size):
-    """Labels or masks (B, H, W) at another size (h, w): the value at the center of each cell."""
-    return F.interpolate(x[:, None].float(), size, mode="nearest-exact")[:, 0].to(x.dtype)
+def at_stride(maps, stride, args):
+    """Maps (B, C, ..) of this stride at the places of --loss-stride: (B, C, h, w)."""
+    size = [math.ceil(side / args.loss_stride) for side in args.crop]
+    if stride > args.loss_stride:
+        return common.upsample(maps, size, stride // args.loss_stride)
+    step = args.loss_stride // stride
+    return maps[:, :, ::step, ::step].float()
 
 
 # Feature augmentation (FD, FDA; Sect. 3.2). Features of one class vary: a car is red or white, near
@@ -285,11 +290,11 @@ def augment_features(features, logits, label, valid, weight, statistics, strengt
     """FD: p + lambda / 2 v^T Sigma v (Eq. 3), the logits of the augmented features.
 
     p: logits (L + B, K, h, w) of L labeled pictures with y: label (L, h, w), and B unlabeled ones
-    with valid (B, h, w). features (L + B, C, ..) update Sigma: statistics. lambda: strength."""
+    with valid (B, h, w). features (L + B, C, h, w) update Sigma: statistics. lambda: strength."""
     # Open: y of unlabeled pixels, "pseudo-labels"; the student's prediction, as in the code
     predicted = hard_label(logits[len(label) :], valid)
     label = torch.cat([label, predicted])  # (L + B, h, w)
-    statistics.update(common.upsample(features.detach(), label.shape[1:]), label)
+    statistics.update(features.detach(), label)
     # Open: whether the term has a gradient; none, as in the code; in ISDA w has one
     table = augmentation_table(weight.detach().flatten(1), statistics.covariance)
     table = F.pad(strength / 2 * table, (0, 0, 0, 256 - len(table)))  # 0 for unknown pixels, 255
@@ -332,7 +337,11 @@ class WithFeatures(nn.Sequential):
 class Ensemble(nn.ModuleList):
     """The mean of the networks' logits."""
 
-    align_corners = False
+    align_corners = True
+
+    @property
+    def stride(self):
+        return self[0].stride
 
     def forward(self, image):
         return sum(network(image) for network in self) / len(self)
@@ -388,7 +397,7 @@ def train_supervised(args, run, stream, students, learners, teachers, keep, begi
         for learner in learners:
             with common.autocast(args, run.device):
                 _, logits = learner(common.to_float(image))
-            logits = common.upsample(logits, args.crop)
+            logits = common.upsample(logits, args.crop, students[0].stride)
             loss_labeled.append(cross_entropy(logits, label))  # Eq. 5
 
         # 4 backward
@@ -411,7 +420,8 @@ def train(args, run, streams, students, learners, teachers, keep, begin):
     networks = numbered("student", students) | numbered("teacher", teachers)
     mixed = args.strong and args.cutmix
     # Open: the size of p in L_st and L_ss; an eighth of the crop, as in the code   --loss-stride
-    size = [math.ceil(side / args.loss_stride) for side in args.crop]  # (h, w)
+    step = args.loss_stride
+    stride = students[0].stride
     batches = [
         common.batches(streams[0], args, run.device, begin, args.iterations),
         common.batches(streams[1], args, run.device, begin, args.iterations, overlap=mixed)]
@@ -434,9 +444,9 @@ def train(args, run, streams, students, learners, teachers, keep, begin):
             mask = views(cutmix_mask, mask, args, "cutmix", places[:B])
         strong = cutmix(strong, mask)  # (B, 3, H, W)
         L = B if args.labeled_consistency else 0  # labeled pictures in L_st and L_ss
-        small_mask = nearest(mask, size)  # (B, h, w)
-        small_label = nearest(label, size)
-        valid = nearest(torch.cat([labeled["valid"][:L], unlabeled["valid"]]), size)
+        small_mask = mask[:, ::step, ::step]  # (B, h, w)
+        small_label = label[:, ::step, ::step]
+        valid = torch.cat([labeled["valid"][:L], unlabeled["valid"]])[:, ::step, ::step]
         valid = cutmix(valid, small_mask, L)  # (L + B, h, w), False on padding
         # Open: lambda in the course of a run; half a cosine from 0, as in the code   --lambda0
         strength = args.lambda0 * (1 - math.cos(math.pi * (iteration + 1) / args.iterations)) / 2
@@ -447,10 +457,10 @@ def train(args, run, streams, students, learners, teachers, keep, begin):
         for i, teacher in enumerate(teachers):
             with torch.no_grad(), common.autocast(args, run.device):
                 features, p = WithFeatures(teacher)(teacher_input)
-            p = cutmix(common.upsample(p, size), small_mask, L)  # p_t, (L + B, K, h, w)
+            p = cutmix(at_stride(p, stride, args), small_mask, L)  # p_t, (L + B, K, h, w)
             confidence = p.softmax(1).amax(1)
             if args.features_of_teachers and statistics:
-                features = cutmix(common.upsample(features, size), small_mask, L)
+                features = cutmix(at_stride(features, stride, args), small_mask, L)
                 p = augment_features(
                     features, p, small_label[:L], valid[L:],
                     teacher.last.weight, statistics[2 + i], strength)
@@ -465,12 +475,12 @@ def train(args, run, streams, students, learners, teachers, keep, begin):
         for i, learner in enumerate(learners):
             with common.autocast(args, run.device):
                 features, p = learner(student_input)
-            p_labeled = common.upsample(p[:B], args.crop)  # p_s^l, (B, K, H, W)
+            p_labeled = common.upsample(p[:B], args.crop, stride)  # p_s^l, (B, K, H, W)
             loss_labeled.append(cross_entropy(p_labeled, label))  # Eq. 5
-            p = common.upsample(p, size)  # (2B, K, h, w)
+            p = at_stride(p, stride, args)  # (2B, K, h, w)
             if statistics:
                 p = augment_features(
-                    features, p, small_label, valid[L:],
+                    at_stride(features.detach(), stride, args), p, small_label, valid[L:],
                     students[i].last.weight, statistics[i], strength)
             student_logits.append(p[B - L :])  # p_s^u, (L + B, K, h, w)
         loss_st = []
@@ -496,7 +506,7 @@ def train(args, run, streams, students, learners, teachers, keep, begin):
             numbers["lambda"] = strength
         pseudo_labels = numbered("pseudo_miou", [y[L:] for y in pseudo_labels])
         truth = cutmix(unlabeled["truth"], mask)  # nothing learns from it
-        run.step(iteration, losses, pseudo_labels, nearest(truth, size), **numbers)
+        run.step(iteration, losses, pseudo_labels, truth[:, ::step, ::step], **numbers)
         if run.due():
             ensemble = {"ensemble": students} if run.last else {}
             run.evaluate(networks | ensemble, shown=networks)
@@ -510,7 +520,8 @@ def draw(run, weak, strong, truth, pseudo_labels, predictions):
     labels = numbered("label of teacher", pseudo_labels)
     labels |= numbered("prediction of student", predictions)
     for title, label in labels.items():
-        columns[title] = nearest(label, truth.shape[1:])
+        enlarged = F.interpolate(label[:, None].float(), truth.shape[1:])  # nearest
+        columns[title] = enlarged[:, 0].long()
     run.panel(f"batch_{run.mark}", {title: cells[:4] for title, cells in columns.items()})
 
 

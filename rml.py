@@ -301,10 +301,22 @@ def features_and_logits(network, image, args):
     with common.autocast(args, image.device):
         # Open: which layer is f; we take the input of the last conv, like ProDA   --head
         features = network.features(common.to_float(image))
-        # Open: the resolution of Eqs. 6, 9; DeepLabv2's stride, finer features (SETR) are averaged
-        if args.rectify and network.stride < args.cell:
-            features = F.avg_pool2d(features, args.cell // network.stride, ceil_mode=True)
+        stride, align_corners = cells(network, args)
+        ratio = stride // network.stride
+        if ratio > 1 and align_corners:
+            features = F.avg_pool2d(features, ratio + 1, ratio, ratio // 2, count_include_pad=False)
+        elif ratio > 1:
+            features = F.avg_pool2d(features, ratio, ceil_mode=True)
+        h, w = (math.ceil(side / stride) for side in image.shape[2:])
+        features = features[:, :, :h, :w]  # Caffe-style networks have one row and column more
         return features, network.classifier(features)
+
+
+def cells(network, args):
+    """Where the cells of features_and_logits() lie: stride and align_corners of upsample()."""
+    # Open: the resolution of Eqs. 6, 9; DeepLabv2's stride, finer features (SETR) are averaged
+    stride = max(network.stride, args.cell) if args.rectify else network.stride
+    return stride, network.align_corners
 
 
 def rectify(features, p0, eta):
@@ -320,17 +332,16 @@ def rectify(features, p0, eta):
     distance = torch.cdist(f, eta, compute_mode="donot_use_mm_for_euclid_dist")  # (B, hw, K)
     distance = distance.clamp(max=1e4)  # never seen: omega = 0; if no class was seen: 1 / K
     omega = torch.softmax(-distance, 2).transpose(1, 2).view(B, -1, h, w)  # Eq. 9
-    p0 = common.upsample(p0, (h, w))  # Caffe-style networks have one row and one column more
     p = omega * p0  # Eq. 6
     return p / p.sum(1, keepdim=True).clamp(min=1e-30)
 
 
-def hard_label(prob, size, valid, threshold=0.0):
+def hard_label(prob, cells, valid, threshold=0.0):
     """Pseudo-labels (B, H, W) of prob (B, K, h, w): one_hot of Eqs. 2, 4, 6 as class ids; 255
     where valid (B, H, W) is False, or the confidence is not above tau (threshold)."""
     # Open: at which resolution argmax is taken; at that of the crop
     prob = prob.contiguous(memory_format=torch.channels_last)  # faster to upsample
-    confidence, pseudo_label = common.upsample(prob, size).max(1)
+    confidence, pseudo_label = common.upsample(prob, valid.shape[1:], *cells).max(1)
     return pseudo_label.where(valid & (confidence > threshold), common.IGNORE)  # Eq. 2
 
 
@@ -349,9 +360,8 @@ def update_prototypes(eta, features, logits, valid, decay):
         eta_k <- lambda eta_k + (1 - lambda) eta'_k    Eq. 11
 
     eta': mean feature of class k in this batch, by the teacher's argmax; lambda: decay.
-    features: (B, C, h, w), logits: (B, K, h, w); valid: (B, H, W) bool, False in padding."""
-    valid = F.interpolate(valid[:, None].float(), features.shape[2:], mode="nearest-exact") > 0
-    prediction = logits.max(1).indices.where(valid[:, 0], len(eta))  # max: faster than argmax
+    features: (B, C, h, w), logits: (B, K, h, w); valid: (B, h, w) bool, False in padding."""
+    prediction = logits.max(1).indices.where(valid, len(eta))  # max: faster than argmax
     sums = common.all_reduce(class_sums(features, prediction, len(eta)))
     counts = sums[:, -1:]
     mean = sums[:, :-1] / counts.clamp(min=1)  # eta'
@@ -443,7 +453,9 @@ def student_log_prob(learner, image, args, stage, iteration, j):
     common.seed_torch(args.seed, "noise", stage, iteration, common.rank(), j)
     with common.autocast(args, image.device):
         logits = learner(common.to_float(image))
-    return common.upsample(logits, args.crop).log_softmax(1)
+    network = getattr(learner, "module", learner)  # without DistributedDataParallel
+    logits = common.upsample(logits, args.crop, network.stride, network.align_corners)
+    return logits.log_softmax(1)
 
 
 def train_supervised(run, students, learners, teachers, data, labeled_ids, args, device):
@@ -510,10 +522,13 @@ def train(run, stage, students, learners, teachers, data, labeled_ids, unlabeled
     if begin == 0:
         for teacher, student in zip(teachers, students):
             teacher.load_state_dict(student.state_dict())
+    soft_labels = {}
+    if args.rectify:
+        soft_labels = {f: model.align_corners for f, model in zip(folders, predictors)}
     streams = [common.Stream(data, labeled_ids, f"labeled, stage {stage}", args)]
     for name in ("unlabeled", "partner") if args.cutmix else ("unlabeled",):
         streams.append(common.Stream(data, unlabeled_ids, f"{name}, stage {stage}", args,
-                                     labeled=False, soft_labels=folders, stride=args.cell))
+                                     labeled=False, soft_labels=soft_labels, stride=args.cell))
     streams = [common.batches(stream, args, device, begin, iterations) for stream in streams]
 
     for iteration, (labeled, *unlabeled) in enumerate(zip(*streams), begin):
@@ -532,9 +547,10 @@ def train(run, stage, students, learners, teachers, data, labeled_ids, unlabeled
                 eta = prototypes[i].to(device)  # from the CPU, if just restored
                 prob = rectify(features, p0, eta)  # Eqs. 6, 9
                 # Open: the batch of eta'; unlabeled pictures and partners, not labeled ones
-                eta = update_prototypes(eta, features, logits, valid, args.prototype_decay)
+                known = valid[:, ::args.cell, ::args.cell]
+                eta = update_prototypes(eta, features, logits, known, args.prototype_decay)
                 prototypes[i] = eta  # Eq. 11
-            pseudo_label = hard_label(prob, args.crop, valid, args.threshold)
+            pseudo_label = hard_label(prob, cells(predictor, args), valid, args.threshold)
             pseudo_labels.append(pseudo_label)  # (2B, H, W)
 
         # 3 losses: the students get the same weak views; only Gamma_j and the noise differ
@@ -564,7 +580,8 @@ def train(run, stage, students, learners, teachers, data, labeled_ids, unlabeled
         run.step(iteration, losses, logged, join(unlabeled, "truth"), **rates)
         if run.due():
             run.evaluate(networks)
-            raw = [hard_label(prob, args.crop, valid) for prob in probs]
+            raw = [hard_label(prob, cells(model, args), valid)
+                   for prob, model in zip(probs, predictors)]
             draw(run, unlabeled, raw, pseudo_labels, students, args)
         run.save(iteration, keep)
 

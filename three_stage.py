@@ -422,7 +422,7 @@ def train_supervised(args, run, keep, data, labeled_ids, begin):
         # 3 losses
         with autocast(args, run.device):
             logits = learner(to_float(labeled["image"]))
-        logits = upsample(logits, args.crop)  # f_theta(x), (B, K, H, W)
+        logits = upsample(logits, args.crop, student.stride)  # f_theta(x), (B, K, H, W)
         loss_labeled = cross_entropy(logits, labeled["label"])  # Eq. 2
 
         # 4 backward
@@ -481,7 +481,8 @@ def train(args, run, keep, data, labeled_ids, all_ids, begin):
             with torch.no_grad(), autocast(args, run.device):
                 logits = teacher(to_float(weak))
             logits = logits.contiguous(memory_format=torch.channels_last)  # faster to upsample
-            label = upsample(logits, args.crop).max(1).indices  # f_theta'(x), (B_l + B, H, W)
+            logits = upsample(logits, args.crop, student.stride)
+            label = logits.max(1).indices  # f_theta'(x), (B_l + B, H, W)
             targets["pseudo-label"] = label.masked_fill(~valid, IGNORE)
         if args.pseudo_masks:  # y', (B_l + B, H, W)
             targets["pseudo-mask"] = torch.cat([labeled_masks["label"], union["label"]])
@@ -497,13 +498,12 @@ def train(args, run, keep, data, labeled_ids, all_ids, begin):
         # 3 losses
         with autocast(args, run.device):
             f, g = learner(to_float(view))  # (B_l + B, K, h, w) each
-        # Code: logits are upsampled with aligned corners
-        f = upsample(f, args.crop)  # f_theta(A x), (B_l + B, K, H, W)
+        f = upsample(f, args.crop, student.stride)  # f_theta(A x), (B_l + B, K, H, W)
         losses = {"loss_labeled": cross_entropy(f[:B_l], labeled["label"])}  # Eq. 2
         if args.consistency:
             losses["loss_consistency"] = cross_entropy(f, targets["pseudo-label"])  # Eq. 1
         if args.pseudo_masks:
-            g = upsample(g, args.crop)  # g(A x), (B_l + B, K, H, W)
+            g = upsample(g, args.crop, student.stride)  # g(A x), (B_l + B, K, H, W)
             losses["loss_pseudo"] = cross_entropy(g, targets["pseudo-mask"])  # Eq. 3
         loss = losses["loss_labeled"]
         loss = loss + args.lambda1 * losses.get("loss_consistency", 0)
