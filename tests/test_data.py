@@ -3,9 +3,11 @@
 Alignment is checked by content: the pictures hold their coordinates."""
 
 import hashlib
+import math
 import os
 import pickle
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -90,8 +92,8 @@ class Coordinates(common.Dataset):
 def coordinate_map(number=0):
     """(3, 6, 7): the map at stride 8 of a Coordinates picture.
 
-    It holds the row and the column of each cell's centre, and 100 + number."""
-    rows, columns = np.mgrid[:6, :7] * 8 + 3.5
+    It holds the row and the column of each cell's pixel, and 100 + number."""
+    rows, columns = np.mgrid[:6, :7] * 8.0
     return torch.from_numpy(np.stack([rows, columns, np.full_like(rows, 100 + number)])).float()
 
 
@@ -695,15 +697,11 @@ def test_image_label_and_map_move_together(crop, scale):
             + torch.div(column + 0.5, 8, rounding_mode="floor")
         ) % 5
         assert torch.equal(label[inner].float(), block[inner])
-        # The map at stride 8: a cell is the mean of its 8x8 pixels (rows, columns are linear).
-        soft = common.crop_map(coordinate_map(7), view, (crop[0] // 8, crop[1] // 8))
-        cells = torch.nn.functional.avg_pool2d(
-            torch.stack([row, column, image[2].float()])[None], 8
-        )[0]
-        whole = torch.nn.functional.avg_pool2d(valid[None, None].float(), 8)[0, 0] == 1
-        whole &= (
-            (cells[0] > 4) & (cells[0] < 43) & (cells[1] > 4) & (cells[1] < 51)
-        )  # beyond the outermost centres the map is constant
+        # The map at stride 8: a cell is that of its pixel.
+        soft = common.crop_map(coordinate_map(7), (48, 56), view, crop, 8)
+        cells = torch.stack([row, column, image[2].float()])[:, ::8, ::8]
+        whole = valid[::8, ::8] & (cells[0] > 0.5) & (cells[0] < 39.5)
+        whole &= (cells[1] > 0.5) & (cells[1] < 47.5)  # beyond the last cells the map is constant
         assert (soft - cells).abs().amax(0)[whole].max().item() < 0.6 if whole.any() else True
         compared += int(whole.sum()) * int(inner.any())
         # Flip: columns fall instead of rise.
@@ -746,17 +744,31 @@ def test_crops_reach_every_edge():
     assert 60 < sum(view[4] for view in places) < 140
 
 
-def test_the_map_of_the_whole_picture_is_itself_and_flips_exactly():
+@pytest.mark.parametrize("stride", [1, 8])
+def test_the_map_of_the_whole_picture_is_itself_and_flips_exactly(stride):
     soft = torch.rand(4, 6, 7, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(
-        common.crop_map(soft, (0.0, 0.0, 1.0, 1.0, False), (6, 7)), soft, atol=1e-5, rtol=0
-    )
-    torch.testing.assert_close(
-        common.crop_map(soft, (0.0, 0.0, 1.0, 1.0, True), (6, 7)), soft.flip(-1), atol=1e-5, rtol=0
-    )
-    torch.testing.assert_close(
-        common.crop_map(soft, (0.0, 0.0, 1 / 2, 1.0, False), (3, 7)), soft[:, :3], atol=1e-5, rtol=0
-    )
+    size = (5 * stride + 1, 6 * stride + 1)  # cells lie on the border, so on cells when mirrored
+    close = partial(torch.testing.assert_close, atol=1e-5, rtol=0)
+    whole = (0.0, 0.0, 1.0, 1.0, False)
+    close(common.crop_map(soft, size, whole, size, stride), soft)
+    flipped = (0.0, 0.0, 1.0, 1.0, True)
+    close(common.crop_map(soft, size, flipped, size, stride), soft.flip(-1))
+    upper = (2 * stride + 1, size[1])
+    half = (0.0, 0.0, upper[0] / size[0], 1.0, False)
+    close(common.crop_map(soft, size, half, upper, stride), soft[:, :3])
+
+
+@pytest.mark.parametrize("align_corners", [True, False])
+@pytest.mark.parametrize("width", [56, 57, 61])
+def test_cells_of_a_mirrored_crop_lie_on_its_own_grid(width, align_corners):
+    """Cell j of the crop is on its pixel 8 j, which is pixel width - 1 - 8 j of the picture."""
+    offset = 0 if align_corners else 3.5
+    places = 8 * torch.arange(math.ceil(width / 8)) + offset
+    soft = places.expand(1, 3, -1)
+    view = (0.0, 0.0, 1.0, 1.0, True)
+    found = common.crop_map(soft, (20, width), view, (20, width), 8, align_corners)[0, 0]
+    expected = (width - 1 - places).clamp(places[0], places[-1])
+    torch.testing.assert_close(found, expected.float(), atol=1e-4, rtol=0)
 
 
 # ---- streams -------------------------------------------------------------------------------------
@@ -910,14 +922,15 @@ def test_each_picture_comes_with_its_map_and_both_move_together(tmp_path):
         "unlabeled",
         arguments(scale=(1.0, 1.5)),
         labeled=False,
-        soft_labels=(tmp_path / "model 1", tmp_path / "model 2"),
+        soft_labels={tmp_path / "model 1": True, tmp_path / "model 2": True},
     )
     compared = 0
     for batch in common.batches(s, arguments(), CPU, 0, 10):
         assert batch["soft_0"].shape == (4, 3, 4, 4)
-        cells = torch.nn.functional.avg_pool2d(batch["image"].float(), 8)
+        cells = batch["image"][:, :, ::8, ::8].float()
         cells[:, :2] /= 4
-        inner = (cells[:, 0] > 4) & (cells[:, 0] < 43) & (cells[:, 1] > 4) & (cells[:, 1] < 51)
+        inner = (cells[:, 0] > 0.5) & (cells[:, 0] < 39.5)
+        inner &= (cells[:, 1] > 0.5) & (cells[:, 1] < 47.5)
         assert (batch["soft_0"] - cells).abs().amax(1)[inner].max() < 0.6
         assert (batch["soft_1"].flip(1) - cells).abs().amax(1)[inner].max() < 0.6
         compared += int(inner.sum())

@@ -108,9 +108,9 @@ def test_a_class_that_is_only_predicted_counts_as_zero_and_one_that_is_nowhere_i
 
 
 class Colors(nn.Module):
-    """A network at stride 4 whose logits follow from the picture; asymmetric, for wrong flips."""
+    """A network of patches of 4 x 4 pixels; its logits are asymmetric, for wrong flips."""
 
-    align_corners = False
+    stride, align_corners = 4, False
 
     def __init__(self, K=4):
         super().__init__()
@@ -146,7 +146,8 @@ def evaluate_naively(network, data, full_size=False):
     for id in data.val:
         image, label = data.image(id), data.label(id, full_size)
         logits = network.eval()(torch.from_numpy(image).permute(2, 0, 1)[None].float() / 255)
-        upsampled = F.interpolate(logits, label.shape, mode="bilinear", align_corners=False)
+        upsampled = F.interpolate(logits, image.shape[:2], mode="bilinear", align_corners=False)
+        upsampled = F.interpolate(upsampled, label.shape, mode="bilinear", align_corners=False)
         table += count_naively(label, upsampled.argmax(1)[0], 4)
     return table
 
@@ -209,6 +210,69 @@ def resize_naively(x, height, width):
     return np.einsum("ih,khw,jw->kij", weights(height, x.shape[1]), x, weights(width, x.shape[2]))
 
 
+@pytest.mark.parametrize("stride", [2, 4, 8, 16])
+@pytest.mark.parametrize("extra", [0, 1])  # caffe's backbones have a row more where sides are even
+def test_a_cell_lies_on_pixel_stride_times_its_number_at_every_size(stride, extra):
+    for size in range(32, 521):
+        cells = math.ceil(size / stride) + extra
+        probe = stride * torch.arange(cells).float()
+        maps = torch.stack([probe[:, None].expand(cells, 7), probe[:, None].expand(cells, 7)])[None]
+        found = common.upsample(maps, (size, 13), stride)[0, 0]
+        expected = torch.arange(size).clamp(max=stride * (cells - 1))  # the border is continued
+        assert found.shape == (size, 13) and torch.equal(found[:, 0], expected.float()), size
+        found = common.upsample(maps.transpose(2, 3), (13, size), stride)[0, 1]
+        assert torch.equal(found[12], expected.float()), size
+
+
+@pytest.mark.parametrize("stride", [2, 16])
+def test_a_patch_lies_in_the_middle_of_its_pixels_at_every_size(stride):
+    for size in range(32, 521):
+        cells = math.ceil(size / stride)
+        middle = stride * torch.arange(cells) + (stride - 1) / 2
+        found = common.upsample(middle.view(1, 1, 1, -1), (1, size), stride, False)[0, 0, 0]
+        expected = torch.arange(size).clamp(middle[0], middle[-1])
+        torch.testing.assert_close(found, expected.float(), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("backbone, deep_stem, caffe", [
+    ("tiny", False, False), ("resnet50", False, False), ("resnet50", False, True),
+    ("resnet50", 64, False)])
+def test_a_cell_sees_as_far_on_both_sides_of_its_pixel(backbone, deep_stem, caffe, monkeypatch):
+    """So cell i is centred on pixel stride * i, whatever the size of the picture."""
+    monkeypatch.setattr(common, "group_norm", nn.Identity)  # it sees the whole picture
+    network = common.make_backbone(backbone, "train", caffe, deep_stem).eval()
+    network.layer2 = network.layer2[:1]  # shallow: what it sees ends within the picture
+    network.layer3 = network.layer4 = nn.Identity()
+    if backbone != "tiny":  # a maximum passes its gradient to one of equal pixels
+        network.maxpool = nn.AvgPool2d(3, 2, 1, ceil_mode=network.maxpool.ceil_mode)
+    for parameter in network.parameters():
+        nn.init.constant_(parameter, 0.1)
+    stride = network.stride
+    for size in (200, 201, 204):
+        image = torch.ones(1, 3, size, size, requires_grad=True)
+        middle = size // 2 // stride
+        network(image)[0, 0, middle, middle].backward()
+        seen = image.grad[0, 0].sum(0).nonzero()[:, 0]
+        assert seen[0] + seen[-1] == 2 * stride * middle
+
+
+@pytest.mark.parametrize("size", [64, 65, 127, 321])
+def test_maps_of_a_decoder_meet_at_the_same_pixels(size):
+    """DeepLabv3+: what layer4 says about pixel 16 i stands at cell 4 i of layer1."""
+    spec = dict(backbone="resnet50", classes=3, batch_norm="train", style="torchvision")
+    network = common.make_network(spec | {"network": "deeplabv3plus", "aspp_branches": 4})
+    pixels = [stride * torch.arange(math.ceil(size / stride)).float() for stride in (4, 16)]
+    layer1, layer4 = (row.expand(1, 1, len(row), -1) for row in pixels)
+    network.backbone.layers = lambda x: (layer1, None, None, layer4)
+    for name in ("bottleneck", "low", "decoder"):
+        setattr(network, name, nn.Identity())
+    network.branches = nn.ModuleList([nn.Identity()])
+    network.pool = nn.AdaptiveAvgPool2d(1)
+    context, high, low = network.features(torch.zeros(1, 3, size, size))[0]
+    assert torch.equal(high, low.clamp(max=layer4.max()))
+    assert torch.equal(context[0], layer4.mean().expand(len(pixels[0])))
+
+
 def test_predict_averages_probabilities_over_scales_and_mirrored_pictures():
     network = Colors().eval()
     image = torch.from_numpy(
@@ -225,6 +289,7 @@ def test_predict_averages_probabilities_over_scales_and_mirrored_pictures():
                 x = x[:, :, ::-1].copy() if mirrored else x
                 with torch.no_grad():
                     logits = network(torch.from_numpy(x)[None].float())[0].double().numpy()
+                logits = resize_naively(logits, *x.shape[1:])
                 logits = resize_naively(logits, 32, 48)
                 logits = logits[:, :, ::-1] if mirrored else logits
                 views.append(np.exp(logits) / np.exp(logits).sum(0))

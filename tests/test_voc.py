@@ -392,7 +392,7 @@ def test_evaluation_takes_each_picture_at_its_own_size(tmp_path):
     data = common.open_dataset(args)
 
     class Constant(torch.nn.Module):
-        align_corners = False
+        stride, align_corners = 8, True
 
         def forward(self, x):
             return (
