@@ -49,7 +49,7 @@ PAPER["vocaug"] = dict(
     network="guidedmix", head="plain", backbone="resnet101", weights="imagenet", batch_norm="sync",
     optimizer="sgd", lr=1e-3, weight_decay=1e-4, iterations=40_000, warmup=0.05,
     lambda_cap=0.5, pairs="similar", classifier=True,
-    labeled_decoupling="hard", stop_gradient=True, omega=1.5,
+    masks="probabilities", labeled_decoupling="hard", stop_gradient=True, omega=1.5,
     workers=4, log_every=50, eval_every=5000, save_every=1000,
 )
 PAPER["voc"] = PAPER["vocaug"]
@@ -130,11 +130,9 @@ def get_parser():
     add("--decoupling", choices=["soft", "hard"], default="soft",
         help="pseudo-mask: M_mix - lambda M_l, or M_mix - M_l (Eqs. 8, 7; Table 2; default: soft)")
     add("--labeled-decoupling", choices=["soft", "hard"], help="the same in L_dec (Eq. 12: hard)")
-    add("--masks", choices=["softmax", "logits", "probabilities"], default="softmax",
-        help="softmax: decouple logits, compare their softmax (default); logits, probabilities: "
-        "decouple and compare these")
-    add("--stop-gradient", **switch,
-        help="no gradient into the pseudo-mask of L_usup, nor into M_l and M^_l of L_dec")
+    add("--masks", choices=["probabilities", "logits", "softmax"],
+        help="what M holds; softmax: logits are decoupled, and their softmax is compared")
+    add("--stop-gradient", **switch, help="no gradient into the pseudo-mask of L_usup")
     add("--omega", **number, help="weight of L_usup after its ramp-up (Eq. 9)")
     add("--dec-weight", **number, default=1.0, help="weight of L_dec (Eq. 11; default: 1)")
     add("--warmup", **number, help="share of the iterations with L_ce and L_cla alone (Sect. 3.2)")
@@ -233,8 +231,8 @@ class Gather(torch.autograd.Function):
 
 def to_mask(logits, masks):
     """The mask M that is decoupled, of logits (B, K, h, w)."""
-    # Open: whether M holds logits or probabilities; logits, whose softmax is compared, at stride 2
-    # (at full size, masks of 8 pictures of Context would take 442 MB)   --masks
+    # Open: what M holds; probabilities, as Eq. 11 puts M_l into Eq. 1, and as Eqs. 8 and 12 agree
+    # where M_mix is the mean of both masks   --masks
     return logits.float().softmax(1) if masks == "probabilities" else logits.float()
 
 
@@ -248,10 +246,12 @@ def blend(args, learner, guide, image, *key):
     norms = [module for module in learner.modules() if hasattr(module, "track_running_stats")]
     for norm in norms:
         norm.track_running_stats = False
-    with autocast(args, x_mix.device):
-        logits = learner(x_mix)
-    for norm in norms:
-        norm.track_running_stats = True
+    try:
+        with autocast(args, x_mix.device):
+            logits = learner(x_mix)
+    finally:
+        for norm in norms:
+            norm.track_running_stats = True
     return lam, x_mix, to_mask(logits, args.masks)  # Eq. 6
 
 
@@ -370,8 +370,8 @@ def classifier_loss(logits, label, classes):
 
 def mask_error(M_dec, M, valid, masks="logits"):
     """1 / (H W) sum sum (M_dec - M)^2, of M_u-dec, M_u (Eq. 10) or M_dec, M^_l (Eq. 12): the sum
-    over classes, the mean over the valid pixels of pictures.
-    M_dec, M (B, K, h, w); valid (B, H, W) bool; masks: as --masks."""
+    over classes, the mean over the valid pixels.
+    M_dec, M (B, K, h, w); valid (B, H, W) bool, of both blended pictures; masks: as --masks."""
     if masks == "softmax":
         M_dec = M_dec.softmax(1)
         M = M.softmax(1)
@@ -396,7 +396,7 @@ def decoupling_loss(args, learner, labeled, M_l, features, guides, iteration):
         args, learner, labeled["image"], other, "lambda labeled", iteration)
     # Open: Eq. 12 is hard, Eq. 8 soft; so are ours, but on streets both soft   --labeled-decoupling
     M_dec = decouple(M_mix, M_l, lam, args.labeled_decoupling)
-    valid = guides["valid"][partner]
+    valid = labeled["valid"] & guides["valid"][partner]  # no mask is learned in padding
     return mask_error(M_dec, guides["mask"][partner], valid, args.masks)  # Eq. 12
 
 
@@ -467,8 +467,6 @@ def train(args, run, learner, keep, streams, warmup, begin):
         with autocast(args, run.device):
             logits, v, present = learner(to_float(image), aux=True)
         M_l, M_u = to_mask(logits, args.masks).tensor_split([B])  # (B, K, h, w) each
-        if args.stop_gradient:
-            M_l = M_l.detach()
         features_l, features_u = describe(v, args.distance).tensor_split([B])  # (B, C) each
         guides = {"image": labeled["image"], "valid": labeled["valid"]}
         guides |= {"mask": M_l, "features": features_l}
@@ -485,7 +483,8 @@ def train(args, run, learner, keep, streams, warmup, begin):
             with torch.set_grad_enabled(not args.stop_gradient):  # Eqs. 2, 6
                 lam, x_mix, M_mix = blend(
                     args, learner, guide, unlabeled["image"], "lambda", iteration)
-            M_u_dec = decouple(M_mix, guides["mask"][partner], lam, args.decoupling)  # Eqs. 7, 8
+                M_guide = guides["mask"][partner]
+                M_u_dec = decouple(M_mix, M_guide, lam, args.decoupling)  # Eqs. 7, 8
             pseudo_labels["pseudo_miou"] = M_u_dec.max(1).indices
             pseudo_labels["direct_miou"] = M_u.max(1).indices
 
@@ -498,7 +497,8 @@ def train(args, run, learner, keep, streams, warmup, begin):
         if args.dec_weight:
             loss_dec = decoupling_loss(args, learner, labeled, M_l, features_l, guides, iteration)
         if args.omega:
-            loss_usup = mask_error(M_u_dec, M_u, unlabeled["valid"], args.masks)  # Eq. 10
+            valid = unlabeled["valid"] & guides["valid"][partner]
+            loss_usup = mask_error(M_u_dec, M_u, valid, args.masks)  # Eq. 10
         # Open: w and the ramp-up of omega = w exp(-5 (1 - t)^2); 1.5 (Context: 0.5) and 10 % of the
         # iterations. CCT has w = 30, of a mean over classes; Eq. 10 is a sum   --omega, --ramp
         t = min(1, (iteration - warmup) / max(1, args.ramp * args.iterations))
