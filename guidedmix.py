@@ -67,7 +67,8 @@ PAPER["streets"] = PAPER["vocaug"] | dict(
     labels="8", size=(64, 128), crop=(64, 64), scale=(0.75, 1.5), rotation=0.0, batch_size=4,
     backbone="tiny", weights="none", batch_norm="frozen",
     optimizer="adamw", lr=3e-3, weight_decay=1e-2, iterations=3000, warmup=0.2,
-    classifier=False, labeled_decoupling="soft", stop_gradient=False,
+    classifier=False, labeled_decoupling="soft",
+    stop_gradient=False, labeled_stop_gradient=False,
     workers=0, eval_every=1000, save_every=100,
 )
 PAPER["camvid-cpu"] = PAPER["streets"] | dict(
@@ -133,6 +134,7 @@ def get_parser():
     add("--masks", choices=["probabilities", "logits", "softmax"],
         help="what M holds; softmax: logits are decoupled, and their softmax is compared")
     add("--stop-gradient", **switch, help="no gradient into the pseudo-mask of L_usup")
+    add("--labeled-stop-gradient", **switch, help="no gradient into M_l and M^_l of L_dec")
     add("--omega", **number, help="weight of L_usup after its ramp-up (Eq. 9)")
     add("--dec-weight", **number, default=1.0, help="weight of L_dec (Eq. 11; default: 1)")
     add("--warmup", **number, help="share of the iterations with L_ce and L_cla alone (Sect. 3.2)")
@@ -395,9 +397,13 @@ def decoupling_loss(args, learner, labeled, M_l, features, guides, iteration):
     lam, _, M_mix = blend(  # Eqs. 2, 6
         args, learner, labeled["image"], other, "lambda labeled", iteration)
     # Open: Eq. 12 is hard, Eq. 8 soft; so are ours, but on streets both soft   --labeled-decoupling
+    M_l_hat = guides["mask"][partner]  # M^_l
+    if args.labeled_stop_gradient:
+        M_l = M_l.detach()
+        M_l_hat = M_l_hat.detach()
     M_dec = decouple(M_mix, M_l, lam, args.labeled_decoupling)
     valid = labeled["valid"] & guides["valid"][partner]  # no mask is learned in padding
-    return mask_error(M_dec, guides["mask"][partner], valid, args.masks)  # Eq. 12
+    return mask_error(M_dec, M_l_hat, valid, args.masks)  # Eq. 12
 
 
 # ---- training ------------------------------------------------------------------------------------
