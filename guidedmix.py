@@ -19,9 +19,9 @@ paper -> code
     Eqs. 7, 8  M_u-dec               decouple(); --decoupling (Table 2)
     Eqs. 9-11  L, L_usup, L_sup      train(), step 3; mask_error(); --omega, --classifier
     Eq. 12     L_dec                 decoupling_loss(); --dec-weight
-    Tables     4, 5, 7, 9; 10        --labels; --crop 512 512, --scales 0.5 .. 1.75 --flip
-
-The authors' public repository holds another method, so this script follows the paper alone.
+    Tables     3; 4, 5, 7, 9; 10     result.json; --labels; --crop 512 512, --scales .. --flip
+    Figs.      1, 5; 6, 7            draw(): batch_*.png; val_*.png. Fig. 3 is not drawn
+    Code       none of this method   the authors' public repository holds another one
 """
 
 import argparse
@@ -32,8 +32,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
-from torchvision.transforms import InterpolationMode
-from torchvision.transforms.v2 import functional as V
+from torchvision.transforms.v2 import InterpolationMode, functional as V
 
 import common
 from common import IGNORE, all_reduce, autocast, check_range, need, rank, rng, to_float, world_size
@@ -42,18 +41,19 @@ from common import IGNORE, all_reduce, autocast, check_range, need, rank, rng, t
 
 # By dataset, preset and labels: data, network, optimizer, method, run (Sects. 4.1, 4.2).
 PAPER = {}
-# Open: batch size and batch norm; 12 labeled and 12 unlabeled pictures, and batch norm is trained
-# over all GPUs   --batch-size, --batch-norm
+# Open: batch and batch norm; 12 labeled, 12 unlabeled; over all GPUs   --batch-size, --batch-norm
+# Open: the length of the training on labels alone (Sect. 3.2); 5 %, on streets 20 %   --warmup
 PAPER["vocaug"] = dict(
     labels="1/8", size=None, crop=(321, 321), scale=(0.5, 2.0), rotation=10.0, batch_size=12,
     network="guidedmix", head="plain", backbone="resnet101", weights="imagenet", batch_norm="sync",
-    optimizer="sgd", lr=1e-3, weight_decay=1e-4, iterations=40_000, warmup=0.05,
-    lambda_cap=0.5, pairs="similar", classifier=True,
-    masks="probabilities", labeled_decoupling="hard", stop_gradient=True, omega=1.5,
+    optimizer="sgd", lr=1e-3, weight_decay=1e-4, iterations=40_000, warmup=2000,
+    lambda_cap=0.5, alpha=1.0, pairs="similar", distance="pooled", classifier=True, mitrans=True,
+    masks="probabilities", decoupling="soft", labeled_decoupling="hard",
+    stop_gradient=True, labeled_stop_gradient=True, omega=1.5, ramp=0.1, dec_weight=1.0,
     workers=4, log_every=50, eval_every=5000, save_every=1000,
 )
 PAPER["voc"] = PAPER["vocaug"]
-# Open: where the 500 and 1000 labels of Table 4 come from; all 10,582, CCT's are of 1464   --split
+# Open: Table 4's lists; of all 10,582, as the authors' repository has them   --split
 for count in ("500", "1000", "1464"):  # Tables 1 to 4
     PAPER[f"vocaug/{count}"] = PAPER["vocaug"] | dict(labels=count, backbone="resnet50")
 # Open: L_cla with random pairs; yes on VOC (Table 2), no on Cityscapes (Sect. 4.4)   --classifier
@@ -66,23 +66,21 @@ PAPER["context"] = PAPER["vocaug"] | dict(crop=(480, 480), batch_size=8, lambda_
 PAPER["streets"] = PAPER["vocaug"] | dict(
     labels="8", size=(64, 128), crop=(64, 64), scale=(0.75, 1.5), rotation=0.0, batch_size=4,
     backbone="tiny", weights="none", batch_norm="frozen",
-    optimizer="adamw", lr=3e-3, weight_decay=1e-2, iterations=3000, warmup=0.2,
-    classifier=False, labeled_decoupling="soft",
-    stop_gradient=False, labeled_stop_gradient=False,
+    optimizer="adamw", lr=3e-3, weight_decay=1e-2, iterations=3000, warmup=600,
+    classifier=False, labeled_decoupling="soft", stop_gradient=False, labeled_stop_gradient=False,
     workers=0, eval_every=1000, save_every=100,
 )
 PAPER["camvid-cpu"] = PAPER["streets"] | dict(
-    labels="1/8", size=(180, 240), crop=(96, 128), lr=2e-3, iterations=4000)
+    labels="1/8", size=(180, 240), crop=(96, 128), lr=2e-3, iterations=4000, warmup=800)
 PAPER["camvid-gpu"] = PAPER["cityscapes"] | dict(
-    size=(360, 480), crop=(257, 353), iterations=20_000, eval_every=2000)
+    size=(360, 480), crop=(257, 353), iterations=20_000, warmup=1000, eval_every=2000)
 # Your own pictures: shrunk to size, square crops; all of images/ is labeled.
 PAPER["folder-cpu"] = PAPER["camvid-cpu"] | dict(labels="1/1", size=(256,), crop=(129, 129))
 PAPER["folder-gpu"] = PAPER["camvid-gpu"] | dict(
-    labels="1/1", size=(640,), crop=(321, 321), scale=(0.5, 1.5), iterations=10_000)
+    labels="1/1", size=(640,), crop=(321, 321), scale=(0.5, 1.5), iterations=10_000, warmup=500)
 
 # The paper's mIoU: dataset, a setting, one more argument, and the mIoU for its values.
-R50 = dict(backbone="resnet50")
-VOC_TRAIN = R50 | dict(labels=1464)
+VOC_TRAIN = dict(backbone="resnet50", labels=1464)
 LARGE = dict(crop=[512, 512])
 LARGE_MS = LARGE | dict(scales=[0.5, 0.75, 1.0, 1.25, 1.5, 1.75], flip=True)
 TABLE_1 = {0.1: 67.9, 0.2: 69.5, 0.3: 70.7, 0.4: 71.4, 0.5: 73.7}
@@ -93,7 +91,7 @@ PAPER_MIOU = [
     ("vocaug", VOC_TRAIN, "pairs", {"random": 71.9}),  # Table 2
     ("vocaug", VOC_TRAIN, "mitrans", {False: 72.7}),  # Table 2
     ("vocaug", VOC_TRAIN, "decoupling", {"hard": 71.4}),  # Table 2
-    ("vocaug", R50, "labels", {500: 65.4, 1000: 68.1}),  # Table 4
+    ("vocaug", dict(backbone="resnet50"), "labels", {500: 65.4, 1000: 68.1}),  # Table 4
     ("vocaug", {}, "labels", {1323: 73.4, 2646: 75.5, 5291: 76.5}),  # Table 5
     ("cityscapes", dict(labels=372), "lambda_cap", TABLE_6),
     ("cityscapes", {}, "labels", {100: 56.9, 744: 67.5, 1488: 69.8}),  # Table 7
@@ -109,7 +107,7 @@ def paper_miou(args):
     """The mIoU that the paper reports for these arguments; None if it reports none."""
     for dataset, setting, name, values in PAPER_MIOU:
         wanted = setting | {"dataset": dataset, "supervised": False}
-        same = all(getattr(args, key) == value for key, value in wanted.items())
+        same = wanted.items() <= vars(args).items()
         if same and set(args.changed) <= {*wanted, name, "split"}:
             return values.get(getattr(args, name))
 
@@ -122,30 +120,27 @@ def get_parser():
     number = dict(type=float, metavar="X")
     switch = dict(action=argparse.BooleanOptionalAction)
     add("--lambda-cap", **number, help="upper limit of lambda, at most 0.5 (Tables 1, 6, 8)")
-    add("--alpha", **number, default=1.0, help="lambda is drawn from Beta(X, X) (default: 1)")
+    add("--alpha", **number, help="lambda is drawn from Beta(X, X)")
     add("--pairs", choices=["similar", "random"], help="labeled pictures to blend with (Table 2)")
-    add("--distance", choices=["pooled", "places"], default="pooled",
-        help="compare features by their mean, or position by position (Eq. 3; default: pooled)")
+    add("--distance", choices=["pooled", "places"], help="features in Eq. 3: their mean, or all")
     add("--classifier", **switch, help="image-level classifier on the encoder's features (L_cla)")
-    add("--mitrans", **switch, default=True, help="non-local blocks in MITrans (Eq. 5; Table 2)")
-    add("--decoupling", choices=["soft", "hard"], default="soft",
-        help="pseudo-mask: M_mix - lambda M_l, or M_mix - M_l (Eqs. 8, 7; Table 2; default: soft)")
-    add("--labeled-decoupling", choices=["soft", "hard"], help="the same in L_dec (Eq. 12: hard)")
+    add("--mitrans", **switch, help="non-local blocks in MITrans (Eq. 5; Table 2)")
+    add("--decoupling", choices=["soft", "hard"], help="Eq. 8 or Eq. 7 in L_usup (Table 2)")
+    add("--labeled-decoupling", choices=["soft", "hard"], help="Eq. 8 or Eq. 7 in L_dec")
     add("--masks", choices=["probabilities", "logits", "softmax"],
         help="what M holds; softmax: logits are decoupled, and their softmax is compared")
     add("--stop-gradient", **switch, help="no gradient into the pseudo-mask of L_usup")
     add("--labeled-stop-gradient", **switch, help="no gradient into M_l and M^_l of L_dec")
     add("--omega", **number, help="weight of L_usup after its ramp-up (Eq. 9)")
-    add("--dec-weight", **number, default=1.0, help="weight of L_dec (Eq. 11; default: 1)")
-    add("--warmup", **number, help="share of the iterations with L_ce and L_cla alone (Sect. 3.2)")
-    add("--ramp", **number, default=0.1, help="share of them in which omega rises (default: 0.1)")
+    add("--dec-weight", **number, help="weight of L_dec (Eq. 11)")
+    add("--warmup", type=int, metavar="N", help="iterations with L_ce and L_cla alone (Sect. 3.2)")
+    add("--ramp", **number, help="share of the iterations in which omega rises")
     add("--rotation", **number, help="rotate pictures by up to X degrees (Sect. 4.1)")
     common.add_arguments(parser, ["guidedmix"])
     return parser
 
 
 # ---- perturbations -------------------------------------------------------------------------------
-
 
 def rotate(image, label, top, left, crop, generator, degrees):
     """Take the crop out of a picture (3, H, W) and label (H, W), rotated by up to so many degrees.
@@ -167,6 +162,8 @@ def rotate(image, label, top, left, crop, generator, degrees):
 def sample_lambda(alpha, cap, generator):
     """lambda ~ Beta(alpha, alpha), then lambda <- min(lambda, 1 - lambda), below the cap."""
     # Open: alpha, and how to stay below the cap; 1, and new draws; one lambda a batch   --alpha
+    # Open: what lambda weights; x_l (Eq. 2), so a low cap hides x_l. Sect. 4.3.1 has it the other
+    # way round, and Tables 1, 6, 8 depend on it   --lambda-cap
     for _ in range(100_000):
         lam = generator.beta(alpha, alpha)
         lam = min(lam, 1 - lam)
@@ -178,8 +175,7 @@ def sample_lambda(alpha, cap, generator):
 
 def describe(v, distance="pooled"):
     """What pictures are compared by: Gamma_enc (B, C, h, w) -> (B, C), or (B, C h w)."""
-    # Open: Eq. 3 sums over positions, Sect. 3.1.1 compares "pooled features"; we compare the means
-    # over all positions, after the PSP module, without gradient   --distance
+    # Open: Eq. 3 sums over positions, Sect. 3.1.1 has "pooled features"; pooled   --distance
     v = v.detach().float()
     return v.flatten(1) if distance == "places" else v.mean((2, 3))
 
@@ -193,8 +189,7 @@ def distances(features, guides):
 def pair(args, positions, features, guides, labeled):
     """The guide of each picture, as an index of guides: (B,). positions: of the pictures in their
     stream; features: of describe(); labeled: they are guides, and take another one."""
-    # Open: Sect. 3.1.1 looks for a labeled picture for each unlabeled one, Sect. 4.3.1 the reverse;
-    # we do the former, among those of all processes, and one may serve several pictures   --pairs
+    # Open: who chooses; x_u its x_l, by Sect. 3.1.1 (in Sect. 4.3.1 x_l its x_u)   --pairs
     first = rank() * len(positions)  # where labeled pictures of this process begin
     if args.pairs == "similar":
         distance = distances(features, guides["features"])
@@ -202,11 +197,8 @@ def pair(args, positions, features, guides, labeled):
             distance[:, first : first + len(distance)].fill_diagonal_(math.inf)
         return distance.argmin(1)
     count = len(guides["image"])
-    if labeled:
-        shifts = [rng(args.seed, "pair labeled", place).randint(1, count) for place in positions]
-        partners = [(i + shift) % count for i, shift in enumerate(shifts, first)]
-    else:
-        partners = [rng(args.seed, "pair", place).randint(count) for place in positions]
+    shifts = [rng(args.seed, "pair", labeled, p).randint(labeled, count) for p in positions]
+    partners = [(i + shift) % count for i, shift in enumerate(shifts, first)]
     return torch.tensor(partners).to(features.device, non_blocking=True)
 
 
@@ -224,17 +216,11 @@ class Gather(torch.autograd.Function):
         return all_reduce(gradient.contiguous()).chunk(world_size())[rank()]
 
 
-# ---- EMA -----------------------------------------------------------------------------------------
-# None: the student makes the pseudo-masks.
-
-
-# ---- pseudo-labels -------------------------------------------------------------------------------
-
+# ---- EMA: none; pseudo-labels --------------------------------------------------------------------
 
 def to_mask(logits, masks):
     """The mask M that is decoupled, of logits (B, K, h, w)."""
-    # Open: what M holds; probabilities, as Eq. 11 puts M_l into Eq. 1, and as Eqs. 8 and 12 agree
-    # where M_mix is the mean of both masks   --masks
+    # Open: what M holds; probabilities, as Eq. 11 puts M_l into Eq. 1   --masks
     return logits.float().softmax(1) if masks == "probabilities" else logits.float()
 
 
@@ -243,8 +229,7 @@ def blend(args, learner, guide, image, *key):
     guide: x_l, image: x_u (B, 3, H, W) uint8; key: of the random lambda."""
     lam = sample_lambda(args.alpha, args.lambda_cap, rng(args.seed, *key))
     x_mix = lam * to_float(guide) + (1 - lam) * to_float(image)  # Eq. 2
-    # Open: batch norm of blends; their batch normalizes them, but the running statistics are those
-    # of pictures alone, since blends have less contrast   --batch-norm
+    # Open: batch norm of blends; by their batch, running statistics by pictures   --batch-norm
     norms = [module for module in learner.modules() if hasattr(module, "track_running_stats")]
     for norm in norms:
         norm.track_running_stats = False
@@ -266,7 +251,6 @@ def decouple(M_mix, M_l, lam, decoupling="soft"):
 
 # ---- network -------------------------------------------------------------------------------------
 
-
 class NonLocal(nn.Module):
     """v'_n = 1 / C(x) sum_m f(Q_n, K_m) V_m + v_n, with f(Q_n, K_m) = exp(Q_n . K_m): each position
     n takes up the features of similar positions m. v (B, C, h, w) -> (B, C, h, w)."""
@@ -279,14 +263,12 @@ class NonLocal(nn.Module):
 
     def forward(self, v):
         B, C, h, w = v.shape
-        # The library's attention never holds the hw x hw map, but wants values as wide as queries:
-        # the halves of V are two heads, which share Q and K. (B, 2, hw, C/2) each
+        # Two heads share Q and K: attention without a (hw, hw) map wants values as wide as queries.
         maps = self.query(v), self.key(v)  # (B, C/2, h, w) each
         maps = [x.flatten(2).mT.contiguous() for x in maps]  # (B, hw, C/2) each
-        query, key = [x[:, None].expand(-1, 2, -1, -1) for x in maps]
+        query, key = [x[:, None].expand(-1, 2, -1, -1) for x in maps]  # (B, 2, hw, C/2) each
         value = self.value(v).view(B, 2, C // 2, h * w).mT.contiguous()
-        # Open: the softmax "over the channel dimension"; ours is over positions m, as C(x) in Eq. 5
-        # is, and the scores have no scale
+        # Open: the softmax "over the channel dimension"; over positions m, as the sum of Eq. 5
         context = F.scaled_dot_product_attention(query, key, value, scale=1.0)
         return v + context.mT.reshape(B, C, h, w)  # Eq. 5
 
@@ -321,11 +303,9 @@ class GuidedMixNet(common.SegmentationNetwork):
             spec["backbone"], spec["batch_norm"], caffe, spec["deep_stem"])
         super().__init__(backbone, spec["style"])
         self.stride = 2
-        width = 512
-        norm = nn.BatchNorm2d
+        width, norm = 512, nn.BatchNorm2d
         if spec["backbone"] == "tiny":
-            width = 64
-            norm = common.group_norm
+            width, norm = 64, common.group_norm
             backbone.maxpool = nn.MaxPool2d(3, 2, 1)  # stride 8, as in the others
         self.psp = common.PyramidPooling(backbone.channels, width, norm)
         # Open: where the skips come from; layer1 and the stem
@@ -335,8 +315,7 @@ class GuidedMixNet(common.SegmentationNetwork):
         self.presence = nn.Linear(width, spec["present"]) if spec["present"] else None
 
     def forward(self, image, aux=False):
-        """(B, 3, H, W) float RGB in [0, 1] -> logits (B, K, H/2, W/2); with aux=True also
-        Gamma_enc(image), and the logits (B, K') of classes that are present, or None."""
+        """(B, 3, H, W) in [0, 1] -> logits (B, K, H/2, W/2); aux: Gamma_enc and L_cla's logits."""
         net = self.backbone
         stem = net.relu(net.bn1(net.conv1(self.normalize(image))))  # (B, 64, H/2, W/2)
         layer1 = net.layer1(net.maxpool(stem))  # (B, 256, H/4, W/4)
@@ -350,10 +329,9 @@ class GuidedMixNet(common.SegmentationNetwork):
 
 # ---- losses --------------------------------------------------------------------------------------
 
-
 def cross_entropy(logits, label):
-    """L_ce = - sum_i y_i log(y^_i), the mean over known pixels, or 0 if there are none.
-    logits (B, K, h, w) at stride 2, label (B, H, W) with 255."""
+    """L_ce = - sum_i y_i log(y^_i), the mean over known pixels (Eq. 1 prints y^_i log(y_i)).
+    logits (B, K, h, w) at stride 2, label (B, H, W) with 255. 0 if no pixel is known."""
     logits = common.upsample(logits, label.shape[1:], 2)  # (B, K, H, W)
     # Gradients are averaged over processes: each returns its share times their number.
     known = all_reduce((label != IGNORE).sum())
@@ -371,48 +349,37 @@ def classifier_loss(logits, label, classes):
 
 
 def mask_error(M_dec, M, valid, masks="logits"):
-    """1 / (H W) sum sum (M_dec - M)^2, of M_u-dec, M_u (Eq. 10) or M_dec, M^_l (Eq. 12): the sum
-    over classes, the mean over the valid pixels.
-    M_dec, M (B, K, h, w); valid (B, H, W) bool, of both blended pictures; masks: as --masks."""
+    """1 / (H W) sum sum (M_dec - M)^2, of masks (B, K, h, w): the sum over classes, the mean over
+    pixels that are valid (B, H, W) in both blended pictures. masks: as --masks."""
     if masks == "softmax":
-        M_dec = M_dec.softmax(1)
-        M = M.softmax(1)
+        M_dec, M = M_dec.softmax(1), M.softmax(1)
     valid = valid[:, ::2, ::2]  # at the cells of the masks
     count = all_reduce(valid.sum())
     total = ((M_dec - M).square() * valid[:, None]).sum()
     return total * world_size() / count.clamp(min=1)  # Eqs. 10, 12
 
 
-def at_size(x, size):
-    """Labels (B, H, W) at another size, by the nearest pixel."""
-    resized = F.interpolate(x[:, None].float(), size, mode="nearest-exact")
-    return resized[:, 0].to(x.dtype)
-
-
 def decoupling_loss(args, learner, labeled, M_l, features, guides, iteration):
     """L_dec = 1 / (H W) sum sum (M_dec - M^_l)^2, with M_dec = M_mix - M_l, of a labeled batch with
     masks M_l and features. x^_l, M^_l: other labeled pictures, and their masks."""
     partner = pair(args, labeled["position"], features, guides, labeled=True)  # Eq. 3
-    other = guides["image"][partner]  # x^_l
-    lam, _, M_mix = blend(  # Eqs. 2, 6
-        args, learner, labeled["image"], other, "lambda labeled", iteration)
-    # Open: Eq. 12 is hard, Eq. 8 soft; so are ours, but on streets both soft   --labeled-decoupling
-    M_l_hat = guides["mask"][partner]  # M^_l
+    image = guides["image"][partner]  # x^_l
+    M_partner = guides["mask"][partner]  # M^_l
+    lam, _, M_mix = blend(args, learner, labeled["image"], image, "lambda labeled", iteration)
+    # Open: what L_dec trains; M_mix alone, since it would flatten M_l   --labeled-stop-gradient
     if args.labeled_stop_gradient:
-        M_l = M_l.detach()
-        M_l_hat = M_l_hat.detach()
+        M_l, M_partner = M_l.detach(), M_partner.detach()
+    # Open: Eq. 12 is hard, Eq. 8 soft; so are ours, but on streets both soft   --labeled-decoupling
     M_dec = decouple(M_mix, M_l, lam, args.labeled_decoupling)
-    valid = labeled["valid"] & guides["valid"][partner]  # no mask is learned in padding
-    return mask_error(M_dec, M_l_hat, valid, args.masks)  # Eq. 12
+    valid = labeled["valid"] & guides["valid"][partner]
+    return mask_error(M_dec, M_partner, valid, args.masks)  # Eq. 12
 
 
 # ---- training ------------------------------------------------------------------------------------
 
-
 def update(args, keep, loss, iteration):
     """A step of the optimizer, with polynomial decay (Sect. 4.2). Returns the learning rate."""
-    optimizer = keep["optimizer"]
-    scaler = keep["scaler"]
+    optimizer, scaler = keep["optimizer"], keep["scaler"]
     lr = args.lr * (1 - iteration / args.iterations) ** 0.9
     optimizer.param_groups[0]["lr"] = lr
     optimizer.zero_grad()
@@ -428,14 +395,12 @@ def train_supervised(args, run, learner, keep, stream, begin, stop):
     student = keep["student"]
     run.phase = None if args.supervised else "warm-up"
     run.images = args.batch_size
-    student.train()
     batches = common.batches(stream, args, run.device, begin, stop)
     for iteration, labeled in enumerate(batches, begin):
         # 1 batch: labeled pictures
         label = labeled["label"]  # (B, H, W)
 
-        # 2 pseudo-labels: none
-        # 3 losses
+        # 2 pseudo-labels: none. 3 losses
         # Open: the losses of the baseline; L_ce alone, without the classifier   --supervised
         with autocast(args, run.device):
             logits, v, present = learner(to_float(labeled["image"]), aux=True)
@@ -447,21 +412,19 @@ def train_supervised(args, run, learner, keep, stream, begin, stop):
         # 4 backward
         lr = update(args, keep, loss, iteration)
 
-        # 5 EMA: none
-        # 6 log, evaluate, save
+        # 5 EMA: none. 6 log, evaluate, save
         run.step(iteration, losses, record=iteration + 1 == stop, lr=lr)
         if run.due():
             run.evaluate({"student": student})
-            draw(run, labeled, logits)
+            columns = {"labeled picture": labeled["image"], "label": label, "prediction": logits}
+            draw(run, labeled["valid"], columns)
         run.save(iteration, keep)
 
 
 def train(args, run, learner, keep, streams, warmup, begin):
     """GuidedMix-Net's loop (Sect. 3), from iteration begin to the last one."""
-    student = keep["student"]
     run.phase = None
     run.images = args.batch_size * (2 if args.omega else 1)
-    student.train()
     stop = args.iterations
     batches = [common.batches(stream, args, run.device, begin, stop) for stream in streams]
     for iteration, (labeled, unlabeled) in enumerate(zip(*batches), begin):
@@ -474,25 +437,27 @@ def train(args, run, learner, keep, streams, warmup, begin):
             logits, v, present = learner(to_float(image), aux=True)
         M_l, M_u = to_mask(logits, args.masks).tensor_split([B])  # (B, K, h, w) each
         features_l, features_u = describe(v, args.distance).tensor_split([B])  # (B, C) each
-        guides = {"image": labeled["image"], "valid": labeled["valid"]}
-        guides |= {"mask": M_l, "features": features_l}
+        guides = {
+            "image": labeled["image"],
+            "valid": labeled["valid"],
+            "mask": M_l,
+            "features": features_l,
+        }
         if world_size() > 1:  # the n labeled pictures of all processes
             guides = {name: Gather.apply(x.contiguous()) for name, x in guides.items()}
 
         # 2 pseudo-labels: M_u-dec, decoupled from blends of x_u with its guides
-        pseudo_labels = {}
         if args.omega:
             partner = pair(args, unlabeled["position"], features_u, guides, labeled=False)  # Eq. 3
             guide = guides["image"][partner]  # x_l of each x_u
+            M_guide = guides["mask"][partner]  # M_l
+            valid = unlabeled["valid"] & guides["valid"][partner]  # no mask is learned in padding
             # Open: whether gradient flows into the pseudo-mask; no, it is a target (yes on streets,
-            # where a network from scratch gained nothing from fixed targets)   --stop-gradient
-            with torch.set_grad_enabled(not args.stop_gradient):  # Eqs. 2, 6
-                lam, x_mix, M_mix = blend(
+            # where a network from scratch loses by fixed targets)   --stop-gradient
+            with torch.set_grad_enabled(not args.stop_gradient):
+                lam, x_mix, M_mix = blend(  # Eqs. 2, 6
                     args, learner, guide, unlabeled["image"], "lambda", iteration)
-                M_guide = guides["mask"][partner]
                 M_u_dec = decouple(M_mix, M_guide, lam, args.decoupling)  # Eqs. 7, 8
-            pseudo_labels["pseudo_miou"] = M_u_dec.max(1).indices
-            pseudo_labels["direct_miou"] = M_u.max(1).indices
 
         # 3 losses
         label = labeled["label"]
@@ -503,10 +468,8 @@ def train(args, run, learner, keep, streams, warmup, begin):
         if args.dec_weight:
             loss_dec = decoupling_loss(args, learner, labeled, M_l, features_l, guides, iteration)
         if args.omega:
-            valid = unlabeled["valid"] & guides["valid"][partner]
             loss_usup = mask_error(M_u_dec, M_u, valid, args.masks)  # Eq. 10
-        # Open: w and the ramp-up of omega = w exp(-5 (1 - t)^2); 1.5 (Context: 0.5) and 10 % of the
-        # iterations. CCT has w = 30, of a mean over classes; Eq. 10 is a sum   --omega, --ramp
+        # Open: w and its ramp-up; w = 30 / K and 10 %, as CCT's of a mean over K   --omega, --ramp
         t = min(1, (iteration - warmup) / max(1, args.ramp * args.iterations))
         omega = args.omega * math.exp(-5 * (1 - t) ** 2)
         loss_sup = loss_labeled + args.dec_weight * loss_dec + loss_cla  # Eq. 11
@@ -515,79 +478,69 @@ def train(args, run, learner, keep, streams, warmup, begin):
         # 4 backward
         lr = update(args, keep, loss, iteration)
 
-        # 5 EMA: none
-        # 6 log, evaluate, save
-        losses = {"loss_labeled": loss_labeled, "loss_cla": loss_cla}
-        losses |= {"loss_dec": loss_dec, "loss_usup": loss_usup}
+        # 5 EMA: none. 6 log, evaluate, save
+        losses = {
+            "loss_labeled": loss_labeled,
+            "loss_cla": loss_cla,
+            "loss_dec": loss_dec,
+            "loss_usup": loss_usup,
+        }
         losses = {name: term for name, term in losses.items() if torch.is_tensor(term)}
-        truth = unlabeled["truth"][:, ::2, ::2]  # for the log alone
-        numbers = {"lr": lr}
+        numbers, pseudo_labels = {"lr": lr}, {}
         if args.omega:
             numbers |= {"omega": omega, "lambda": lam}
+            pseudo_labels["pseudo_miou"] = M_u_dec.max(1).indices
+            pseudo_labels["direct_miou"] = M_u.max(1).indices
+        truth = unlabeled["truth"][:, ::2, ::2]  # nothing learns from it
         run.step(iteration, losses, pseudo_labels, truth, **numbers)
         if run.due():
-            run.evaluate({"student": student})
-            if args.omega:
-                draw_blends(run, guides, partner, unlabeled, x_mix, lam, M_mix, M_u_dec, M_u)
-            else:
-                draw(run, labeled, M_l)
+            run.evaluate({"student": keep["student"]})
+            if args.omega:  # Fig. 5
+                draw(run, valid, {
+                    "labeled partner": guide,
+                    "its prediction": M_guide,
+                    "unlabeled picture": unlabeled["image"],
+                    f"mix, lambda {lam:.2f}": (255 * x_mix).round().byte(),
+                    "prediction of the mix": M_mix,
+                    "decoupled pseudo-mask": M_u_dec,
+                    "direct prediction": M_u,
+                    "truth (not used)": unlabeled["truth"],
+                })
         run.save(iteration, keep)
 
 
-def shown(mask, valid):
-    """The most likely class of masks (B, K, h, w) at the size of valid (B, H, W), 255 elsewhere."""
-    return at_size(mask.max(1).indices, valid.shape[1:]).masked_fill(~valid, IGNORE)
-
-
-def draw(run, labeled, mask):
-    """pictures/batch_MARK.png without blends: labeled pictures, their labels, and predictions."""
-    columns = {"labeled picture": labeled["image"], "label": labeled["label"]}
-    columns["prediction"] = shown(mask, labeled["valid"])
-    run.panel(f"batch_{run.mark}", {title: cells[:4] for title, cells in columns.items()})
-
-
-def draw_blends(run, guides, partner, unlabeled, x_mix, lam, M_mix, M_u_dec, M_u):
-    """pictures/batch_MARK.png: guides, unlabeled pictures, their blends, and all masks."""
-    valid = unlabeled["valid"]
-    columns = {
-        "labeled partner": guides["image"][partner],
-        "its prediction": shown(guides["mask"][partner], guides["valid"][partner]),
-        "unlabeled picture": unlabeled["image"],
-        f"mix, lambda {lam:.2f}": (255 * x_mix).round().byte(),
-        "prediction of the mix": shown(M_mix, valid),
-        "decoupled pseudo-mask": shown(M_u_dec, valid),
-        "direct prediction": shown(M_u, valid),
-        "truth (not used)": unlabeled["truth"],
-    }
+def draw(run, valid, columns):
+    """pictures/batch_MARK.png: pictures, labels, and the class of masks where valid (B, H, W)."""
+    H, W = valid.shape[1:]
+    for title, cells in columns.items():
+        if cells.is_floating_point():  # masks
+            label = cells.max(1).indices.repeat_interleave(2, 1).repeat_interleave(2, 2)
+            columns[title] = label[:, :H, :W].masked_fill(~valid, IGNORE)
     run.panel(f"batch_{run.mark}", {title: cells[:4] for title, cells in columns.items()})
 
 
 # ---- main ----------------------------------------------------------------------------------------
 
-
 def check(args, labeled):
     """A UserError for values out of range, and for values that do not fit each other."""
     check_range(args, 1e-12, 0.5, "lambda_cap")
     check_range(args, 1e-12, math.inf, "alpha")
-    check_range(args, 0, math.inf, "omega", "dec_weight")
-    check_range(args, 0, 1, "warmup", "ramp")
+    check_range(args, 0, math.inf, "omega", "dec_weight", "warmup")
+    check_range(args, 0, 1, "ramp")
     check_range(args, 0, 180, "rotation")
     sample_lambda(args.alpha, args.lambda_cap, rng(args.seed, "check"))
     need(args.head == "plain" and args.aspp_branches == 4, f"--head {args.head} --aspp-branches "
          f"{args.aspp_branches}: are for DeepLab, not for this paper's network; leave them out")
     if args.supervised:
         return
-    warmup = round(args.warmup * args.iterations)
-    need(warmup < max(1, args.iterations), f"--warmup {args.warmup:g}: leaves none of the "
-         f"{args.iterations} iterations for the method; use 0.2, for example")
-    for flag, count in (("--labels", len(labeled)), ("--batch-size", args.batch_size)):
-        need(count > 1 or args.dec_weight == 0, f"{flag} {count}: L_dec blends two labeled "
-             f"pictures of a batch; use {flag} 2 or more, or --dec-weight 0")
-    if args.dec_weight and len(labeled) < args.batch_size:
-        common.warn(f"{len(labeled)} labeled pictures, --batch-size {args.batch_size}: L_dec "
+    need(args.warmup < args.iterations or args.iterations == 0, f"--warmup {args.warmup}: leaves "
+         f"none of the {args.iterations} iterations for the method; use a lower one")
+    need(min(labeled, args.batch_size) > 1 or args.dec_weight == 0,
+         f"--labels {labeled} --batch-size {args.batch_size}: L_dec blends two labeled pictures of "
+         "a batch; use 2 or more, or --dec-weight 0")
+    if args.dec_weight and labeled < args.batch_size:
+        common.warn(f"{labeled} labeled pictures, --batch-size {args.batch_size}: L_dec "
                     "blends some of them with another view of themselves")
-    if args.omega == args.dec_weight == 0:
-        common.warn("--omega 0 --dec-weight 0: without L_usup and L_dec this is a baseline")
 
 
 def main():
@@ -599,17 +552,16 @@ def main():
         return common.use_checkpoint(args, device, GuidedMixNet)
     data = common.open_dataset(args)
     labeled, unlabeled = common.split(args, data)
-    check(args, labeled)
+    check(args, len(labeled))
     cut = partial(rotate, degrees=args.rotation) if args.rotation else None
     streams = [common.Stream(data, labeled, "labeled", args, cut=cut),
                common.Stream(data, unlabeled, "unlabeled", args, labeled=False, cut=cut)]
-
     present = 0  # outputs of the classifier
     if args.classifier and not args.supervised:
         present = len(data.names) - (data.names[0] == "background")
     student = common.build_network(
         args, data, device, make=GuidedMixNet, mitrans=args.mitrans, present=present)
-    learner = common.parallel(student, device)  # averages gradients over processes
+    learner = common.parallel(student.train(), device)  # averages gradients over processes
     optimizer = common.make_optimizer(args, args.lr, student.parameters())
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
     method = "guidedmix-supervised" if args.supervised else "guidedmix"
@@ -617,10 +569,8 @@ def main():
     run = common.Run(method, args, data, labeled, unlabeled, device, stages, "student")
     keep = {"student": student, "optimizer": optimizer, "scaler": scaler}
     begin = run.restore(keep)
-    # Open: the length of the training on labels alone (Sect. 3.2); 5 %, on streets 20 %   --warmup
-    warmup = args.iterations if args.supervised else round(args.warmup * args.iterations)
-    if begin < warmup:
-        train_supervised(args, run, learner, keep, streams[0], begin, stop=warmup)
+    warmup = args.iterations if args.supervised else min(args.warmup, args.iterations)
+    train_supervised(args, run, learner, keep, streams[0], begin, warmup)
     if not args.supervised:
         train(args, run, learner, keep, streams, warmup, max(begin, warmup))
     run.finish({"student": student}, paper_miou(args))

@@ -637,7 +637,7 @@ SHORT = {
     ],
     mkd: ["--iterations", "4", "--warmup", "2"],
     three_stage: ["--stages", "2", "--stage1-iterations", "2", "--iterations", "2"],
-    guidedmix: ["--iterations", "4", "--warmup", ".5"],
+    guidedmix: ["--iterations", "4", "--warmup", "2"],
 }
 
 

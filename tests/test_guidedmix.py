@@ -43,12 +43,25 @@ def labels(*shape, classes=K, unknown=0.2):
 # ---- Eq. 1 ---------------------------------------------------------------------------------------
 
 
-def test_eq_1():
-    logits, label = torch.randn(2, K, 4, 6), labels(2, 4, 6)
+def at_pixel(cells, i, j):
+    """The value at pixel (i, j) of cells (h, w), cell c on pixel 2 c, continued at the border."""
+    h, w = cells.shape
+    value = 0
+    for y, x in np.ndindex(h + 1, w + 1):
+        share = max(0, 1 - abs(i / 2 - y)) * max(0, 1 - abs(j / 2 - x))
+        value += share * float(cells[min(y, h - 1), min(x, w - 1)])
+    return value
+
+
+@pytest.mark.parametrize("size", [(4, 6), (5, 7), (4, 5)])
+def test_eq_1(size):
+    """Cell c of the logits is centred on pixel 2 c, at even and odd sizes."""
+    cells = [math.ceil(side / 2) for side in size]
+    logits, label = torch.randn(2, K, *cells), labels(2, *size)
     terms = []
-    for b, i, j in np.ndindex(2, 4, 6):
+    for b, i, j in np.ndindex(2, *size):
         if label[b, i, j] != 255:
-            exp = [math.exp(logits[b, k, i, j]) for k in range(K)]
+            exp = [math.exp(at_pixel(logits[b, k], i, j)) for k in range(K)]
             terms.append(-math.log(exp[label[b, i, j]] / sum(exp)))
     expected = sum(terms) / len(terms)
     assert float(guidedmix.cross_entropy(logits, label)) == pytest.approx(expected, rel=1e-5)
@@ -350,7 +363,7 @@ def test_crops_of_8n_1_pixels_have_corners_on_corners():
     assert guidedmix.GuidedMixNet.align_corners
     logits = torch.zeros(1, 1, 161, 161)
     logits[..., 80, 100] = 1
-    up = common.upsample(logits, (321, 321), True)
+    up = common.upsample(logits, (321, 321), 2)
     assert up[0, 0, 160, 200] == 1 and up[0, 0, 160, 201] == 0.5
 
 
@@ -384,10 +397,11 @@ def test_what_was_mixed_as_eq_6_has_it_is_decoupled():
 
 
 def test_eqs_10_and_12():
-    a, b, valid = torch.randn(2, K, 3, 4), torch.randn(2, K, 3, 4), torch.rand(2, 3, 4) < 0.6
+    """Masks are compared at their cells, cell c on pixel 2 c, where this pixel is valid."""
+    a, b, valid = torch.randn(2, K, 3, 4), torch.randn(2, K, 3, 4), torch.rand(2, 5, 8) < 0.6
     pixels = []
     for n, i, j in np.ndindex(2, 3, 4):
-        if valid[n, i, j]:
+        if valid[n, 2 * i, 2 * j]:
             pixels.append(sum((a[n, k, i, j] - b[n, k, i, j]).item() ** 2 for k in range(K)))
     assert 0 < len(pixels) < 24
     mean = sum(pixels) / len(pixels)
@@ -398,11 +412,28 @@ def test_eqs_10_and_12():
     assert float(guidedmix.mask_error(a, b, ~everywhere)) == 0
 
 
-def test_masks_are_compared_at_their_size_and_where_asked_by_their_softmax():
-    a, b, valid = torch.randn(2, K, 3, 4), torch.randn(2, K, 3, 4), torch.rand(2, 3, 4) < 0.6
-    of_pictures = valid.repeat_interleave(2, 1).repeat_interleave(2, 2)
-    error = guidedmix.mask_error(a, b, of_pictures, "softmax")
+def test_masks_are_compared_by_their_softmax_where_asked():
+    a, b, valid = torch.randn(2, K, 3, 4), torch.randn(2, K, 3, 4), torch.rand(2, 6, 8) < 0.6
+    error = guidedmix.mask_error(a, b, valid, "softmax")
     assert torch.equal(error, guidedmix.mask_error(a.softmax(1), b.softmax(1), valid))
+
+
+def test_with_probabilities_eqs_8_and_12_agree_on_what_a_blend_is():
+    """Hard L_dec is least where M_mix is the mean of the masks, if these are sure of two classes.
+    Soft decoupling of that mean with lambda = 1/2 is the other mask's half."""
+    M_l, M_u = F.one_hot(torch.tensor([1, 3]), K).float().view(2, 1, K, 1, 1)
+    logits = torch.zeros(1, K, 1, 1, requires_grad=True)
+    optimizer = torch.optim.Adam([logits], 0.1)
+    everywhere = torch.ones(1, 1, 1, dtype=torch.bool)
+    for _ in range(500):
+        optimizer.zero_grad()
+        M_mix = guidedmix.to_mask(logits, "probabilities")
+        M_dec = guidedmix.decouple(M_mix, M_l, 0.3, "hard")  # Eq. 12
+        guidedmix.mask_error(M_dec, M_u, everywhere).backward()
+        optimizer.step()
+    torch.testing.assert_close(M_mix.detach(), (M_l + M_u) / 2, atol=0.02, rtol=0)
+    soft = guidedmix.decouple(M_mix.detach(), M_l, 0.5)  # Eq. 8
+    torch.testing.assert_close(soft, M_u / 2, atol=0.02, rtol=0)
 
 
 # ---- rotation ------------------------------------------------------------------------------------
@@ -550,48 +581,91 @@ def test_the_papers_settings(dataset, crop, batch, cap, pairs, classifier):
     assert (args.optimizer, args.lr, args.weight_decay) == ("sgd", 1e-3, 1e-4)
     assert args.iterations == 40_000 and args.scale == (0.5, 2.0) and args.rotation == 10
     assert args.backbone == "resnet101" and args.weights == "imagenet"
-    assert (args.alpha, args.decoupling, args.warmup, args.ramp) == (1, "soft", 0.05, 0.1)
+    assert (args.alpha, args.decoupling, args.warmup, args.ramp) == (1, "soft", 2000, 0.1)
+    assert args.masks == "probabilities" and args.labeled_decoupling == "hard"
+    assert args.stop_gradient and args.labeled_stop_gradient and args.mitrans
     assert args.scales == [1.0] and not args.flip
 
 
+def rows(flags, values, miou):
+    return [(flags.format(value), expected) for value, expected in zip(values, miou)]
+
+
+# All tables of the paper with its own numbers, as commands.
+R50 = "vocaug --labels 1464"
+CAPS_OF_TABLES = (0.1, 0.2, 0.3, 0.4, 0.5)
+SHARES = ("1/8", "1/4", "1/2")
+MS = "--scales .5 .75 1 1.25 1.5 1.75 --flip"
+TABLES = {
+    "1": rows(R50 + " --lambda-cap {}", CAPS_OF_TABLES, (67.9, 69.5, 70.7, 71.4, 73.7)),
+    "2": [
+        (R50 + " --pairs random", 71.9),
+        (R50 + " --pairs similar", 73.7),
+        (R50 + " --no-mitrans", 72.7),
+        (R50 + " --mitrans", 73.7),
+        (R50 + " --decoupling hard", 71.4),
+        (R50 + " --decoupling soft", 73.7),
+    ],
+    "3": [(R50, 73.7)],
+    "4": rows("vocaug --labels {}", (500, 1000, 1464), (65.4, 68.1, 73.7)),
+    "5": rows("vocaug --labels {}", SHARES, (73.4, 75.5, 76.5)),
+    "6": rows("cityscapes --lambda-cap {}", CAPS_OF_TABLES, (64.3, 64.0, 65.8, 65.5, 65.7)),
+    "7": rows("cityscapes --labels {}", (100, *SHARES), (56.9, 65.8, 67.5, 69.8)),
+    "8": rows("context --lambda-cap {}", CAPS_OF_TABLES, (37.6, 39.4, 39.8, 40.3, 40.1)),
+    "9": rows("context --labels {}", SHARES[:2], (40.3, 41.7)),
+    "10": rows("vocaug --crop 512 512 --labels {}", SHARES, (75.2, 76.5, 77.1)),
+    "10, MS": rows("vocaug --crop 512 512 " + MS + " --labels {}", SHARES, (76.4, 77.8, 78.2)),
+}
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_each_row_of_each_table_has_the_papers_number(table):
+    for line, miou in TABLES[table]:
+        for args in arguments(f"--dataset {line}"):
+            assert guidedmix.paper_miou(args) == miou, line
+            args.changed.append("split")  # the authors' list, of as many pictures
+            assert guidedmix.paper_miou(args) == miou, line
+
+
 @pytest.mark.parametrize(
-    "line, miou",
+    "line",
     [
-        ("vocaug --labels 1464", 73.7),
-        ("vocaug --labels 1464 --lambda-cap .1", 67.9),
-        ("vocaug --labels 1464 --lambda-cap .4", 71.4),
-        ("vocaug --labels 1464 --pairs random", 71.9),
-        ("vocaug --labels 1464 --no-mitrans", 72.7),
-        ("vocaug --labels 1464 --decoupling hard", 71.4),
-        ("vocaug --labels 500", 65.4),
-        ("vocaug --labels 1000", 68.1),
-        ("vocaug", 73.4),
-        ("vocaug --labels 2646", 75.5),
-        ("vocaug --labels 5291", 76.5),
-        ("vocaug --crop 512 512", 75.2),
-        ("vocaug --labels 5291 --crop 512 512 --scales .5 .75 1 1.25 1.5 1.75 --flip", 78.2),
-        ("cityscapes", 65.8),
-        ("cityscapes --lambda-cap .5", 65.7),
-        ("cityscapes --labels 100", 56.9),
-        ("cityscapes --labels 1488", 69.8),
-        ("context", 40.3),
-        ("context --lambda-cap .3", 39.8),
-        ("context --labels 1/4", 41.7),
-        ("context --lambda-cap .1", 37.6),
-        ("vocaug --labels 1/2", 76.5),
-        ("vocaug --labels 1464 --pairs random --no-mitrans", None),
-        ("vocaug --labels 1464 --lambda-cap .25", None),
-        ("vocaug --labels 1464 --flip", None),
-        ("vocaug --labels 700", None),
-        ("vocaug --labels 1464 --backbone resnet101", None),
-        ("vocaug --labels 500 --backbone resnet101", None),
-        ("vocaug --labels 1/8 --backbone resnet50", None),
-        ("vocaug --labels 500/10582", None),
-        ("cityscapes --crop 512 512", None),
-        ("vocaug --labels 1464 --iterations 10", None),
-        ("streets", None),
+        "vocaug --labels 1464 --pairs random --no-mitrans",
+        "vocaug --labels 1464 --lambda-cap .25",
+        "vocaug --labels 1464 --flip",
+        "vocaug --labels 700",
+        "vocaug --labels 1464 --backbone resnet101",
+        "vocaug --labels 500 --backbone resnet101",
+        "vocaug --labels 1/8 --backbone resnet50",
+        "vocaug --labels 500/10582",
+        "vocaug --supervised",
+        "vocaug --masks logits",
+        "vocaug --no-stop-gradient",
+        "vocaug --warmup 100",
+        "cityscapes --crop 512 512",
+        "vocaug --labels 1464 --iterations 10 --warmup 0",
+        "streets",
     ],
 )
-def test_the_papers_numbers_stand_beside_their_settings(line, miou):
+def test_other_settings_have_no_number_of_the_paper(line):
     for args in arguments(f"--dataset {line}"):
-        assert guidedmix.paper_miou(args) == miou
+        assert guidedmix.paper_miou(args) is None
+
+
+def test_each_flag_of_the_method_can_be_set_by_a_row():
+    """No flag has a default of its own: a row's value arrives, and the flag beats it."""
+    parser = guidedmix.get_parser()
+    (group,) = [group for group in parser._action_groups if group.title == "GuidedMix-Net"]
+    assert len(group._group_actions) >= 16
+    for action in group._group_actions:
+        usual = guidedmix.PAPER["streets"][action.dest]
+        if isinstance(usual, bool):
+            other, flag = not usual, ["--" + "no-" * usual + action.dest.replace("_", "-")]
+        else:
+            other = next(x for x in action.choices or (7, 8) if x != usual)
+            flag = ["--" + action.dest.replace("_", "-"), str(other)]
+        table = {"streets": guidedmix.PAPER["streets"] | {action.dest: other}}
+        args = common.parse_args(guidedmix.get_parser(), table, [])
+        assert getattr(args, action.dest) == other and not args.changed
+        args = common.parse_args(guidedmix.get_parser(), guidedmix.PAPER, flag)
+        assert getattr(args, action.dest) == other and args.changed == [action.dest]
