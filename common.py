@@ -20,6 +20,7 @@ import hashlib
 import json
 import math
 import os
+import pickle
 import re
 import resource
 import shutil
@@ -839,13 +840,14 @@ def split(args, data, read=True):
 
     They are those of --split, or the first --labels of split_order() and all others. The pictures
     of --extra are unlabeled too. read: read some pictures before a long run."""
-    if args.split:
+    pickled = args.split and args.split[0].endswith(".pkl")
+    if args.split and not pickled:
         labeled, unlabeled = read_split(args.split, data)
         if args.labels is not None and str(args.labels) != str(len(labeled)):
             warn(f"{args.split[0]} names {len(labeled)} pictures; --labels {args.labels} is unused")
     else:
         count = count_labels(args.labels, data)
-        order = split_order(args, data, count)
+        order = read_order(args.split, data) if pickled else split_order(args, data, count)
         labeled, unlabeled = order[:count], order[count:]
     unlabeled = list(dict.fromkeys(unlabeled + data.extra))
     args.labels = len(labeled)
@@ -911,6 +913,30 @@ def read_split(paths, data):
     if len(lists) == 2 and both:
         warn(f"{len(both)} pictures are in both lists, as {min(both)}; they count as labeled only")
     return labeled, [id for id in others if id not in both]
+
+
+class NumbersOnly(pickle.Unpickler):
+    """Reads lists and numpy arrays of numbers. Other pickles could run any code."""
+
+    def find_class(self, module, name):
+        if module.startswith("numpy") and name in ("_reconstruct", "ndarray", "dtype", "scalar"):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"it holds {module}.{name}")
+
+
+def read_order(paths, data):
+    """The training ids in the order of a pickled permutation (split_0.pkl of Hung et al.)."""
+    try:
+        with warnings.catch_warnings(), open(paths[0], "rb") as file:  # numpy renamed its modules
+            warnings.simplefilter("ignore", DeprecationWarning)
+            order = np.array(NumbersOnly(file).load())
+    except (OSError, pickle.UnpicklingError, EOFError, ValueError, AttributeError) as error:
+        raise UserError(f"--split {paths[0]}: not a pickled list of numbers ({error})") from None
+    total = len(data.train)
+    need(len(paths) == 1 and np.array_equal(np.sort(order, None), np.arange(total)),
+         f"--split {paths[0]}: expected one file with the numbers 0 to {total - 1}, one for each "
+         f"training picture of {data.name}, in any order")
+    return [data.train[place] for place in order]
 
 
 def picture_name(text, data):
@@ -1122,7 +1148,8 @@ class Stream(torch.utils.data.Dataset):
     this stride and are cropped with their pictures.
     pseudo_labels: a folder whose pseudo-labels take the place of the masks.
     A sample: "image" (3, h, w) uint8, "label" or "truth" (h, w) uint8, "valid" (h, w) bool,
-    "position", and "soft_0", "soft_1", .. (K, h / stride, w / stride) float32.
+    "inside" (top, bottom, left, right of what is valid), "position", and "soft_0", "soft_1", ..
+    (K, h / stride, w / stride) float32.
     A UserError names a file that cannot be read."""
 
     def __init__(self, data, ids, name, args, labeled=True, soft_labels={}, stride=8,
@@ -1146,6 +1173,10 @@ class Stream(torch.utils.data.Dataset):
         *parts, view = weak_view(image, label, generator, self.crop, self.scale, self.cut)
         keys = ("image", "label" if self.labeled else "truth", "valid")
         sample = dict(zip(keys, parts), position=position)
+        rows = sample["valid"].any(1).nonzero()
+        columns = sample["valid"].any(0).nonzero()
+        sample["inside"] = torch.tensor(
+            [rows.min(), rows.max() + 1, columns.min(), columns.max() + 1])
         for i, (folder, align_corners) in enumerate(self.soft_labels.items()):
             soft = torch.from_numpy(read_soft_label(folder, id))
             sample[f"soft_{i}"] = crop_map(
@@ -1220,7 +1251,7 @@ def batches(stream, args, device, start, stop, batch_size=None, overlap=False):
     does not divide; a process without a share gets batches of no pictures.
     overlap: of several processes each gets one picture more, the first of the next share: then a
     method that mixes neighbors mixes the same ones as on one process.
-    label and truth become int64; "position" is a list of numbers, for augmentations."""
+    label and truth become int64; "position" and "inside" are lists of numbers."""
     size = batch_size or args.batch_size
     first, last = (math.ceil(r * size / world_size()) for r in (rank(), rank() + 1))
     if first == last:
@@ -1239,11 +1270,11 @@ def batches(stream, args, device, start, stop, batch_size=None, overlap=False):
         WAITED[0] += time.perf_counter() - began
         if batch is None:
             return
-        position = batch["position"].tolist()
+        numbers = {key: batch[key].tolist() for key in ("position", "inside")}
         batch = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
         for key in batch.keys() & {"label", "truth"}:
             batch[key] = batch[key].long()
-        yield batch | {"position": position}
+        yield batch | numbers
 
 
 def to_tensor(array):
@@ -1961,7 +1992,8 @@ def add_arguments(parser, networks=NETWORKS, several=False):
     add("--preset", metavar="P", help="another row of the method's table PAPER; on camvid and "
         "folder cpu or gpu, a small or a big network (default: gpu if there is one)")
     add("--labels", metavar="N", help="labeled pictures: a number, or a share such as 1/8")
-    add("--split", nargs="+", metavar="FILE", help="lists: labeled pictures, unlabeled (optional)")
+    add("--split", nargs="+", metavar="FILE", help="lists: labeled pictures, unlabeled "
+        "(optional); or an order of all as a .pkl, of which the first --labels are labeled")
     add("--split-seed", type=int, metavar="N", help="selects the labeled pictures (default: "
         "--seed; on Cityscapes one of the five splits of French et al.)")
     add("--size", type=int, nargs="+", metavar="N",
@@ -2067,8 +2099,9 @@ def parse_args(parser, paper, argv=None):
         if name not in aside and value not in usual:
             args.changed.append(name)
 
+    text = args.split and not args.split[0].endswith(".pkl")
     for name, value in row.items():
-        listed = name == "labels" and args.split  # the list decides
+        listed = name == "labels" and text  # the list decides
         if getattr(args, name) is None and not listed:
             setattr(args, name, value)
     args.flip = args.flip or False
@@ -2097,7 +2130,8 @@ def find_row(args, paper):
         preset = None
     key = f"{dataset}-{preset}" if preset else dataset
     labels = args.labels
-    if args.split and labels is None and Path(args.split[0]).is_file():
+    pickled = args.split and args.split[0].endswith(".pkl")
+    if args.split and not pickled and labels is None and Path(args.split[0]).is_file():
         lines = Path(args.split[0]).read_bytes().splitlines()
         labels = sum(bool(line.strip()) for line in lines)
     return paper.get(f"{key}/{labels}") or paper[key], preset

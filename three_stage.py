@@ -22,11 +22,8 @@ paper -> code                           (what the paper leaves open: grep "# Ope
     Figs. 2, 3      loss curves, lambda_1, 2      log.jsonl; --lambda1, --lambda2
     Figs. 4, 5      predictions of the stages     pictures/stages.png and val_stage_*.png
     Tables II-IV    results                       --dataset, --labels, --weights; PAPER_MIOU
-    Table V         ablations                     --stages 1 | 2; --no-consistency (CR);
-                    --no-pseudo-masks (T2); --no-strong (SA); --branch g-hat (N2)
-    Table VI        without EMA                   --no-ema
+    Tables V, VI    ablations; Sect. IV-C         PAPER_MIOU has the flags of each row
     Table VII       branches g-hat, g-tilde       SecondBranch, TwoBranches
-    Sect. IV-C      a fourth stage                --stages 4
 """
 
 import argparse
@@ -52,18 +49,23 @@ PAPER["cityscapes"] = dict(
     # Open: the batch of stage 1; as many pictures as later stages have in all   --stage1-batch-size
     labels="372", size=(512, 1024), crop=(256, 512), scale=(1.0, 1.0), workers=4,
     batch_size=4, labeled_batch_size=1, stage1_batch_size=5,
+    # Code: strides sit in 1x1 convs, as in Caffe; torchvision's weights have them in 3x3 convs
     # Open: batch norm; frozen as loaded, as in the authors' code   --batch-norm
     network="deeplabv2", head="plain", backbone="resnet101", weights="imagenet",
     batch_norm="frozen",
     # Code: lower rates for pretrained layers, 20,000 steps in stage 1   --backbone-lr-mult
-    optimizer="adamw", lr=3e-5, weight_decay=0.0, iterations=60_000,  # without decay it is Adam
+    optimizer="adamw", lr=3e-5, backbone_lr_mult=1.0, weight_decay=0.0,  # without decay it is Adam
+    stages=3, iterations=60_000, consistency=True, pseudo_masks=True, lambda1=0.5, lambda2=0.5,
     # Open: the decay of the EMA; as in the authors' code, see decay_at()   --ema-decay
-    lambda1=0.5, lambda2=0.5, ema_decay=(0.99, 0.995, 0.9975, 0.999), cutout=32,
+    ema=True, ema_decay=(0.99, 0.995, 0.9975, 0.999), strong=True, cutout=32,
+    # Open: theta or theta'; the authors' code predicts masks by theta'   --pseudo-masks-of
+    pseudo_masks_of="teacher",
     log_every=50, eval_every=5000, save_every=1000,
 )
 for labels in ("1/2", "1448", "1488"):  # Sect. IV-A says 1448, Table II says 1488
     PAPER[f"cityscapes/{labels}"] = PAPER["cityscapes"] | dict(batch_size=2, labeled_batch_size=3)
-# Code: eleven scales, .5, .6 .. 1.5; here any scale between   --scale
+# Code: eleven scales, .5, .6 .. 1.5, and padding around a small picture; here any scale between
+# (--scale), and padding to the right and below
 PAPER["vocaug"] = PAPER["cityscapes"] | dict(
     labels="1/50", size=None, crop=(321, 321), scale=(0.5, 1.5),
     batch_size=9, labeled_batch_size=1, stage1_batch_size=10,
@@ -95,23 +97,36 @@ PAPER["folder-gpu"] = PAPER["camvid-gpu"] | dict(
     labels="1/1", size=(640,), crop=(320, 320), scale=(0.5, 1.5),
     iterations=10_000)
 
-# The paper's mIoU (Tables II, III, IV) by data, weights and labels.
-PAPER_MIOU = {
-    ("cityscapes", "imagenet"): {100: 54.85, 372: 62.82, 744: 65.80, 1448: 67.11, 1488: 67.11},
-    ("vocaug", "imagenet"): {106: 55.13, 212: 62.71, 529: 68.23, 1323: 69.36},
-    ("vocaug", "coco"): {106: 63.82, 212: 70.77, 529: 71.90, 1323: 72.95},
-}
+# The paper's mIoU: data, weights, flags, and its values by labels. Fig. 3 has no numbers.
+PAPER_MIOU = [  # Tables II, III, IV
+    ("cityscapes", "imagenet", {}, {100: 54.85, 372: 62.82, 744: 65.80, 1448: 67.11, 1488: 67.11}),
+    ("vocaug", "imagenet", {}, {106: 55.13, 212: 62.71, 529: 68.23, 1323: 69.36}),
+    ("vocaug", "coco", {}, {106: 63.82, 212: 70.77, 529: 71.90, 1323: 72.95}),
+]
+for flags, cityscapes, voc in [
+    (dict(stages=1), 46.91, 55.20),  # Table V: S1
+    (dict(stages=2), 53.25, 68.50),  # S1, S2; Table VI: S2
+    (dict(consistency=False), 50.2, 59.82),  # without CR
+    (dict(pseudo_masks=False), 52.63, 68.21),  # without T2
+    (dict(strong=False), 47.96, 64.37),  # without SA
+    (dict(branch="g-hat"), 53.80, 69.52),  # without N2
+    (dict(ema=False, stages=2), 51.68, 64.88),  # Table VI: S2
+    (dict(ema=False), 53.37, 66.83),  # S3
+    (dict(stages=4), 55.21, 70.89),  # Sect. IV-C
+]:
+    PAPER_MIOU.append(("cityscapes", "imagenet", flags, {100: cityscapes}))
+    PAPER_MIOU.append(("vocaug", "coco", flags, {212: voc}))
 
 
 def get_parser():
     parser = argparse.ArgumentParser(
         allow_abbrev=False, description=__doc__.split("\n\n")[1],
         epilog="Defaults: the table PAPER in three_stage.py; a run writes all values to args.json.")
-    switch = dict(action=argparse.BooleanOptionalAction, default=True)
+    switch = dict(action=argparse.BooleanOptionalAction)
     count = dict(type=int, metavar="N")
     number = dict(type=float, metavar="X")
     add = parser.add_argument_group("three-stage self-training").add_argument
-    add("--stages", **count, default=3, help="number of stages (Table V, Sect. IV-C)")
+    add("--stages", **count, help="number of stages (Table V, Sect. IV-C)")
     add("--consistency", **switch, help="the consistency loss, Eq. 1 (Table V, CR)")
     add("--pseudo-masks", **switch, help="Task 2, Eq. 3 (Table V, T2)")
     add("--strong", **switch, help="RandAugment and Cutout (Table V, SA)")
@@ -121,24 +136,24 @@ def get_parser():
     add("--ema-decay", **number, nargs=4, help="of the teacher from 0, 1/3, 2/3, 5/6 of a stage on")
     add("--lambda1", **number, help="weight of the consistency loss (Eqs. 4, 5; Fig. 3)")
     add("--lambda2", **number, help="weight of the pseudo-mask loss (Eqs. 4, 5; Fig. 3)")
-    add("--pseudo-masks-of", choices=["teacher", "student"], default="teacher",
-        help="the network that predicts the pseudo-masks (default: %(default)s)")
+    add("--pseudo-masks-of", choices=["teacher", "student"], help="predicts the pseudo-masks")
     add("--labeled-batch-size", **count,
         help="labeled pictures in a step, besides --batch-size from all pictures (Sect. IV-B)")
     add("--stage1-batch-size", **count, help="labeled pictures in a step of stage 1")
     add("--stage1-iterations", **count, help="iterations of stage 1 (default: as --iterations)")
     add("--cutout", **count, help="side of Cutout's squares in pixels")
-    add("--backbone-lr-mult", **number, default=1.0,
-        help="learning rate of the backbone, as a multiple of --lr (default: %(default)s)")
-    common.add_arguments(parser)
+    add("--backbone-lr-mult", **number, help="the backbone learns at --lr times this")
+    common.add_arguments(parser, ["deeplabv2"])
     return parser
 
 
 def paper_miou(args):
     """The paper's mIoU of the setting that these arguments make, or None."""
-    if not args.supervised and set(args.changed) <= {"weights"}:
-        row = PAPER_MIOU.get((args.dataset, args.weights), {})
-        return row.get(args.labels)
+    names = set(args.changed) - {"weights", "split"}
+    flags = {name: getattr(args, name) for name in names}
+    for *setting, values in PAPER_MIOU:
+        if setting == [args.dataset, args.weights, flags] and not args.supervised:
+            return values.get(args.labels)
 
 
 # ---- perturbations -------------------------------------------------------------------------------
@@ -199,8 +214,9 @@ def warp(image, labels, matrix):
     Beyond the border are GREY and 255."""
     (a, b, c), (d, e, f), _ = matrix.tolist()
     height, width = image.shape[1:]
-    x = torch.arange(width, device=image.device) + 0.5  # centers of pixels
-    y = torch.arange(height, device=image.device)[:, None] + 0.5
+    exact = dict(dtype=torch.float64, device=image.device)  # float32 takes some from a neighbor
+    x = torch.arange(width, **exact) + 0.5  # centers of pixels
+    y = torch.arange(height, **exact)[:, None] + 0.5
     column = (a * x + (b * y + c)).floor()  # (H, W): where each pixel comes from
     row = (d * x + (e * y + f)).floor()
     column = column.clamp(-1, width).long() + 1
@@ -223,13 +239,16 @@ def cutout(image, side, generator):
     return image
 
 
-def strong_view(images, labels, generators, cutout_side):
+def strong_view(images, labels, inside, generators, cutout_side):
     """A and B of Eqs. 1 and 3: RandAugment, then Cutout in the pictures.
 
     images (B, 3, H, W) uint8, labels (B, L, H, W) uint8, 255 where a moved picture shows nothing;
-    generators: one for each picture. Returns images and labels of the same shapes."""
+    inside: top, bottom, left, right of each picture in its crop; generators: one for each picture.
+    Returns images and labels of the same shapes."""
     images, labels = images.clone(), labels.clone()
     for i, generator in enumerate(generators):
+        top, bottom, left, right = inside[i]
+        picture = images[i, :, top:bottom, left:right]  # without padding
         matrix = np.eye(3)
         # Open: number and strength; three of 14 operations with replacement, each with probability
         #   .5 at level 1 to 9, as in the authors' code   --no-strong
@@ -239,7 +258,7 @@ def strong_view(images, labels, generators, cutout_side):
             level = generator.randint(1, 10)
             sign = (-1, 1)[generator.randint(2)]
             if apply and name in PHOTOMETRIC:
-                images[i] = PHOTOMETRIC[name](images[i], level)
+                picture.copy_(PHOTOMETRIC[name](picture, level))
             elif apply:
                 matrix = matrix @ GEOMETRIC[name](sign * level, *images.shape[2:])
         # Open: the order; geometric operations last, in one look-up, so that no color operation
@@ -254,9 +273,10 @@ def strong_view(images, labels, generators, cutout_side):
 
 @torch.no_grad()
 def update_teacher(teacher, student, decay):
-    """theta' <- decay theta' + (1 - decay) theta. Buffers are copied."""
+    """theta' <- decay theta' + (1 - decay) theta."""
     averages = list(teacher.parameters())
     torch._foreach_lerp_(averages, list(student.parameters()), 1 - decay)
+    # Open: buffers, as running statistics; they are copied
     torch._foreach_copy_(list(teacher.buffers()), list(student.buffers()))
 
 
@@ -377,7 +397,6 @@ def start_stage(args, data, device, stage, before):
     keep["pseudo_miou"] = before["pseudo_miou"]
     head = student.head_parameters()
     if stage > 1:
-        # Open: theta or theta'; the authors' code predicts masks by theta'   --pseudo-masks-of
         new = copy.deepcopy(teacher)  # in a run that was resumed; its weights are in last.pt
         keep[f"stage_{stage - 1}"] = before.get(args.pseudo_masks_of, new)
     if stage > 1 and args.pseudo_masks:
@@ -455,20 +474,21 @@ def train(args, run, keep, data, labeled_ids, all_ids, begin):
     teacher = keep["teacher"]
     learner = common.parallel(TwoBranches(student, keep.get("branch")), run.device)
     before = f"stage_{run.stage - 1}"
-    masks = run.folder / "pseudo_labels" / before
-    name = f"labeled, stage {run.stage}"  # two streams of one name show the same views
+    masks = run.folder / "pseudo_labels" / before if args.pseudo_masks else None
+    name = f"labeled, stage {run.stage}"
     streams = [
         Stream(data, labeled_ids, name, args),
-        Stream(data, labeled_ids, name, args, pseudo_labels=masks),
-        Stream(data, all_ids, f"all, stage {run.stage}", args, pseudo_labels=masks),
-    ]
-    sizes = [args.labeled_batch_size, args.labeled_batch_size, args.batch_size]
+        Stream(data, all_ids, f"all, stage {run.stage}", args, labeled=args.pseudo_masks,
+               pseudo_labels=masks)]
+    sizes = [args.labeled_batch_size, args.batch_size, args.labeled_batch_size]
+    if args.pseudo_masks:  # two streams of one name show the same views
+        streams.append(Stream(data, labeled_ids, name, args, pseudo_labels=masks))
     run.images = args.labeled_batch_size + args.batch_size
     stop = run.stages[run.stage]
     batches = []
     for stream, size in zip(streams, sizes):
         batches.append(common.batches(stream, args, run.device, begin, stop, size))
-    for iteration, (labeled, labeled_masks, union) in enumerate(zip(*batches), begin):
+    for iteration, (labeled, union, *labeled_masks) in enumerate(zip(*batches), begin):
         # 1 batch: Sub-batch 2 of labeled pictures, then Sub-batch 1 of pictures from L u U
         B_l = len(labeled["image"])
         weak = torch.cat([labeled["image"], union["image"]])  # x (B_l + B, 3, H, W)
@@ -485,13 +505,14 @@ def train(args, run, keep, data, labeled_ids, all_ids, begin):
             label = logits.max(1).indices  # f_theta'(x), (B_l + B, H, W)
             targets["pseudo-label"] = label.masked_fill(~valid, IGNORE)
         if args.pseudo_masks:  # y', (B_l + B, H, W)
-            targets["pseudo-mask"] = torch.cat([labeled_masks["label"], union["label"]])
+            targets["pseudo-mask"] = torch.cat([labeled_masks[0]["label"], union["label"]])
         view = weak
         if args.strong and targets:  # A = B = identity for Sub-batch 2 (Sect. IV-B)
             generators = [rng(args.seed, "strong", run.stage, place) for place in union["position"]]
             maps = torch.stack(list(targets.values()), 1)  # (B_l + B, L, H, W)
             moved = maps[B_l:].byte()
-            strong, maps[B_l:] = strong_view(union["image"], moved, generators, args.cutout)
+            strong, maps[B_l:] = strong_view(
+                union["image"], moved, union["inside"], generators, args.cutout)
             view = torch.cat([labeled["image"], strong])  # A x
             targets = dict(zip(targets, maps.unbind(1)))  # B f_theta'(x), B y'
 
@@ -518,7 +539,10 @@ def train(args, run, keep, data, labeled_ids, all_ids, begin):
 
         # 6 log, evaluate, save
         moved = {name: target[B_l:] for name, target in targets.items()}
-        run.step(iteration, losses, moved, lr=args.lr, pseudo_miou=keep["pseudo_miou"][before])
+        numbers = {"lr": args.lr}
+        if args.pseudo_masks:
+            numbers["pseudo_miou"] = keep["pseudo_miou"][before]
+        run.step(iteration, losses, moved, **numbers)
         if run.due():
             keep["results"][run.stage] = run.evaluate({"student": student, "teacher": teacher})
             columns = {"picture of L or U": union["image"], "strong view": view[B_l:]}
@@ -535,14 +559,12 @@ def show_stages(args, run, teacher, data, ids):
     """pictures/stages.png (Figs. 4, 5): the pseudo-masks of each stage, and the last prediction."""
     ids = ids[:: max(1, len(ids) // 5)][:5]
     images = [to_tensor(data.image(id)) for id in ids]
-    truths = []
+    truths = [common.truth_for_the_log(data, id, image.shape[1:]) for id, image in zip(ids, images)]
+    columns = {"unlabeled picture": images, "truth (not used)": list(map(to_tensor, truths))}
     predictions = []
-    for id, image in zip(ids, images):
-        size = image.shape[1:]
-        truths.append(to_tensor(common.truth_for_the_log(data, id, size)))
-        prob = common.predict(teacher, image[None].to(run.device), args, size)
+    for image in images:
+        prob = common.predict(teacher, image[None].to(run.device), args, image.shape[1:])
         predictions.append(prob.argmax(1)[0])
-    columns = {"unlabeled picture": images, "truth (not used)": truths}
     for folder in sorted((run.folder / "pseudo_labels").glob("stage_*")):
         masks = [to_tensor(common.read_pseudo_label(folder, id)) for id in ids]
         columns[f"pseudo-mask of {folder.name}"] = masks
@@ -563,14 +585,13 @@ def main():
                 "labeled_batch_size", "stage1_batch_size")
     check_range(args, 0, math.inf, "lambda1", "lambda2", "backbone_lr_mult")
     check_range(args, 0, 1, "ema_decay")
-    network = f"--network {args.network} --head {args.head}"
-    common.need(network == "--network deeplabv2 --head plain", f"{network}: the branches of this "
-                "paper are those of DeepLabv2; use --network deeplabv2 --head plain")
+    common.need(args.head == "plain", "--head bottleneck: the branches of this paper are those of "
+                "DeepLabv2; use --head plain")
     if not args.ema:
         args.ema_decay = (0.0, 0.0, 0.0, 0.0)  # theta' = theta
     data = common.open_dataset(args)
     # Open: the split; on Cityscapes one of French et al., else by --seed; the paper takes those of
-    #   Hung et al.   --split
+    #   Hung et al., a permutation in split_0.pkl: --labels 1/50 --split split_0.pkl
     labeled, unlabeled = common.split(args, data)
 
     stages = dict.fromkeys(range(1, args.stages + 1), args.iterations)  # stage: iterations
@@ -581,7 +602,8 @@ def main():
         stages = {1: sum(stages.values())}
         method = "three-stage-supervised"
     common.say(f"stages    {stages} (stage: iterations)")
-    # Open: the reported network; the teacher after the last iteration, as the authors' code
+    # Open: the reported network; the teacher, as in the authors' code, after the last iteration
+    #   (whether the paper's numbers are of the last or of the best is unknown)
     run = common.Run(method, args, data, labeled, unlabeled, device, stages, "teacher")
 
     # Algorithm 1, with its line numbers
@@ -594,7 +616,8 @@ def main():
         if stage == 1:
             train_supervised(args, run, keep, data, labeled, begin)  # 4
         else:
-            make_pseudo_masks(args, run, keep, data, labeled, unlabeled, stage - 1)  # 5, 9
+            if args.pseudo_masks:
+                make_pseudo_masks(args, run, keep, data, labeled, unlabeled, stage - 1)  # 5, 9
             train(args, run, keep, data, labeled, labeled + unlabeled, begin)  # 8, 12
     show_stages(args, run, keep["teacher"], data, unlabeled or labeled)  # 13
 

@@ -139,3 +139,15 @@ def same_checkpoint(a, b, keys):
     """These entries of two run folders' last.pt are equal, bit for bit."""
     one, two = last(a), last(b)
     return all(equal(one[key], two[key]) for key in keys)
+
+
+def at_pixels(maps, size, stride):
+    """Maps (B, K, h, w) at the pixels of a picture: cell i is on pixel stride * i."""
+    for dim, side in ((2, size[0]), (3, size[1])):
+        pixel = torch.arange(side)
+        last = maps.shape[dim] - 1
+        before = (pixel // stride).clamp(max=last)
+        after = (before + 1).clamp(max=last)
+        weight = (pixel % stride / stride).view(-1, *[1] * (3 - dim))
+        maps = maps.index_select(dim, before) * (1 - weight) + maps.index_select(dim, after) * weight
+    return maps

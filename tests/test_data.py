@@ -650,6 +650,54 @@ def test_a_picture_in_both_lists_is_warned_of_and_counts_as_labeled_only(tmp_pat
     assert warning.startswith("warning:") and "2007_000515" in warning and warning.count("\n") == 1
 
 
+def test_a_pickled_order_of_all_pictures_decides_which_labels_come_first(tmp_path):
+    data = common.Streets()
+    order = np.random.RandomState(0).permutation(256)
+    for value in (order, order.tolist(), list(order)):
+        (tmp_path / "split_0.pkl").write_bytes(pickle.dumps(value))
+        args = arguments(split=[str(tmp_path / "split_0.pkl")], labels="1/32")
+        labeled, unlabeled = common.split(args, data)
+        assert labeled == [data.train[i] for i in order[:8]] and args.labels == 8
+        assert unlabeled == [data.train[i] for i in order[8:]]
+
+
+class Harm:
+    def __reduce__(self):
+        return os.mkdir, ("harm",)
+
+
+@pytest.mark.parametrize("value, reason", [
+    (Harm(), "it holds posix.mkdir"),
+    ([0, 1, Harm()], "it holds posix.mkdir"),
+    ([0, 1, 2], "expected one file with the numbers 0 to 255"),
+    (np.arange(256) // 2, "expected one file with the numbers 0 to 255"),
+    (np.array([Harm()] * 256), "it holds posix.mkdir"),
+])
+def test_a_pickle_runs_nothing(value, reason, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("split.pkl").write_bytes(pickle.dumps(value))
+    with pytest.raises(common.UserError, match=reason):
+        common.split(arguments(split=["split.pkl"], labels="8"), common.Streets())
+    assert not Path("harm").exists()
+
+
+def test_a_file_that_is_no_pickle_is_named(tmp_path):
+    path = tmp_path / "split.pkl"
+    for content in (b"", b"2007_000032\n", pickle.dumps(np.arange(256))[:90]):
+        path.write_bytes(content)
+        with pytest.raises(common.UserError, match="not a pickled list of numbers"):
+            common.split(arguments(split=[str(path)], labels="8"), common.Streets())
+
+
+def test_the_part_of_a_crop_that_shows_the_picture_is_told_in_numbers():
+    s = stream(scale=(0.5, 0.7))
+    for batch in common.batches(s, arguments(), CPU, 0, 6):
+        for (top, bottom, left, right), valid in zip(batch["inside"], batch["valid"]):
+            expected = torch.zeros_like(valid)
+            expected[top:bottom, left:right] = True
+            assert torch.equal(valid, expected)
+
+
 def test_a_list_decides_over_the_number_of_labels(tmp_path):
     (tmp_path / "list.txt").write_text("train_0003\ntrain_0001\n")
     args = arguments(split=[str(tmp_path / "list.txt")], labels="4")

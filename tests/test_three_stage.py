@@ -16,6 +16,7 @@ from PIL import Image, ImageEnhance, ImageOps
 
 import common
 import three_stage
+from helpers import at_pixels
 
 K = 5
 CPU = torch.device("cpu")
@@ -232,7 +233,7 @@ def test_three_operations_with_replacement_each_with_probability_one_half(calls)
     )
     views = []
     for i in range(2400):
-        three_stage.strong_view(image, labels, [common.rng("statistics", i)], 8)
+        three_stage.strong_view(image, labels, inside(image), [common.rng("statistics", i)], 8)
         views.append(list(calls))
         calls.clear()
     for n, share in enumerate((1 / 8, 3 / 8, 3 / 8, 1 / 8)):  # of views with n operations
@@ -261,29 +262,37 @@ def generators(*names):
     return [common.rng("strong", name) for name in names]
 
 
+def inside(images):
+    """Crops without padding."""
+    return [(0, images.shape[2], 0, images.shape[3])] * len(images)
+
+
 def test_a_view_depends_on_its_picture_and_generator_alone():
     images, labels = (
         torch.randint(256, (6, 3, 33, 47), dtype=torch.uint8),
         torch.randint(K, (6, 2, 33, 47), dtype=torch.uint8),
     )
     before = images.clone(), labels.clone()
-    strong, moved = three_stage.strong_view(images, labels, generators(*range(6)), 8)
+    strong, moved = three_stage.strong_view(
+        images, labels, inside(images), generators(*range(6)), 8
+    )
     assert (
         strong.shape == images.shape
         and moved.shape == labels.shape
         and strong.dtype == moved.dtype == torch.uint8
     )
     assert torch.equal(images, before[0]) and torch.equal(labels, before[1])
-    again = three_stage.strong_view(images, labels, generators(*range(6)), 8)
+    again = three_stage.strong_view(
+        images, labels, inside(images), generators(*range(6)), 8
+    )
     assert torch.equal(strong, again[0]) and torch.equal(moved, again[1])
     for i in range(6):
-        alone = three_stage.strong_view(images[i : i + 1], labels[i : i + 1], generators(i), 8)
+        part = images[i : i + 1], labels[i : i + 1], inside(images[:1])
+        alone = three_stage.strong_view(*part, generators(i), 8)
         assert torch.equal(strong[i : i + 1], alone[0]) and torch.equal(moved[i : i + 1], alone[1])
-        other = three_stage.strong_view(
-            images[i : i + 1], labels[i : i + 1], generators(f"other {i}"), 8
-        )
+        other = three_stage.strong_view(*part, generators(f"other {i}"), 8)
         assert not torch.equal(strong[i : i + 1], other[0])
-    none = three_stage.strong_view(images[:0], labels[:0], [], 8)
+    none = three_stage.strong_view(images[:0], labels[:0], [], [], 8)
     assert torch.equal(none[0], images[:0]) and torch.equal(none[1], labels[:0])
 
 
@@ -294,7 +303,7 @@ def test_picture_and_labels_stay_together_to_the_pixel(monkeypatch):
     moved, cut = 0, []
     for i in range(100):
         (strong,), (after,) = three_stage.strong_view(
-            image[None], labels[None], generators(f"together {i}"), 8
+            image[None], labels[None], inside(image[None]), generators(f"together {i}"), 8
         )
         outside = after[0] == 255
         hidden = (strong == 128).all(0) & ~outside  # by Cutout: labels are not cut
@@ -314,11 +323,38 @@ def test_what_comes_from_outside_is_grey_whatever_else_was_done():
         0,
     )
     for i in range(100):
-        strong, moved = three_stage.strong_view(image, labels, generators(f"grey {i}"), 4)
+        strong, moved = three_stage.strong_view(
+            image, labels, inside(image), generators(f"grey {i}"), 4
+        )
         outside = moved[0, 0] == 255
         assert (strong[0][:, outside] == 128).all()
         seen += int(outside.any())
     assert seen > 30
+
+
+def test_padding_is_no_part_of_the_picture(monkeypatch):
+    """Photometric operations neither change padding nor count it in means and histograms."""
+    for name in three_stage.GEOMETRIC:
+        monkeypatch.setitem(three_stage.GEOMETRIC, name, lambda v, *size: np.eye(3))
+    monkeypatch.setattr(three_stage, "cutout", lambda image, *_: image)
+    picture = torch.randint(20, 90, (1, 3, 20, 31), dtype=torch.uint8)
+    labels = torch.ones(1, 1, 32, 40, dtype=torch.uint8)
+    changed = 0
+    for padding in (0, 124, 255):
+        images = torch.full((1, 3, 32, 40), padding, dtype=torch.uint8)
+        images[:, :, 3:23, 9:40] = picture  # flipped crops have padding on the left
+        for i in range(60):
+            strong, _ = three_stage.strong_view(
+                images, labels, [(3, 23, 9, 40)], generators(f"padding {i}"), 4
+            )
+            alone, _ = three_stage.strong_view(
+                picture, labels[..., :20, :31], inside(picture), generators(f"padding {i}"), 4
+            )
+            assert torch.equal(strong[..., 3:23, 9:40], alone)
+            strong[..., 3:23, 9:40] = padding
+            assert (strong == padding).all()
+            changed += not torch.equal(alone, picture)
+    assert changed > 90
 
 
 # ---- Cutout --------------------------------------------------------------------------------------
@@ -656,7 +692,8 @@ def second_step(tmp_path, monkeypatch):
         seen.decays.append(decay)
         seen.teachers.append(copy.deepcopy(teacher))
 
-    def turned(images, labels, randoms, side):
+    def turned(images, labels, inside, randoms, side):
+        assert all(0 <= top < bottom <= 32 and right <= 64 for top, bottom, _, right in inside)
         assert side == 8 and labels.dtype == torch.uint8
         assert len(images) == len(labels) == len(randoms) == 3
         seen.drawn.append([r.randint(10**9) for r in randoms])
@@ -693,7 +730,7 @@ def second_step(tmp_path, monkeypatch):
 
 
 def at_crop(logits):
-    return F.interpolate(logits, (32, 64), mode="bilinear", align_corners=False)
+    return at_pixels(logits, (32, 64), 4)
 
 
 def loss_of(logits, label):
@@ -734,7 +771,10 @@ def test_eqs_1_to_5_the_losses_of_a_step(stage, flags, second_step):
     decays = [0.0, 0.0] if "--no-ema" in flags else [0.5, 0.6]  # the stage begins; half is done
     assert seen.decays == decays * stage
     module, image, (f, g) = seen.passes[-1]
-    labeled, labeled_masks, union = seen.batches[-3:]
+    if args.pseudo_masks:
+        labeled, union, labeled_masks = seen.batches[-3:]
+    else:
+        labeled, union = seen.batches[-2:]
     assert len(labeled["image"]) == 2 and len(union["image"]) == 3
     assert (labeled["label"] == 255).any() and not union["valid"].all()
 
@@ -896,18 +936,48 @@ TABLES = {  # Tables II, III, IV, the rows "Ours"
 }
 
 
+def printed(*argv):
+    """The paper's number that a run with these arguments prints."""
+    args = arguments(*argv)
+    pictures = range(2975 if args.dataset == "cityscapes" else 10_582)
+    data = SimpleNamespace(name=args.dataset, train=pictures)
+    args.labels = common.count_labels(args.labels, data)
+    return three_stage.paper_miou(args)
+
+
 def test_tables_ii_to_iv():
-    expected = {}
     for (dataset, weights), row in TABLES.items():
-        pictures = range(2975 if dataset == "cityscapes" else 10_582)
-        data = SimpleNamespace(name=dataset, train=pictures)
-        expected[dataset, weights] = {}
         for labels, number in row.items():
-            expected[dataset, weights][common.count_labels(labels, data)] = number
-    cityscapes = expected["cityscapes", "imagenet"]
-    cityscapes[1448] = cityscapes[1488]  # Sect. IV-A says 1448
-    assert three_stage.PAPER_MIOU == expected
-    assert sum(len(row) for row in expected.values()) == 13
+            argv = ["--dataset", dataset, "--labels", labels]
+            argv += ["--weights", weights] if weights == "coco" else []
+            assert printed(*argv) == number
+            assert printed(*argv, "--split", "split_0.pkl") == number
+            assert printed(*argv, "--supervised") is None
+    assert printed("--dataset", "cityscapes", "--labels", "1448") == 67.11  # Sect. IV-A
+    assert printed("--dataset", "cityscapes", "--labels", "99") is None
+
+
+@pytest.mark.parametrize("flags, cityscapes, voc", [
+    ("", 54.85, 70.77),  # Table V, from the first row to the last
+    ("--stages 1", 46.91, 55.20),
+    ("--stages 2", 53.25, 68.50),
+    ("--no-consistency", 50.2, 59.82),
+    ("--no-pseudo-masks", 52.63, 68.21),
+    ("--no-strong", 47.96, 64.37),
+    ("--branch g-hat", 53.80, 69.52),
+    ("--no-ema", 53.37, 66.83),  # Table VI
+    ("--no-ema --stages 2", 51.68, 64.88),
+    ("--stages 4", 55.21, 70.89),  # Sect. IV-C
+])
+def test_tables_v_and_vi_and_the_fourth_stage(flags, cityscapes, voc):
+    flags = flags.split()
+    assert printed("--dataset", "cityscapes", "--labels", "100", *flags) == cityscapes
+    of_voc = ["--dataset", "vocaug", "--labels", "1/50", "--weights", "coco"]
+    assert printed(*of_voc, *flags) == voc
+    if flags:
+        assert printed("--dataset", "cityscapes", "--labels", "372", *flags) is None
+        assert printed(*of_voc[:-2], *flags) is None
+        assert printed(*of_voc, *flags, "--lambda1", "1") is None
 
 
 @pytest.mark.parametrize(
