@@ -67,8 +67,7 @@ PAPER["streets"] = PAPER["vocaug"] | dict(
     labels="8", size=(64, 128), crop=(64, 64), scale=(0.75, 1.5), rotation=0.0, batch_size=4,
     backbone="tiny", weights="none", batch_norm="frozen",
     optimizer="adamw", lr=3e-3, weight_decay=1e-2, iterations=3000, warmup=600,
-    classifier=False, labeled_decoupling="soft", stop_gradient=False, labeled_stop_gradient=False,
-    workers=0, eval_every=1000, save_every=100,
+    classifier=False, workers=0, eval_every=1000, save_every=100,
 )
 PAPER["camvid-cpu"] = PAPER["streets"] | dict(
     labels="1/8", size=(180, 240), crop=(96, 128), lr=2e-3, iterations=4000, warmup=800)
@@ -366,10 +365,11 @@ def decoupling_loss(args, learner, labeled, M_l, features, guides, iteration):
     image = guides["image"][partner]  # x^_l
     M_partner = guides["mask"][partner]  # M^_l
     lam, _, M_mix = blend(args, learner, labeled["image"], image, "lambda labeled", iteration)
-    # Open: what L_dec trains; M_mix alone, since it would flatten M_l   --labeled-stop-gradient
+    # Open: what L_dec trains; M_mix alone. All masks sum to 1, and so a hard L_dec is lowest where
+    # M_l and M^_l are flat   --labeled-stop-gradient
     if args.labeled_stop_gradient:
         M_l, M_partner = M_l.detach(), M_partner.detach()
-    # Open: Eq. 12 is hard, Eq. 8 soft; so are ours, but on streets both soft   --labeled-decoupling
+    # Open: Eq. 12 is hard, as Eq. 7, where Eq. 8 is soft; ours are so, too   --labeled-decoupling
     M_dec = decouple(M_mix, M_l, lam, args.labeled_decoupling)
     valid = labeled["valid"] & guides["valid"][partner]
     return mask_error(M_dec, M_partner, valid, args.masks)  # Eq. 12
@@ -379,14 +379,14 @@ def decoupling_loss(args, learner, labeled, M_l, features, guides, iteration):
 
 def update(args, keep, loss, iteration):
     """A step of the optimizer, with polynomial decay (Sect. 4.2). Returns the learning rate."""
-    optimizer, scaler = keep["optimizer"], keep["scaler"]
+    student, optimizer, scaler = keep.values()
     lr = args.lr * (1 - iteration / args.iterations) ** 0.9
     optimizer.param_groups[0]["lr"] = lr
     optimizer.zero_grad()
     scaler.scale(loss).backward()
     scaler.step(optimizer)
     scaler.update()
-    common.average_buffers([keep["student"]])
+    common.average_buffers([student])
     return lr
 
 
@@ -452,19 +452,17 @@ def train(args, run, learner, keep, streams, warmup, begin):
             guide = guides["image"][partner]  # x_l of each x_u
             M_guide = guides["mask"][partner]  # M_l
             valid = unlabeled["valid"] & guides["valid"][partner]  # no mask is learned in padding
-            # Open: whether gradient flows into the pseudo-mask; no, it is a target (yes on streets,
-            # where a network from scratch loses by fixed targets)   --stop-gradient
+            # Open: gradient into the pseudo-mask; none, since it is a target   --stop-gradient
             with torch.set_grad_enabled(not args.stop_gradient):
                 lam, x_mix, M_mix = blend(  # Eqs. 2, 6
                     args, learner, guide, unlabeled["image"], "lambda", iteration)
                 M_u_dec = decouple(M_mix, M_guide, lam, args.decoupling)  # Eqs. 7, 8
 
         # 3 losses
-        label = labeled["label"]
-        loss_labeled = cross_entropy(logits[:B], label)  # Eq. 1
+        loss_labeled = cross_entropy(logits[:B], labeled["label"])  # Eq. 1
         loss_cla = loss_dec = loss_usup = 0  # where a flag leaves them out
         if args.classifier:
-            loss_cla = classifier_loss(present[:B], label, logits.shape[1])
+            loss_cla = classifier_loss(present[:B], labeled["label"], logits.shape[1])
         if args.dec_weight:
             loss_dec = decoupling_loss(args, learner, labeled, M_l, features_l, guides, iteration)
         if args.omega:
@@ -478,7 +476,8 @@ def train(args, run, learner, keep, streams, warmup, begin):
         # 4 backward
         lr = update(args, keep, loss, iteration)
 
-        # 5 EMA: none. 6 log, evaluate, save
+        # 5 EMA: none
+        # 6 log, evaluate, save
         losses = {
             "loss_labeled": loss_labeled,
             "loss_cla": loss_cla,
@@ -486,7 +485,8 @@ def train(args, run, learner, keep, streams, warmup, begin):
             "loss_usup": loss_usup,
         }
         losses = {name: term for name, term in losses.items() if torch.is_tensor(term)}
-        numbers, pseudo_labels = {"lr": lr}, {}
+        numbers = {"lr": lr}
+        pseudo_labels = {}
         if args.omega:
             numbers |= {"omega": omega, "lambda": lam}
             pseudo_labels["pseudo_miou"] = M_u_dec.max(1).indices
