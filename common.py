@@ -1289,6 +1289,14 @@ def to_float(image):
     return image.float() / 255
 
 
+def sharpness(image, factor):
+    """PIL's Sharpness of (3, H, W) uint8, 0: smooth, 1: as it is. (torchvision's syncs a GPU.)"""
+    original, smooth = image.float(), image.float()
+    box = F.avg_pool2d(original, 3, stride=1, divisor_override=1)  # sums of 3x3 pixels
+    smooth[:, 1:-1, 1:-1] = ((box + 4 * original[:, 1:-1, 1:-1]) / 13).round()
+    return (smooth * (1 - factor) + original * factor).clamp(0, 255).byte()
+
+
 # ---- evaluation ----------------------------------------------------------------------------------
 
 def confusion_matrix(label, prediction, classes):
@@ -1539,8 +1547,8 @@ class ViT(vision_transformer.VisionTransformer):
     """torchvision's Vision Transformer without the classifier, for any size; its weights load.
 
     Its position embeddings belong to grid x grid patches, 14 x 14 for ImageNet's 224 pixels; for
-    other sizes they are interpolated. A picture that patches do not divide is padded to the right
-    and below with the mean color, which is 0 after normalization."""
+    other sizes they are interpolated, by bicubics (SETR's configuration: bilinear). A picture that
+    patches do not divide is padded right and below with the mean color, 0 after normalization."""
 
     def __init__(self, patch, depth, heads, width, grid=14):
         super().__init__(grid * patch, patch, depth, heads, width, 4 * width)
