@@ -33,7 +33,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common  # noqa: E402
-from rml import update_teacher  # noqa: E402
+from rml import update_teachers  # noqa: E402
 
 # Whose predictions the learners learn from, and whether dropout is on.
 COUPLING = {
@@ -126,6 +126,7 @@ def read_mnist(root, download):
 def read_digits(args, device):
     """Digits for training, and held-out ones: images (N, 784) in [0, 1], labels (N,) int64."""
     if args.data_root is None:
+        common.need(not args.download, "--download needs --data-root DIR, where MNIST is to be put")
         common.say(
             "digits    drawn, 12,000 + 1,000; for MNIST: --data-root DIR (and --download, if it "
             "is not there yet)"
@@ -235,8 +236,7 @@ def learn_from_each_other(start, mode, digits, held_out, labeled, unlabeled, see
             optimizer.zero_grad()
             (loss_labeled + loss_pseudo).backward()
             optimizer.step()
-        for teacher, student in zip(mean_teachers, students):
-            update_teacher(teacher, student, args.ema_decay)
+        update_teachers(mean_teachers, students, args.ema_decay)
     return records
 
 
@@ -259,12 +259,17 @@ def prepare_folder(args):
 def couple(args):
     """Fig. 2: curves, result.json and log.jsonl in the folder --out."""
     common.check_range(args, 1, math.inf, "seeds", "batch_size", "log_every")
+    common.check_range(args, 0, math.inf, "iterations", "stage0_iterations")
+    common.check_range(args, 0, 1, "dropout", "ema_decay")
+    common.check_range(args, 1e-12, math.inf, "lr")
     began = time.time()
     folder = prepare_folder(args)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     digits, held_out = read_digits(args, device)
     total = len(digits[1])
     number = common.count_labels(args.labels, SimpleNamespace(name="digits", train=range(total)))
+    common.need(number < total, f"--labels {args.labels}: all {total} digits would be labeled; "
+                "take fewer, so that unlabeled ones are left")  # fmt: skip
     seeds = list(range(args.seed, args.seed + args.seeds))
     records = []
     runs = [(seed, mode) for seed in seeds for mode in COUPLING]
@@ -374,7 +379,12 @@ def compare(folders, out):
         len(folders) <= 4,
         f"compare: {len(folders)} runs are too many for one picture; name up to four",
     )
-    runs = {folder.name: read_pseudo_miou(folder) for folder in map(Path, folders)}
+    names = [Path(folder).resolve().name for folder in folders]
+    common.need(
+        len(set(names)) == len(names),
+        f"compare {' '.join(folders)}: two folders of the same name would be one curve; rename one",
+    )
+    runs = {name: read_pseudo_miou(Path(folder)) for name, folder in zip(names, folders)}
     steps = sorted(set.intersection(*(set(points) for points in runs.values())))
     common.need(
         len(steps) >= 2,

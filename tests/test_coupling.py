@@ -158,6 +158,12 @@ def test_mnist_is_read_as_torchvision_has_it(main, tmp_path):
         (["--data-root", "nowhere"], ["nowhere", "--download", "drawn digits"]),
         (["--seeds", "0"], ["--seeds 0"]),
         (["--labels", "0"], ["--labels 0"]),
+        (["--download"], ["--download", "--data-root DIR"]),
+        (["--labels", "1/1"], ["--labels 1/1", "all 120 digits"]),
+        (["--dropout", "2"], ["--dropout 2.0"]),
+        (["--ema-decay", "-1"], ["--ema-decay -1.0"]),
+        (["--lr", "0"], ["--lr 0.0"]),
+        (["--iterations", "-1"], ["--iterations -1"]),
     ],
 )
 def test_an_error_names_what_is_wrong(main, argv, words):
@@ -235,6 +241,10 @@ def test_compare_more_than_four_runs_or_into_a_folder(main, tmp_path):
     write_log(tmp_path / "run", [1.0, 2.0])
     with pytest.raises(common.UserError, match="5 runs are too many"):
         main("compare", *["run"] * 5)
+    (tmp_path / "other").mkdir()
+    write_log(tmp_path / "other/run", [1.0, 2.0])
+    with pytest.raises(common.UserError, match="of the same name"):
+        main("compare", "run", "other/run")
     (tmp_path / "pictures").mkdir()
     with pytest.raises(common.UserError, match="--out pictures: cannot be written"):
         main("compare", "run", "--out", "pictures")

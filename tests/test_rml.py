@@ -75,7 +75,7 @@ def test_the_mean_of_the_processes_losses_is_the_loss_of_the_whole_batch(monkeyp
 
 def test_eq_2_and_4_hard_label_with_threshold():
     p, valid = torch.randn(2, K, 6, 8).mul(2).softmax(1), torch.rand(2, 6, 8) > 0.2
-    label = rml.hard_label(p, (6, 8), valid, threshold=0.5)
+    label = rml.hard_label(p, valid, threshold=0.5)
     for b in range(2):
         for y in range(6):
             for x in range(8):
@@ -83,14 +83,14 @@ def test_eq_2_and_4_hard_label_with_threshold():
                 expected = best if valid[b, y, x] and p[b, best, y, x] > 0.5 else 255
                 assert label[b, y, x] == expected
     assert {255} < set(label.flatten().tolist())
-    free = rml.hard_label(p, (6, 8), valid)
+    free = rml.hard_label(p, valid)
     assert torch.equal(free == 255, ~valid)
     assert torch.equal(free[valid], p.argmax(1)[valid])
 
 
 def test_a_pixel_without_any_probability_is_unknown():
     p = torch.tensor([[0.7, 0.3], [0.0, 0.0]]).T.reshape(1, 2, 1, 2)
-    assert rml.hard_label(p, (1, 2), torch.ones(1, 1, 2, dtype=torch.bool)).tolist() == [[[0, 255]]]
+    assert rml.hard_label(p, torch.ones(1, 1, 2, dtype=torch.bool)).tolist() == [[[0, 255]]]
 
 
 def naive_rectify(features, p0, prototypes, seen):
@@ -139,8 +139,8 @@ def test_eq_11_prototypes_move_by_the_batch_mean_of_each_class():
     features, logits = torch.randn(3, C, 4, 4), torch.randn(3, K, 4, 4)
     logits[:, 0] = logits[:, 4] = -9.0  # classes 0 and 4 are absent from the batch
     expected, prediction = prototypes.clone(), logits.argmax(1)
-    valid = torch.ones(3, 32, 32, dtype=torch.bool)
-    valid[1, :, 16:] = False  # padding: the right half of the second picture
+    valid = torch.ones(3, 4, 4, dtype=torch.bool)
+    valid[1, :, 2:] = False  # padding: the right half of the second picture
     prediction[1, :, 2:] = K
     for k in range(K):
         cells = [
@@ -172,7 +172,7 @@ class StubData:
 class StubNetwork:
     """Features: class and position; logits: one-hot of the class."""
 
-    feature_channels, stride = 3, 8
+    feature_channels, stride, cell, align_corners = 3, 8, 8, True
 
     def eval(self):
         return self
@@ -240,7 +240,7 @@ def test_eqs_3_and_5_each_student_learns_from_the_right_labels(
     length = ["--stage0-iterations", "0", "--iterations", "1", "--stages", "1"]
     made, terms = [], []
 
-    def label_of_model(prob, size, valid, threshold=0.0):
+    def label_of_model(prob, valid, threshold=0.0):
         made.append(len(made) + 1)
         return torch.full(valid.shape, made[-1])
 
@@ -298,23 +298,58 @@ def test_photometric_operations_follow_the_table():
 @pytest.mark.parametrize("factor", [0.14, 0.5, 0.86])
 def test_sharpness_is_that_of_torchvision(factor):
     image = torch.randint(0, 256, (3, 16, 20), dtype=torch.uint8)
-    ours, theirs = rml.sharpness(image, factor).int(), rml.V.adjust_sharpness(image, factor).int()
+    ours = common.sharpness(image, factor).int()
+    theirs = rml.V.adjust_sharpness(image, factor).int()
     # They differ by rounding.
     assert (ours - theirs).abs().max() <= 1
     assert (ours != theirs).float().mean() < 0.01
-    assert torch.equal(rml.sharpness(image, 1.0), image)
+    assert torch.equal(common.sharpness(image, 1.0), image)
 
 
 def test_photometric_draws_two_operations_each_with_probability_half():
     image = torch.randint(0, 256, (1, 3, 8, 8), dtype=torch.uint8)
-    same = sum(
-        torch.equal(rml.photometric(image, [common.rng("test", i)]), image) for i in range(400)
-    )
+
+    def strong(*keys):
+        return rml.photometric(image, [(0, 0, 8, 8)], [common.rng(*keys)])
+
+    same = sum(torch.equal(strong("test", i), image) for i in range(400))
     # Unchanged: both skipped, or the identity drawn: (1/2 + 1/2 * 1/9) ** 2 = .309; no-ops add.
     assert 400 * 0.23 < same < 400 * 0.42
-    assert torch.equal(
-        rml.photometric(image, [common.rng("a")]), rml.photometric(image, [common.rng("a")])
-    )
+    assert torch.equal(strong("a"), strong("a"))
+
+
+def test_padding_is_neither_changed_nor_counted_by_photometric_operations():
+    """A padded picture becomes what the picture alone becomes, within untouched padding."""
+    whole = torch.randint(60, 140, (1, 3, 12, 15), dtype=torch.uint8)
+    padded = torch.empty(1, 3, 20, 20, dtype=torch.uint8)
+    padded[:] = torch.tensor(common.MEAN_COLOR, dtype=torch.uint8)[:, None, None]
+    padded[:, :, :12, 5:] = whole  # padding below, and to the left after a flip
+    before = padded.clone()
+    changed = 0
+    for i in range(100):
+        alone = rml.photometric(whole, [(0, 0, 15, 12)], [common.rng("pad", i)])
+        strong = rml.photometric(padded, [(5, 0, 20, 12)], [common.rng("pad", i)])
+        assert torch.equal(strong[:, :, :12, 5:], alone)
+        assert torch.equal(strong[:, :, 12:], before[:, :, 12:])
+        assert torch.equal(strong[:, :, :, :5], before[:, :, :, :5])
+        changed += not torch.equal(alone, whole)
+    assert changed > 40
+    assert torch.equal(padded, before)
+
+
+def test_the_boxes_of_weak_views_lie_around_what_is_valid():
+    """Crops that reach beyond the scaled picture; some are flipped."""
+    args = small_args("--crop", "100", "90", "--scale", "0.5", "1.5", "--batch-size", "16")
+    args.size = None
+    stream = common.Stream(common.Streets(), ["train_0000", "train_0001"], "u", args)
+    batch = next(common.batches(stream, args, CPU, 0, 1))
+    for (left, top, right, bottom), valid in zip(batch["box"], batch["valid"]):
+        inside = torch.zeros_like(valid)
+        inside[top:bottom, left:right] = True
+        assert torch.equal(inside, valid)
+    assert len({tuple(box) for box in batch["box"]}) > 4
+    assert any(left > 0 for left, *_ in batch["box"])  # flipped
+    assert any(bottom < 100 for *_, bottom in batch["box"])
 
 
 def test_cutmix_box_has_half_the_area_and_lies_anywhere():
@@ -388,12 +423,14 @@ def test_ema_is_a_weighted_mean_and_copies_buffers():
         torch.nn.init.normal_(p)
     before = [p.clone() for p in teacher.parameters()]
     student(torch.randn(4, 2, 3, 3))
-    rml.update_teacher(teacher, student, 0.9)
+    rml.update_teachers([teacher], [student], 0.9)
     for old, new, p in zip(before, teacher.parameters(), student.parameters()):
         assert torch.allclose(new, 0.9 * old + 0.1 * p, atol=1e-6)
         assert not new.requires_grad
     assert torch.equal(teacher[1].running_mean, student[1].running_mean)
     assert teacher[1].running_mean.abs().sum() > 0
+    rml.update_teachers([teacher], [student], 0.0)
+    assert all(map(torch.equal, teacher.parameters(), student.parameters()))  # a copy
 
 
 def test_paper_table_fills_the_arguments():
@@ -414,12 +451,210 @@ def test_paper_table_fills_the_arguments():
     assert small_args("--dataset", "cityscapes", "--lr", "3").lr == 3
 
 
-def test_the_papers_number_stands_beside_the_papers_settings_alone():
-    base = ["--dataset", "cityscapes", "--data-root", "x", "--labels", "372"]
-    assert small_args(*base).changed == []
-    assert small_args(*base, "--lr", "1e-4", "--crop", "256", "512", "--seed", "3").changed == []
-    assert small_args(*base, "--no-rectify").changed == ["rectify"]
-    assert small_args(*base, "--backbone", "resnet50").changed == ["backbone"]
+def flags_of_the_method():
+    (group,) = [g for g in rml.get_parser()._action_groups if g.title == "robust mutual learning"]
+    return group._group_actions
+
+
+@pytest.mark.parametrize("action", flags_of_the_method(), ids=lambda action: action.dest)
+def test_each_flag_of_the_method_can_be_set_by_a_row(action):
+    value = 0.125 if action.type else list(action.choices)[-1] if action.choices else True
+    table = {"streets": rml.PAPER["streets"] | {action.dest: value}}
+    assert getattr(small_row(table), action.dest) == value
+    assert action.default is None
+
+
+def small_row(table):
+    return common.parse_args(rml.get_parser(), table, [])
+
+
+# ---- the paper's tables --------------------------------------------------------------------------
+
+CITY, VOC = ["--dataset", "cityscapes"], ["--dataset", "voc"]
+IML = ["--stages", "1", "--no-rectify"]
+CLEAN = ["--no-photometric", "--no-cutmix"]
+STILL = ["--dropout", "0", "--drop-path", "0"]
+TABLES = {
+    "Table 1, Deeplabv2": ([*CITY, "--supervised"], {100: 45.40, 372: 56.08, 744: 60.91}),
+    "Table 1, Ours": (CITY, {100: 58.25, 372: 63.97, 744: 66.15}),
+    "Table 2, Deeplabv2": (
+        [*VOC, "--supervised"],
+        {106: 36.25, 212: 46.30, 529: 55.92, 1323: 63.73},
+    ),
+    "Table 2, Deeplabv2, Full": (["--dataset", "vocaug", "--supervised"], {10582: 72.62}),
+    "Table 2, Ours": (VOC, {106: 53.77, 212: 64.63, 529: 68.82, 1323: 70.34}),
+    "Table 3, Ours": (
+        [*VOC, "--weights", "coco"],
+        {106: 63.60, 212: 68.66, 529: 71.19, 1323: 73.38},
+    ),
+    "Table 4, supervised baseline": ([*CITY, "--supervised"], {372: 56.03}),
+    "Table 4, IML": ([*CITY, *IML, *CLEAN, *STILL], {372: 60.09}),
+    "Table 4, IML (+ model noises)": ([*CITY, *IML, *CLEAN], {372: 60.51}),
+    "Table 4, IML (+ input noises)": ([*CITY, *IML, *STILL], {372: 60.49}),
+    "Table 4, IML (+ full noises)": ([*CITY, *IML], {372: 61.25}),
+    "Table 4, RML": ([*CITY, "--stages", "1"], {372: 62.85}),
+    "Table 4, RML (two stages)": ([*CITY, "--stages", "2"], {372: 63.65}),
+    "Table 5, Deeplabv2 baseline": ([*CITY, "--supervised", "--stages", "1"], {372: 54.52}),
+    "Table 5, SETR baseline": (
+        [*CITY, "--supervised", "--stages", "1", "--network", "setr"],
+        {372: 57.79},
+    ),
+    "Table 5, Deeplabv2-Deeplabv2 IML": ([*CITY, *IML], {372: "61.25 / 61.53"}),
+    "Table 5, SETR-SETR IML": (
+        [*CITY, *IML, *CLEAN, *STILL, "--network", "setr"],
+        {372: "64.15 / 63.74"},
+    ),
+    "Table 5, Deeplabv2-SETR IML": (
+        [*CITY, *IML, *CLEAN, *STILL, "--network", "deeplabv2,setr"],
+        {372: "63.96 / 64.35"},
+    ),
+}
+
+
+def numbers(*argv):
+    """What a run with these arguments prints."""
+    args = common.parse_args(rml.get_parser(), rml.PAPER, list(argv))
+    if args.rectify is None:  # as main() does
+        args.rectify = args.mutual in ("peer", "indirect")
+    args.labels = int(args.labels)  # as split() does
+    return rml.paper_miou(args)
+
+
+@pytest.mark.parametrize("row", TABLES)
+def test_each_row_of_the_papers_tables_is_printed_beside_its_setting(row):
+    argv, miou = TABLES[row]
+    for labels, number in miou.items():
+        expected = number if isinstance(number, str) else f"{number:.2f}"
+        assert f"{expected} ({row})" in numbers(*argv, "--labels", str(labels))
+    assert numbers(*argv, "--labels", "371") == []
+
+
+def test_all_rows_are_those_of_the_paper():
+    rows = {line.split(" | ")[0] for line in rml.PAPER_MIOU.strip().splitlines()}
+    assert rows - {"Table 5, SETR-Deeplabv2 IML"} == set(TABLES)
+
+
+def test_an_oracle_and_the_swapped_pair_have_their_number():
+    assert numbers(*CITY, "--supervised", "--labels", "2975") == ["67.14 (Table 1, Deeplabv2)"]
+    (row,) = numbers(*CITY, *IML, *CLEAN, *STILL, "--network", "setr,deeplabv2")
+    assert row == "64.35 / 63.96 (Table 5, SETR-Deeplabv2 IML)"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        "--lr 1",
+        "--stages 3",
+        "--soft",
+        "--interpolate logits",
+        "--weights none",
+        "--backbone resnet50",
+        "--stages 1 --no-rectify --dropout 0",
+        "--stages 1 --no-rectify --no-photometric",
+        "--stages 1 --no-rectify --mutual direct",
+        "--supervised --network setr-naive --stages 1",
+        "--supervised --network setr",
+    ],
+)
+def test_another_setting_has_no_number_of_the_paper(changes):
+    assert numbers(*CITY, *changes.split()) == []
+
+
+def test_what_makes_no_other_setting_keeps_the_number():
+    expected = ["63.97 (Table 1, Ours)", "63.65 (Table 4, RML (two stages))"]
+    same = "--lr 1e-4 --crop 256 512 --seed 3 --split-seed 1 --workers 1 --stages 2 --cutmix"
+    assert numbers(*CITY, *same.split()) == expected
+
+
+def test_a_drawn_list_of_vocaug_is_not_the_papers():
+    """The paper's lists are of French et al.; a seed draws other pictures of the 10,582."""
+    argv = ["--dataset", "vocaug", "--labels", "1323"]
+    assert numbers(*argv) == []
+    assert numbers(*argv, "--supervised") == []
+    assert numbers(*argv, "--split", "list.txt") == ["70.34 (Table 2, Ours)"]
+
+
+def test_the_end_of_a_run_shows_all_rows(tmp_path, monkeypatch, capsys):
+    rows = ["61.25 (Table 4, IML)", "61.25 / 61.53 (Table 5, IML)"]
+    monkeypatch.setattr(rml, "paper_miou", lambda args: rows)
+    length = "--stage0-iterations 1 --iterations 1 --stages 1 --labels 4 --batch-size 2"
+    run_on_few_streets(rml, *length.split(), "--out", tmp_path)
+    output = capsys.readouterr().out
+    assert all(f"paper     {row}\n" in output for row in rows)
+    assert "the paper reports 61.25" in output
+
+
+# ---- soft pseudo-labels, and what is upsampled ---------------------------------------------------
+
+
+def test_footnote_2_soft_cross_entropy():
+    log_prob = torch.randn(2, K, 3, 4).log_softmax(1)
+    target = torch.randn(2, K, 3, 4).softmax(1)
+    target[0, :, 1] = 0  # unknown
+    total, count = 0.0, 0
+    for b in range(2):
+        for y in range(3):
+            for x in range(4):
+                if (b, y) != (0, 1):
+                    terms = target[b, :, y, x].double() * log_prob[b, :, y, x].double()
+                    total -= float(terms.sum())
+                    count += 1
+    loss = rml.cross_entropy(log_prob, target)
+    assert loss.item() == pytest.approx(total / count, abs=1e-6)
+    hard = torch.randint(K, (2, 3, 4))
+    one_hot = F.one_hot(hard, K).permute(0, 3, 1, 2).float()
+    equal = rml.cross_entropy(log_prob, one_hot), rml.cross_entropy(log_prob, hard)
+    assert equal[0].item() == pytest.approx(equal[1].item(), abs=1e-6)
+    assert rml.cross_entropy(log_prob, 0 * target) == 0
+
+
+def test_soft_labels_are_mixed_as_their_pictures():
+    args = small_args("--no-photometric", "--soft")
+    images = torch.zeros(3, 3, 16, 24, dtype=torch.uint8), torch.ones(3, 3, 16, 24).byte()
+    unlabeled = [dict(image=image, position=[4, 5, 6]) for image in images]
+    labels = torch.arange(6)[:, None, None].expand(6, 16, 24)
+    soft = F.one_hot(labels, 6).permute(0, 3, 1, 2).float()
+    view, mixed = rml.strong_view(unlabeled, [soft, soft], args, 1, 0)
+    hard_view, hard = rml.strong_view(unlabeled, [labels, labels], args, 1, 0)
+    assert torch.equal(view, hard_view)
+    for i in range(2):
+        assert torch.equal(mixed[i].argmax(1), hard[i])
+        assert torch.equal(hard[i] >= 3, view[:, 0] == 1)
+        assert mixed[i].sum(1).eq(1).all()
+
+
+def test_soft_labels_are_learned(tmp_path, monkeypatch):
+    """Students get probabilities that add up to 1, or to 0 where the label is unknown."""
+    seen, real = [], rml.cross_entropy
+    monkeypatch.setattr(rml, "cross_entropy", lambda *x: seen.append(x[1]) or real(*x))
+    length = "--stage0-iterations 1 --iterations 2 --stages 1 --labels 4 --batch-size 2 --soft"
+    threshold = ["--threshold", ".2"]
+    run_on_few_streets(rml, *length.split(), *threshold, "--out", tmp_path)
+    soft = [target for target in seen if target.dim() == 4]
+    assert len(soft) == 2 * 2 * 2  # iterations, students, models
+    for target in soft:
+        total = target.sum(1)
+        assert target.max(1).values[total > 0].min() > 0.2
+        assert ((total - 1).abs().lt(1e-5) | (total == 0)).all()
+        assert ((target > 0) & (target < 1)).any()
+
+
+@pytest.mark.parametrize("what", ["prob", "logits"])
+def test_what_is_upsampled_for_pseudo_labels(what):
+    args = small_args("--interpolate", what, "--crop", "24", "32")
+    network = SimpleNamespace(cell=8, align_corners=True)
+    logits = 4 * torch.randn(2, K, 3, 4)
+    found = rml.upsample_prob(logits.softmax(1), network, args)
+    if what == "prob":  # as in ProDA
+        expected = common.upsample(logits.softmax(1), (24, 32), 8)
+    else:  # as in French et al.
+        expected = common.upsample(logits, (24, 32), 8).softmax(1)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+    for y in range(3):
+        for x in range(4):  # a cell's own pixel
+            assert torch.allclose(
+                found[:, :, 8 * y, 8 * x], logits[:, :, y, x].softmax(1), atol=1e-5
+            )
 
 
 def test_the_flags_of_open_choices_exist():
