@@ -201,7 +201,7 @@ PHOTOMETRIC = (
 def photometric(images, boxes, generators):
     """Two random operations, each with probability .5, inside the boxes of (B, 3, H, W) uint8."""
     strong = images.clone()
-    for image, (left, top, right, bottom), generator in zip(strong, boxes, generators):
+    for image, (top, bottom, left, right), generator in zip(strong, boxes, generators):
         picture = inside = image[:, top:bottom, left:right]
         # Open: how many operations, and how strong; two, each at a random level   --no-photometric
         for _ in range(2):
@@ -239,7 +239,7 @@ def strong_view(unlabeled, targets, args, stage, student):
         for name, batch in zip("up", unlabeled):  # unlabeled, partners
             keys = args.seed, "photometric", stage, student, name
             generators += [common.rng(*keys, place) for place in batch["position"]]
-            boxes += batch["box"]  # of the picture: its padding is neither changed nor counted
+            boxes += batch["inside"]  # padding is neither changed nor counted
         view = photometric(view, boxes, generators)
     if not args.cutmix:
         return view, targets

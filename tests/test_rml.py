@@ -310,7 +310,7 @@ def test_photometric_draws_two_operations_each_with_probability_half():
     image = torch.randint(0, 256, (1, 3, 8, 8), dtype=torch.uint8)
 
     def strong(*keys):
-        return rml.photometric(image, [(0, 0, 8, 8)], [common.rng(*keys)])
+        return rml.photometric(image, [(0, 8, 0, 8)], [common.rng(*keys)])
 
     same = sum(torch.equal(strong("test", i), image) for i in range(400))
     # Unchanged: both skipped, or the identity drawn: (1/2 + 1/2 * 1/9) ** 2 = .309; no-ops add.
@@ -327,8 +327,8 @@ def test_padding_is_neither_changed_nor_counted_by_photometric_operations():
     before = padded.clone()
     changed = 0
     for i in range(100):
-        alone = rml.photometric(whole, [(0, 0, 15, 12)], [common.rng("pad", i)])
-        strong = rml.photometric(padded, [(5, 0, 20, 12)], [common.rng("pad", i)])
+        alone = rml.photometric(whole, [(0, 12, 0, 15)], [common.rng("pad", i)])
+        strong = rml.photometric(padded, [(0, 12, 5, 20)], [common.rng("pad", i)])
         assert torch.equal(strong[:, :, :12, 5:], alone)
         assert torch.equal(strong[:, :, 12:], before[:, :, 12:])
         assert torch.equal(strong[:, :, :, :5], before[:, :, :, :5])
@@ -343,13 +343,13 @@ def test_the_boxes_of_weak_views_lie_around_what_is_valid():
     args.size = None
     stream = common.Stream(common.Streets(), ["train_0000", "train_0001"], "u", args)
     batch = next(common.batches(stream, args, CPU, 0, 1))
-    for (left, top, right, bottom), valid in zip(batch["box"], batch["valid"]):
+    for (top, bottom, left, right), valid in zip(batch["inside"], batch["valid"]):
         inside = torch.zeros_like(valid)
         inside[top:bottom, left:right] = True
         assert torch.equal(inside, valid)
-    assert len({tuple(box) for box in batch["box"]}) > 4
-    assert any(left > 0 for left, *_ in batch["box"])  # flipped
-    assert any(bottom < 100 for *_, bottom in batch["box"])
+    assert len({tuple(box) for box in batch["inside"]}) > 4
+    assert any(left > 0 for _, _, left, _ in batch["inside"])  # flipped
+    assert any(bottom < 100 for _, bottom, _, _ in batch["inside"])
 
 
 def test_cutmix_box_has_half_the_area_and_lies_anywhere():
