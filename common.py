@@ -1284,6 +1284,11 @@ def to_tensor(array):
     return torch.from_numpy(array.transpose(2, 0, 1).copy())
 
 
+def numbered(name, values):
+    """{NAME_1: the first value, NAME_2: ..}"""
+    return {f"{name}_{i}": value for i, value in enumerate(values, 1)}
+
+
 def to_float(image):
     """uint8 0..255 to float32 0..1, which a network takes."""
     return image.float() / 255
@@ -1295,6 +1300,29 @@ def sharpness(image, factor):
     box = F.avg_pool2d(original, 3, stride=1, divisor_override=1)  # sums of 3x3 pixels
     smooth[:, 1:-1, 1:-1] = ((box + 4 * original[:, 1:-1, 1:-1]) / 13).round()
     return (smooth * (1 - factor) + original * factor).clamp(0, 255).byte()
+
+
+def distort(image, r):
+    """MMSegmentation's PhotoMetricDistortion of (3, H, W) uint8; r: a seeded generator."""
+    parts = [
+        (lambda image, by: (image + by).clamp(0, 255).byte(), r.uniform(-32, 32)),
+        (multiply_saturation, r.uniform(0.5, 1.5)),
+        (v2.functional.adjust_hue, r.randint(-18, 18) / 180),
+    ]
+    place = (1, 3)[r.randint(2)]  # contrast comes second or last; it multiplies all values
+    parts.insert(place, (v2.functional.adjust_brightness, r.uniform(0.5, 1.5)))
+    for part, value in parts:
+        if r.uniform() < 0.5:
+            image = part(image, value)
+    return image
+
+
+def multiply_saturation(image, factor):
+    """S of HSV times the factor, at most 1. H and V stay; torchvision's function changes V."""
+    value = image.amax(0).float()
+    spread = value - image.amin(0)  # S = spread / value
+    factor = (value / spread.clamp(min=1)).clamp(max=factor)
+    return (value - (value - image) * factor).round().byte()
 
 
 # ---- evaluation ----------------------------------------------------------------------------------
