@@ -2,11 +2,10 @@
 Jianlong Yuan, Qi Qian, Fan Wang, Jinchao Ge, Zhibin Wang, Yifan Liu. arXiv 2208.11499 (ACM MM 2023)
 
 Two students of different initialization learn from labeled pictures and from each other's
-pseudo-labels. Each student has a mean teacher, whose pseudo-labels supervise the other student.
-Teachers see weak views of the unlabeled pictures; students see strong views of them: one
-photometric operation, and boxes of the next picture of the batch (CutMix). Feature augmentation
-shifts the students' features along the directions in which features of their class vary. It needs
-only one more term in the logits, which depends on the pixel's class alone.
+pseudo-labels. Each has a mean teacher, whose pseudo-labels supervise the other student. Teachers
+see weak views of the unlabeled pictures, students strong views: one photometric operation, and
+boxes of the next picture of the batch (CutMix). Feature augmentation shifts the students' features
+along the directions in which features of their class vary: one more term in the logits.
 
     python mkd.py                           (drawn streets, on a CPU, a few minutes)
     torchrun --nproc_per_node=4 mkd.py --dataset cityscapes --data-root DIR --labels 372
@@ -16,12 +15,9 @@ paper -> code
     Eq. 1, Table 4        mean teachers: update_teachers(), --gamma
     Eq. 2, Sect. 3.1      L_st, teacher to the other student; L_ss, between students: train()
     Sect. 3.2             strong augmentation (SDA): strong_view(), cutmix_mask(), cutmix()
-    Eq. 3                 feature augmentation (FD, FDA): augment_features(), augmentation_table(),
-                          ClassStatistics (Sigma), --lambda0
+    Eq. 3                 feature augmentation (FD, FDA): augment_features(), ClassStatistics
     Eqs. 4, 5, Table 5    L, and its part L_s on labeled pictures: train(), --alpha, --beta
-    Tables 1, 2           PAPER, PAPER_MIOU; dagger: --extra all; *: --threshold .95
-    Table 3               co-training: --teachers none --no-strong --features none; + MT: --teachers
-                          own; + Mutual MT: mutual; + SDA: --strong; + FDA: --features diagonal
+    Tables 1 to 5         PAPER_MIOU has the flags of each row
 """
 
 import argparse
@@ -34,7 +30,7 @@ from torch import nn
 from torchvision.transforms.v2 import functional as V
 
 import common
-from common import IGNORE, need
+from common import IGNORE, need, numbered
 
 # ---- arguments -----------------------------------------------------------------------------------
 
@@ -47,17 +43,19 @@ PAPER = {
         network="deeplabv3plus", head="plain", backbone="resnet50", weights="imagenet",
         batch_norm="sync",
         optimizer="sgd", lr=0.0025, weight_decay=5e-4, iterations=30_000,
-        warmup=0, cutmix=True, gamma=0.4, lambda0=1.5, loss_stride=8,
+        teachers="mutual", gamma=0.4, threshold=0.0, strong=True, cutmix=True,
+        features="diagonal", lambda0=1.5, weight_gradient=True, unlabeled_class="student",
+        alpha=1.5, beta=1.0, warmup=0, loss_stride=8,
+        features_of_teachers=False, labeled_consistency=False, weak_photometric=False,
         workers=4, log_every=50, eval_every=5000, save_every=1000),
-    # Small networks from scratch need slower teachers and weaker perturbations (tests/RESULTS.md).
-    "streets": dict(
-        labels="8", size=(64, 128), crop=(64, 64), scale=(0.75, 1.5), batch_size=4,
-        network="deeplabv3plus", head="plain", backbone="tiny", weights="none",
-        batch_norm="frozen",
-        optimizer="adamw", lr=3e-3, weight_decay=1e-2, iterations=2400,
-        warmup=500, cutmix=False, gamma=0.99, lambda0=0.3, loss_stride=2,
-        workers=0, log_every=50, eval_every=600, save_every=100),
 }  # fmt: skip
+# Small networks from scratch need slower teachers and weaker perturbations (tests/RESULTS.md).
+PAPER["streets"] = PAPER["vocaug"] | dict(
+    labels="8", size=(64, 128), crop=(64, 64), scale=(0.75, 1.5), batch_size=4,
+    backbone="tiny", weights="none", batch_norm="frozen",
+    optimizer="adamw", lr=3e-3, weight_decay=1e-2, iterations=2400,
+    gamma=0.99, cutmix=False, lambda0=0.3, warmup=500, loss_stride=2,
+    workers=0, eval_every=600, save_every=100)
 PAPER["voc"] = PAPER["vocaug"] | dict(labels="183")
 PAPER["cityscapes"] = PAPER["vocaug"] | dict(
     labels="372", size=(1024, 2048), crop=(512, 1024),
@@ -75,25 +73,42 @@ PAPER["folder-cpu"] = PAPER["camvid-cpu"] | dict(
 PAPER["folder-gpu"] = PAPER["camvid-gpu"] | dict(
     labels="1/1", size=(640,), crop=(320, 320), scale=(0.5, 1.5),
     iterations=10_000)
-# Code: these four depart from the paper. So do two passes for the two kinds of pictures, teachers
+# Code: these five depart from the paper. So do two passes for the two kinds of pictures, teachers
 #   that normalize by their batches, and losses on padding, which we leave out   --preset
 for name in ("vocaug", "voc", "streets"):
     PAPER[f"{name}-official"] = PAPER[name] | dict(
-        gamma=0.6, features_of_teachers=True, labeled_consistency=True, weak_photometric=True)
+        gamma=0.6, weight_gradient=False,
+        features_of_teachers=True, labeled_consistency=True, weak_photometric=True)
 
-# The paper's mIoU: {(dataset, --extra, backbone, --threshold): {labels: mIoU}}, Tables 1 and 2.
-PAPER_MIOU = {
-    ("voc", None, "resnet50", 0): {92: 60.60, 183: 66.74, 366: 71.01, 732: 72.73},
-    ("voc", None, "resnet101", 0): {92: 65.35, 183: 70.18, 366: 74.44, 732: 75.90},
-    # Table 1 has other numbers for the same 1464 pictures without the dagger: 78.14 and 79.96.
-    ("voc", "all", "resnet50", 0): {92: 64.92, 183: 69.48, 366: 74.25, 732: 75.89, 1464: 77.59},
-    ("voc", "all", "resnet101", 0): {92: 69.10, 183: 74.63, 366: 76.76, 732: 78.66, 1464: 80.02},
-    ("voc", "all", "resnet101", 0.95): {92: 74.40, 183: 75.92, 366: 77.74, 732: 78.68, 1464: 80.80},
-    ("vocaug", None, "resnet50", 0): {662: 74.02, 1323: 75.24, 2646: 76.09, 5291: 76.92},
-    ("vocaug", None, "resnet101", 0): {662: 75.90, 1323: 76.59, 2646: 77.62, 5291: 78.94},
-    ("cityscapes", None, "resnet50", 0): {186: 75.47, 372: 78.07, 744: 79.95, 1488: 80.52},
-    ("cityscapes", None, "resnet101", 0): {186: 77.19, 372: 79.20, 744: 80.80, 1488: 81.04},
-}
+# Tables of the paper | argument | its values; rows: dataset and flags | ResNet-50 | ResNet-101
+# Open: the rest of Table 4's setting; ours, though its 72.82 for .4 is not Table 3's   --gamma
+# Open: what Table 5 varies; beta, it says, but its 72.52 is Table 3's without teachers   --beta
+PAPER_MIOU = """
+Table 1 | labels | 92 183 366 732 1464
+voc | 60.60 66.74 71.01 72.73 | 65.35 70.18 74.44 75.90
+voc --extra all | 64.92 69.48 74.25 75.89 77.59 | 69.10 74.63 76.76 78.66 80.02
+voc --extra all --threshold .95 |  | 74.40 75.92 77.74 78.68 80.80
+Table 1, no dagger | labels | 1464
+voc --extra all | 78.14 | 79.96
+Table 2 | labels | 662 1323 2646 5291
+vocaug | 74.02 75.24 76.09 76.92 | 75.90 76.59 77.62 78.94
+vocaug --split U2PL | 76.03 78.03 77.56 77.37 | 78.44 79.74 79.55 80.60
+Table 2 | labels | 186 372 744 1488
+cityscapes | 75.47 78.07 79.95 80.52 | 77.19 79.20 80.80 81.04
+Table 3 | labels | 662
+vocaug --teachers none --no-strong --features none | 68.82
+vocaug --teachers own --no-strong --features none | 68.85
+vocaug --no-strong --features none | 70.19
+vocaug --teachers none --features none | 72.52
+vocaug --teachers none --no-strong | 70.76
+vocaug --features none | 73.66
+vocaug | 74.02
+Table 4 | gamma | 0 0.2 0.4 0.6 0.8
+vocaug | 72.41 72.68 72.82 72.74 72.78 | 74.53 74.60 75.34 75.17 75.07
+Table 5 | beta | 0 0.5 1 1.5 2
+vocaug --features none | 72.52 72.80 73.66 73.43 73.49 | 74.44 75.81 75.44 75.80 75.64
+Table 5 | alpha | 0 0.5 1 1.5 2
+vocaug --features none | 72.52 72.80 73.66 73.43 73.49 | 74.44 75.81 75.44 75.80 75.64"""
 
 TEACHERS = {"none": (), "own": (0, 1), "mutual": (1, 0)}  # of students 1 and 2; 0 is teacher 1
 
@@ -101,27 +116,23 @@ TEACHERS = {"none": (), "own": (0, 1), "mutual": (1, 0)}  # of students 1 and 2;
 def get_parser():
     parser = argparse.ArgumentParser(
         allow_abbrev=False, description=__doc__.split("\n\n")[1],
-        epilog="The table PAPER in mkd.py has the values of arguments that are not given, by "
-        "dataset; args.json has all values of a run.")
+        epilog="Defaults are in the table PAPER in mkd.py; a run writes all values to args.json.")
     add = parser.add_argument_group("mutual knowledge distillation").add_argument
     number = dict(type=float, metavar="X")
     switch = dict(action=argparse.BooleanOptionalAction)
-    add("--teachers", choices=TEACHERS, default="mutual",
-        help="the mean teacher that a student learns from, besides the other student (Table 3)")
-    add("--strong", **switch, default=True, help="strong views for the students (Table 3, SDA)")
+    add("--teachers", choices=TEACHERS, help="which mean teacher a student learns from (Table 3)")
+    add("--strong", **switch, help="strong views for the students (Table 3, SDA)")
     add("--cutmix", **switch, help="CutMix as a part of the strong view (Sect. 3.2)")
-    add("--features", choices=["none", "diagonal", "full"], default="diagonal",
-        help="feature augmentation, by the covariance's diagonal or all of it (Table 3, FDA)")
+    add("--features", choices=["none", "diagonal", "full"], help="Sigma of FDA (Eq. 3; Table 3)")
+    add("--weight-gradient", **switch, help="gradient through w in the term of Eq. 3")
+    add("--unlabeled-class", choices=["student", "teacher"], help="whose label is y of Eq. 3")
     add("--lambda0", **number, help="lambda of Eq. 3 at the last iteration")
     add("--gamma", **number, help="decay of the mean teachers (Eq. 1; Table 4)")
-    add("--alpha", **number, default=1.5, help="weight of L_st (Eq. 4; default: 1.5)")
-    add("--beta", **number, default=1.0, help="weight of L_ss (Eq. 4; Table 5; default: 1)")
-    add("--warmup", type=int, metavar="N",
-        help="iterations on labels alone before L_st and L_ss begin (paper: 0)")
-    add("--threshold", **number, default=0.0,
-        help="ignore the teachers' labels below this confidence (Table 1, *: .95)")
-    add("--loss-stride", type=int, choices=[1, 2, 4, 8, 16],
-        help="stride of the crop in L_st and L_ss")
+    add("--alpha", **number, help="weight of L_st (Eq. 4; Table 5)")
+    add("--beta", **number, help="weight of L_ss (Eq. 4; Table 5)")
+    add("--warmup", type=int, metavar="N", help="iterations on labels alone at first (paper: 0)")
+    add("--threshold", **number, help="confidence that teachers' labels need (Table 1, *: .95)")
+    add("--loss-stride", type=int, choices=[1, 2, 4, 8, 16], help="stride of p in L_st and L_ss")
     add("--features-of-teachers", **switch, help="FDA of the teachers, too (authors' code)")
     add("--labeled-consistency", **switch, help="L_st, L_ss: labeled pictures, too (authors' code)")
     add("--weak-photometric", **switch, help="photometric distortion of weak views (authors' code)")
@@ -130,14 +141,24 @@ def get_parser():
 
 
 def paper_miou(args):
-    """The mIoU that the paper reports for these arguments; None if it reports none."""
-    others = set(args.changed) - {"backbone", "extra", "threshold"}
-    if args.dataset != "vocaug":  # there U2PL's lists have other numbers
-        others.discard("split")
-    if others or args.supervised:
-        return None
-    setting = (args.dataset, args.extra, args.backbone, args.threshold)
-    return PAPER_MIOU.get(setting, {}).get(args.labels)
+    """What the paper's tables report for these arguments: ["74.02 (Table 3: vocaug ..)", ..]."""
+    found = []
+    for line in PAPER_MIOU.splitlines()[1:]:
+        row, *columns = line.split(" | ")
+        if row.startswith("Table"):
+            table, (varied, values) = row, columns
+            continue
+        wanted = common.parse_args(get_parser(), PAPER, f"--dataset {row}".split())
+        names = {"dataset", "labels", "supervised", *args.changed, *wanted.changed}
+        names -= {varied, "backbone", "split", "split_seed"}
+        same = all(str(getattr(args, name)) == str(getattr(wanted, name)) for name in names)
+        column = dict(zip(("resnet50", "resnet101"), columns)).get(args.backbone, "")
+        value = f"{getattr(args, varied):g}"
+        miou = dict(zip(values.split(), column.split())).get(value)
+        if same and miou and (args.split or not wanted.split):
+            note = ", without --preset official" if args.table_preset else ""
+            found.append(f"{miou} ({table}: {row} --{varied} {value}{note})")
+    return found
 
 
 # ---- perturbations -------------------------------------------------------------------------------
@@ -168,33 +189,20 @@ def strong_view(image, r):
     return operation(image, r)
 
 
-def distort(image, r):
-    """MMSegmentation's photometric distortion of a picture, for --weak-photometric."""
-    parts = [
-        (lambda image, by: (image + by).clamp(0, 255).byte(), r.uniform(-32, 32)),
-        (V.adjust_saturation, r.uniform(0.5, 1.5)),
-        (V.adjust_hue, r.uniform(-0.1, 0.1)),
-    ]
-    place = (1, 3)[r.randint(2)]  # contrast comes second or last
-    parts.insert(place, (V.adjust_contrast, r.uniform(0.5, 1.5)))
-    for part, value in parts:
-        if r.uniform() < 0.5:
-            image = part(image, value)
-    return image
-
-
-def views(operation, images, args, name, positions):
-    """operation(image, r) of each picture or mask, r a seeded generator: (B, ..) -> the same."""
-    result = torch.empty_like(images)
-    for i, position in enumerate(positions):
-        result[i] = operation(images[i], common.rng(args.seed, name, position))
+def views(operation, batch, args, name):
+    """operation(picture, r) of each picture without its padding; r: its generator. (B, 3, H, W)"""
+    result = batch["image"].clone()
+    for image, inside, position in zip(result, batch["inside"], batch["position"]):
+        top, bottom, left, right = inside
+        picture = image[:, top:bottom, left:right]
+        if min(picture.shape[1:]) > 3:  # the widest blur mirrors three pixels
+            picture.copy_(operation(picture, common.rng(args.seed, name, position)))
     return result
 
 
 def cutmix_mask(mask, r):
     """m of CutMix: mask (H, W) bool, all False, with three boxes of u / 3 of the area inverted."""
-    # Open: the shape of m; the code's boxes, for every picture. In Table 3 CutMix is a part of SDA.
-    #   Streets go without it, since it harms small networks from scratch   --cutmix
+    # Open: the shape of m; the code's. Streets have no CutMix: it harms small networks   --cutmix
     height, width = mask.shape
     for _ in range(3):
         u = r.uniform(0.25, 0.5)
@@ -229,12 +237,10 @@ def at_stride(maps, stride, args):
 
 # Feature augmentation (FD, FDA; Sect. 3.2). Features of one class vary: a car is red or white, near
 # or far. Sigma_y, the covariance of the features of class y, says in which directions. FDA moves
-# each feature f_i, of class y_i, along them by draws from N(0, lambda Sigma_yi), and trains on all
-# draws at once: for infinitely many, the mean cross entropy of the classifier (w, b) is at most
-#     mean over i of log sum_j exp(v^T f_i + (b_j - b_yi) + lambda / 2 v^T Sigma_yi v)  (Eq. 3),
-# with v = w_j - w_yi. This is the usual cross entropy with one more term: the logit of each class
-# j != y_i rises, most where j and y_i differ in a direction in which y_i varies. So the student has
-# to separate them by a larger margin there. The term depends on (y_i, j) alone: a K x K table.
+# each feature f_i, of class y_i, along them by draws from N(0, lambda Sigma_yi). For infinite draws
+# the mean cross entropy of the classifier (w, b) is at most, with v = w_j - w_yi,
+#     mean over i of log sum_j exp(v^T f_i + (b_j - b_yi) + lambda / 2 v^T Sigma_yi v)  (Eq. 3):
+# one more term, which raises the logit of each class j != y_i, and depends on (y_i, j) alone.
 class ClassStatistics(nn.Module):
     """Sigma of Eq. 3: the covariance of each class's features (K, C, C), or its diagonal (K, C)."""
 
@@ -263,7 +269,6 @@ class ClassStatistics(nn.Module):
         gap = self.mean - mu_b
         self.count += n_b.squeeze(1).long()
         self.mean.lerp_(mu_b, r)
-
         deviation = (mu_b.mT @ one_hot).sub_(features)  # (B, C, hw), not used where unknown
         if self.covariance.ndim == 2:
             squares = (one_hot @ deviation.square_().mT).sum(0)  # (K, C)
@@ -278,27 +283,20 @@ class ClassStatistics(nn.Module):
         self.covariance = (1 - r) * self.covariance + r * sigma_b + r * (1 - r) * gap
 
 
-def augmentation_table(weight, covariance):
-    """v^T Sigma_y v of Eq. 3, v = w_j - w_y, for all y, j: (K, K). w: weight, Sigma: covariance."""
-    v = weight - weight[:, None]  # v[y, j], (K, K, C); the expanded square would lose digits
-    if covariance.ndim == 2:
-        return (v.square() * covariance[:, None]).sum(2)
-    return (v @ covariance * v).sum(2)
-
-
-def augment_features(features, logits, label, valid, weight, statistics, strength):
+def augment_features(features, logits, label, weight, statistics, strength):
     """FD: p + lambda / 2 v^T Sigma v (Eq. 3), the logits of the augmented features.
 
-    p: logits (L + B, K, h, w) of L labeled pictures with y: label (L, h, w), and B unlabeled ones
-    with valid (B, h, w). features (L + B, C, h, w) update Sigma: statistics. lambda: strength."""
-    # Open: y of unlabeled pixels, "pseudo-labels"; the student's prediction, as in the code
-    predicted = hard_label(logits[len(label) :], valid)
-    label = torch.cat([label, predicted])  # (L + B, h, w)
+    p: logits (B, K, h, w). y: label (B, h, w), 255 for unknown. features (B, C, h, w) update Sigma:
+    statistics. v = w_j - w_y of w: weight (K, C, 1, 1). lambda: strength."""
     statistics.update(features.detach(), label)
-    # Open: whether the term has a gradient; none, as in the code; in ISDA w has one
-    table = augmentation_table(weight.detach().flatten(1), statistics.covariance)
+    w = weight.flatten(1)
+    v = w - w[:, None]  # v[y, j], (K, K, C); the expanded square would lose digits
+    if statistics.covariance.ndim == 2:
+        table = (v.square() * statistics.covariance[:, None]).sum(2)  # (K, K)
+    else:
+        table = (v @ statistics.covariance * v).sum(2)
     table = F.pad(strength / 2 * table, (0, 0, 0, 256 - len(table)))  # 0 for unknown pixels, 255
-    return logits + table[label].permute(0, 3, 1, 2)  # Eq. 3
+    return logits + F.embedding(label, table).permute(0, 3, 1, 2)  # Eq. 3
 
 
 # ---- EMA -----------------------------------------------------------------------------------------
@@ -306,8 +304,7 @@ def augment_features(features, logits, label, valid, weight, statistics, strengt
 @torch.no_grad()
 def update_teachers(teachers, students, iteration, gamma):
     """theta_t <- gamma theta_t + (1 - gamma) theta_s (Eq. 1), theta: parameters; copies buffers."""
-    # Open: gamma in the first steps; 1 - 1 / t if that is less, as in the code, so that at t = 1
-    #   the teacher is its student. The paper takes .4 in all experiments (Table 4)   --gamma
+    # Open: gamma in the first steps; 1 - 1 / t if that is less, as in the code   --gamma
     gamma = min(1 - 1 / (iteration + 1), gamma)
     for teacher, student in zip(teachers, students):
         theta_t = list(teacher.parameters())
@@ -337,12 +334,6 @@ class WithFeatures(nn.Sequential):
 class Ensemble(nn.ModuleList):
     """The mean of the networks' logits."""
 
-    align_corners = True
-
-    @property
-    def stride(self):
-        return self[0].stride
-
     def forward(self, image):
         return sum(network(image) for network in self) / len(self)
 
@@ -357,48 +348,40 @@ def cross_entropy(logits, label):
 
 # ---- training ------------------------------------------------------------------------------------
 
-def numbered(name, values):
-    """{NAME_1: first value, NAME_2: second value}"""
-    return {f"{name}_{i}": value for i, value in enumerate(values, 1)}
-
-
 def update_students(args, keep, students, loss, iteration):
     """Backward, and a step of the optimizer. Returns the learning rate, "poly" (Sect. 4.1)."""
-    optimizer = keep["optimizer"]
     scaler = keep["scaler"]
     lr = args.lr * (1 - iteration / args.iterations) ** 0.9
-    optimizer.param_groups[0]["lr"] = lr
-    optimizer.zero_grad()
+    keep["optimizer"].param_groups[0]["lr"] = lr
+    keep["optimizer"].zero_grad()
     scaler.scale(loss).backward()
-    scaler.step(optimizer)
+    scaler.step(keep["optimizer"])
     scaler.update()
     common.average_buffers(students)
     return lr
 
 
 def train_supervised(args, run, stream, students, learners, teachers, keep, begin, stop):
-    """Learn from labels alone, iterations begin to stop - 1: the warm-up, and the baseline."""
+    """Learn from labels alone, from iteration begin until stop: the warm-up, and the baseline."""
     run.phase = None if args.supervised else "warm-up"
     run.images = args.batch_size
     batches = common.batches(stream, args, run.device, begin, stop)
     for iteration, labeled in enumerate(batches, begin):
-        # 5 EMA: first (Algorithm 1, line 6)
+        # 5 EMA: first (line 6)
         update_teachers(teachers, students, iteration, args.gamma)
 
-        # 1 batch: weak views
+        # 1 batch: weak views (lines 7, 9)
         image = labeled["image"]  # (B, 3, H, W)
-        label = labeled["label"]  # (B, H, W)
         if args.weak_photometric:
-            image = views(distort, image, args, "distort labeled", labeled["position"])
-
+            image = views(common.distort, labeled, args, "distort labeled")
         # 2 pseudo-labels: none
-        # 3 losses
+        # 3 losses (lines 11, 13)
         loss_labeled = []
         for learner in learners:
             with common.autocast(args, run.device):
                 _, logits = learner(common.to_float(image))
             logits = common.upsample(logits, args.crop, students[0].stride)
-            loss_labeled.append(cross_entropy(logits, label))  # Eq. 5
+            loss_labeled.append(cross_entropy(logits, labeled["label"]))  # Eq. 5
 
         # 4 backward
         lr = update_students(args, keep, students, sum(loss_labeled), iteration)
@@ -408,12 +391,12 @@ def train_supervised(args, run, stream, students, learners, teachers, keep, begi
         run.step(iteration, losses, record=iteration + 1 == stop, lr=lr)
         if run.due():
             run.evaluate(numbered("student", students) | numbered("teacher", teachers))
-            run.panel(f"batch_{run.mark}", {"labeled picture": image[:4], "label": label[:4]})
+            run.panel(f"batch_{run.mark}", {"picture": image[:4], "label": labeled["label"][:4]})
         run.save(iteration, keep)
 
 
 def train(args, run, streams, students, learners, teachers, keep, begin):
-    """Algorithm 1, from iteration begin on. streams: of labeled and of unlabeled pictures."""
+    """Algorithm 1, from iteration begin on; lines are its lines. streams: labeled, unlabeled."""
     run.phase = None
     run.images = 2 * args.batch_size
     statistics = keep["statistics"]  # of students; with --features-of-teachers of teachers, too
@@ -426,46 +409,46 @@ def train(args, run, streams, students, learners, teachers, keep, begin):
         common.batches(streams[0], args, run.device, begin, args.iterations),
         common.batches(streams[1], args, run.device, begin, args.iterations, overlap=mixed)]
     for iteration, (labeled, unlabeled) in enumerate(zip(*batches), begin):
-        # 5 EMA: first (Algorithm 1, line 6)
+        # 5 EMA: first (line 6)
         update_teachers(teachers, students, iteration, args.gamma)
 
-        # 1 batch: weak views; of unlabeled pictures strong views, too, the same for both students
+        # 1 batch (lines 7, 8): weak and strong views (line 9), the same for both students
         image = labeled["image"]  # (B, 3, H, W)
         label = labeled["label"]  # (B, H, W)
         weak = unlabeled["image"]  # (B, 3, H, W); B + 1 with several processes, see cutmix()
-        places = unlabeled["position"]
-        strong = views(strong_view, weak, args, "strong", places) if args.strong else weak
+        strong = views(strong_view, unlabeled, args, "strong") if args.strong else weak
         if args.weak_photometric:
-            image = views(distort, image, args, "distort labeled", labeled["position"])
-            weak = views(distort, weak, args, "distort", places)
+            image = views(common.distort, labeled, args, "distort labeled")
+            weak = views(common.distort, unlabeled, args, "distort")
         B = len(image)
         mask = torch.zeros_like(label, dtype=torch.bool)  # m, (B, H, W)
         if mixed:
-            mask = views(cutmix_mask, mask, args, "cutmix", places[:B])
+            for m, position in zip(mask, unlabeled["position"]):
+                cutmix_mask(m, common.rng(args.seed, "cutmix", position))
         strong = cutmix(strong, mask)  # (B, 3, H, W)
         L = B if args.labeled_consistency else 0  # labeled pictures in L_st and L_ss
         small_mask = mask[:, ::step, ::step]  # (B, h, w)
         small_label = label[:, ::step, ::step]
         valid = torch.cat([labeled["valid"][:L], unlabeled["valid"]])[:, ::step, ::step]
         valid = cutmix(valid, small_mask, L)  # (L + B, h, w), False on padding
-        # Open: lambda in the course of a run; half a cosine from 0, as in the code   --lambda0
-        strength = args.lambda0 * (1 - math.cos(math.pi * (iteration + 1) / args.iterations)) / 2
+        # Open: the course of lambda; half a cosine, as in the code, after the warm-up   --lambda0
+        progress = (iteration + 1 - args.warmup) / (args.iterations - args.warmup)
+        strength = args.lambda0 * (1 - math.cos(math.pi * progress)) / 2
 
         # 2 pseudo-labels: of both teachers on weak views; their logits are mixed like the pictures
         pseudo_labels = []
         teacher_input = common.to_float(torch.cat([image[:L], weak]))  # (L + B, 3, H, W)
         for i, teacher in enumerate(teachers):
             with torch.no_grad(), common.autocast(args, run.device):
-                features, p = WithFeatures(teacher)(teacher_input)
+                features, p = WithFeatures(teacher)(teacher_input)  # line 10
             p = cutmix(at_stride(p, stride, args), small_mask, L)  # p_t, (L + B, K, h, w)
             confidence = p.softmax(1).amax(1)
             if args.features_of_teachers and statistics:
                 features = cutmix(at_stride(features, stride, args), small_mask, L)
+                y = torch.cat([small_label[:L], hard_label(p[L:], valid[L:])])
                 p = augment_features(
-                    features, p, small_label[:L], valid[L:],
-                    teacher.last.weight, statistics[2 + i], strength)
-            pseudo_label = hard_label(p, valid & (confidence >= args.threshold))
-            pseudo_labels.append(pseudo_label)  # y_t, (L + B, h, w)
+                    features, p, y, teacher.last.weight, statistics[2 + i], strength)
+            pseudo_labels.append(hard_label(p, valid & (confidence >= args.threshold)))  # y_t
 
         # 3 losses
         # Open: one pass of both kinds of pictures, or two; one, for joint batch norm   --batch-norm
@@ -474,26 +457,32 @@ def train(args, run, streams, students, learners, teachers, keep, begin):
         student_logits = []
         for i, learner in enumerate(learners):
             with common.autocast(args, run.device):
-                features, p = learner(student_input)
+                features, p = learner(student_input)  # lines 11, 12
             p_labeled = common.upsample(p[:B], args.crop, stride)  # p_s^l, (B, K, H, W)
-            loss_labeled.append(cross_entropy(p_labeled, label))  # Eq. 5
+            loss_labeled.append(cross_entropy(p_labeled, label))  # Eq. 5, line 13
             p = at_stride(p, stride, args)  # (2B, K, h, w)
             if statistics:
-                p = augment_features(
-                    at_stride(features.detach(), stride, args), p, small_label, valid[L:],
-                    students[i].last.weight, statistics[i], strength)
+                # Open: y of unlabeled pixels, "pseudo-labels"; arg max of p, as in the code: FD
+                #   gets nothing else in line 12, and Fig. 1 makes y^u of p^u   --unlabeled-class
+                y_u = hard_label(p[B:], valid[L:])
+                if args.unlabeled_class == "teacher":
+                    y_u = pseudo_labels[TEACHERS[args.teachers][i]][L:]
+                # Open: gradient through w; as printed, since of L(theta | Sigma) only Sigma is
+                #   given, and as in ISDA; without it nothing limits |w|   --weight-gradient
+                w = students[i].last.weight
+                w = w if args.weight_gradient else w.detach()
+                features = at_stride(features.detach(), stride, args)
+                y = torch.cat([small_label, y_u])
+                p = augment_features(features, p, y, w, statistics[i], strength)  # line 12
             student_logits.append(p[B - L :])  # p_s^u, (L + B, K, h, w)
         loss_st = []
         for p, i in zip(student_logits, TEACHERS[args.teachers]):
-            loss_st.append(cross_entropy(p, pseudo_labels[i]))  # Eq. 2
-        # Open: whether L_ss takes its labels before or after FD; after, as Algorithm 1 reads
-        p_s1, p_s2 = student_logits
-        y_s1 = hard_label(p_s1, valid)
-        y_s2 = hard_label(p_s2, valid)
-        loss_ss = [cross_entropy(p_s1, y_s2), cross_entropy(p_s2, y_s1)]  # as in CPS
-        # Open: whether Table 5 varies alpha or beta; its text says beta, its numbers at 0 and 1 are
-        #   those of Table 3 without and with teachers, which alpha makes   --alpha --beta
-        loss = sum(loss_labeled) + args.alpha * sum(loss_st) + args.beta * sum(loss_ss)  # Eq. 4
+            loss_st.append(cross_entropy(p, pseudo_labels[i]))  # Eq. 2, line 14
+        # Open: whether L_ss takes its labels before or after FD; after, as line 15 reads
+        y_s1, y_s2 = (hard_label(p, valid) for p in student_logits)
+        loss_ss = [cross_entropy(p, y) for p, y in zip(student_logits, (y_s2, y_s1))]  # line 15
+        # Eq. 4, line 16
+        loss = sum(loss_labeled) + args.alpha * sum(loss_st) + args.beta * sum(loss_ss)
 
         # 4 backward
         lr = update_students(args, keep, students, loss, iteration)
@@ -501,9 +490,7 @@ def train(args, run, streams, students, learners, teachers, keep, begin):
         # 6 log, evaluate, save
         losses = numbered("loss_labeled", loss_labeled) | numbered("loss_st", loss_st)
         losses |= numbered("loss_ss", loss_ss)
-        numbers = {"lr": lr}
-        if statistics:
-            numbers["lambda"] = strength
+        numbers = {"lr": lr} | ({"lambda": strength} if statistics else {})
         pseudo_labels = numbered("pseudo_miou", [y[L:] for y in pseudo_labels])
         truth = cutmix(unlabeled["truth"], mask)  # nothing learns from it
         run.step(iteration, losses, pseudo_labels, truth[:, ::step, ::step], **numbers)
@@ -517,11 +504,9 @@ def train(args, run, streams, students, learners, teachers, keep, begin):
 def draw(run, weak, strong, truth, pseudo_labels, predictions):
     """pictures/batch_*.png: unlabeled pictures as teachers and students see them (Fig. 1)."""
     columns = {"weak view": weak, "strong view": strong, "truth (not used)": truth}
-    labels = numbered("label of teacher", pseudo_labels)
-    labels |= numbered("prediction of student", predictions)
+    labels = numbered("teacher", pseudo_labels) | numbered("student", predictions)
     for title, label in labels.items():
-        enlarged = F.interpolate(label[:, None].float(), truth.shape[1:])  # nearest
-        columns[title] = enlarged[:, 0].long()
+        columns[title] = F.interpolate(label[:, None].float(), truth.shape[1:])[:, 0].long()
     run.panel(f"batch_{run.mark}", {title: cells[:4] for title, cells in columns.items()})
 
 
@@ -534,24 +519,25 @@ def main():
         return common.check_data(args)
     if args.evaluate or args.predict:
         return common.use_checkpoint(args, device)
-    common.check_range(args, 1, min(args.crop), "loss_stride")
     common.check_range(args, 0, 1, "gamma", "threshold")
     common.check_range(args, 0, math.inf, "alpha", "beta", "lambda0", "warmup")
     need(args.network == "deeplabv3plus" or args.head == "bottleneck",
-         "--network deeplabv2 --head plain: Eq. 3 needs a single linear classifier at the end; use "
-         "--head bottleneck, or --network deeplabv3plus")
+         "--network deeplabv2 --head plain: Eq. 3 needs one linear classifier; --head bottleneck")
     mixed = args.cutmix and args.strong and not args.supervised
     need(args.batch_size > 1 or not mixed,
          "--batch-size 1: CutMix mixes neighbors of a batch; use 2 or more, or --no-cutmix")
     need(args.warmup < args.iterations or args.iterations == 0 or args.supervised,
-         f"--warmup {args.warmup}: leaves no iteration for the method; use a lower one, or more "
-         "--iterations")
+         f"--warmup {args.warmup}: no iteration is left for the method; raise --iterations")
+    need(args.unlabeled_class == "student" or args.teachers != "none",
+         "--unlabeled-class teacher: there is no teacher; leave out --teachers none")
     data = common.open_dataset(args)
     labeled, unlabeled = common.split(args, data)
     # Open: the differences of the students; the initialization (of heads on a pretrained backbone)
     # Open: the baseline; one student on the same weak views, for as many steps   --supervised
     members = range(1 if args.supervised else 2)
-    students = Ensemble(common.build_network(args, data, device, member) for member in members)
+    students = Ensemble(common.build_network(args, data, device, i) for i in members)  # line 3
+    students.stride = students[0].stride
+    students.align_corners = True
     teachers = Ensemble()
     statistics = nn.ModuleList()
     if not args.supervised:
@@ -559,7 +545,7 @@ def main():
         need(not same, f"--weights {args.weights}: both students would begin with the same "
              "weights; use those of a backbone, not those of a whole network")
         if args.teachers != "none":
-            teachers = copy.deepcopy(students).requires_grad_(False).eval()
+            teachers = copy.deepcopy(students).requires_grad_(False).eval()  # line 4
         if args.features != "none":
             augmented = students + teachers if args.features_of_teachers else students
             sizes = (len(data.names), students[0].feature_channels, args.features == "full")
@@ -569,8 +555,8 @@ def main():
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
     # Open: the network that is reported; student 1. The last table has all of them, and their mean.
     method = "mkd-supervised" if args.supervised else "mkd"
-    stages = {1: args.iterations}
-    run = common.Run(method, args, data, labeled, unlabeled, device, stages, "student_1")
+    run = common.Run(method, args, data, labeled, unlabeled, device, {1: args.iterations},
+                     "student_1")
     networks = numbered("student", students) | numbered("teacher", teachers)
     keep = networks | {"statistics": statistics, "optimizer": optimizer, "scaler": scaler}
     begin = run.restore(keep)
@@ -584,7 +570,10 @@ def main():
     if not args.supervised:
         train(args, run, streams, students, learners, teachers, keep, max(begin, stop))
         networks["ensemble"] = students
-    run.finish(networks, paper_miou(args))
+    rows = paper_miou(args)
+    for row in rows:
+        common.say(f"paper     {row}")
+    run.finish(networks, float(rows[0].split()[0]) if rows else None)
 
 
 if __name__ == "__main__":

@@ -43,8 +43,7 @@ def inputs(side, device):
 
 def table_form(features, logits, label, weight):
     statistics = mkd.ClassStatistics(CLASSES, CHANNELS, FULL).to(features.device)
-    valid = label[:0].bool()  # there are no unlabeled pictures
-    return mkd.augment_features(features, logits, label, valid, weight, statistics, STRENGTH)
+    return mkd.augment_features(features, logits, label, weight, statistics, STRENGTH)
 
 
 def direct_form(features, logits, label, weight):

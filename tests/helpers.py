@@ -149,5 +149,6 @@ def at_pixels(maps, size, stride):
         before = (pixel // stride).clamp(max=last)
         after = (before + 1).clamp(max=last)
         weight = (pixel % stride / stride).view(-1, *[1] * (3 - dim))
-        maps = maps.index_select(dim, before) * (1 - weight) + maps.index_select(dim, after) * weight
+        below = maps.index_select(dim, before) * (1 - weight)
+        maps = below + maps.index_select(dim, after) * weight
     return maps
