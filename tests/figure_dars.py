@@ -14,8 +14,8 @@ CBST, DA and DARS keep of them. It writes to DIR (default: RUN/figures):
 
 Fig. 3 and pseudo_labels.png show the teacher of the last round, which predicts the unlabeled
 pictures once more. Fig. 5 (b) shows the last student, where the paper shows the baseline: give the
-run folder of --supervised --rounds 0 for that. There are no instances in the masks of these
-datasets: an object is all pixels of one class in one picture.
+run folder of --supervised --rounds 0 for that. An object is all pixels of one class in one
+picture: Cityscapes' instanceIds are not read.
 """
 
 import argparse

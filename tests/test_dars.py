@@ -1075,22 +1075,19 @@ def rotate_whole(image, label, generator):
     return dars.rotate_and_blur(image, label, 0, 0, label.shape, generator)
 
 
+def naive_blur(image):
+    """OpenCV's 5 x 5 Gaussian at sigma 0, [1 4 6 4 1] / 16, of (3, H, W) uint8. The two outer rows
+    and columns stay: no color from beyond the picture comes in."""
+    kernel = torch.tensor([1.0, 4, 6, 4, 1]) / 16
+    kernel = torch.outer(kernel, kernel)[None, None]
+    blurred = image.clone()
+    inner = F.conv2d(image[:, None].float(), kernel)[:, 0]
+    blurred[:, 2:-2, 2:-2] = (inner + 0.5).floor().to(torch.uint8)
+    return blurred
+
+
 def test_rotation_and_blur_by_content():
     image, label = coded_picture()
-    # 5 x 5, sigma .3 ((5 - 1) / 2 - 1) + .8
-    kernel = torch.tensor([math.exp(-x * x / (2 * 1.1**2)) for x in range(-2, 3)])
-    kernel = torch.outer(kernel, kernel) / kernel.sum() ** 2
-
-    mean = torch.tensor(common.MEAN_COLOR, dtype=torch.uint8)[:, None, None]
-
-    def naive_blur(image):  # beyond the picture the mean color
-        wide = mean.repeat(1, image.shape[1] + 4, image.shape[2] + 4)
-        wide[:, 2:-2, 2:-2] = image
-        return F.conv2d(wide[:, None].float(), kernel[None, None])[:, 0].round().to(torch.uint8)
-
-    def steepest(image):
-        """Step from a pixel to its neighbor: rotation keeps nearly all of it, blur a third."""
-        return max(image[:, 2:-2, 2:-2].int().diff(dim=d).abs().max().item() for d in (1, 2))
 
     rotated = blurred = both = neither = 0
     for seed in range(120):
@@ -1109,9 +1106,9 @@ def test_rotation_and_blur_by_content():
         # The label moved with its picture.
         assert (new_image.int() - expected.int())[:, middle].abs().max() <= 1
         turned = not torch.equal(new_label, label)
-        soft = steepest(new_image) < 0.6 * steepest(image)
-        assert soft or not torch.equal(new_image, naive_blur(image))
-        assert not soft or not torch.equal(new_image, image)
+        soft = common.rng("rotate", seed).uniform(size=3)[2] < 0.5
+        if not turned:
+            assert torch.equal(new_image, naive_blur(image) if soft else image)
         if turned:
             assert (new_label == 255).any()
             corner = new_label[[0, 0, -1, -1], [0, -1, 0, -1]]
@@ -1145,8 +1142,6 @@ def test_rotation_is_by_up_to_ten_degrees():
 def test_the_crop_is_that_of_the_whole_picture_rotated_and_blurred():
     """Against PIL's rotate() and a naive blur of the whole, at the border of the crop too."""
     r = np.random.RandomState(0)
-    kernel = np.array([math.exp(-x * x / (2 * 1.1**2)) for x in range(-2, 3)])
-    kernel = torch.from_numpy(np.outer(kernel, kernel) / kernel.sum() ** 2)[None, None]
     seen = set()
     for seed in range(80):
         height, width = ((60, 80), (61, 79))[seed % 2]
@@ -1159,12 +1154,12 @@ def test_the_crop_is_that_of_the_whole_picture_rotated_and_blurred():
         angle = generator.uniform(-10, 10)
         blur = generator.uniform() < 0.5
         angle = angle if rotate else 0
-        picture = Image.fromarray(image)
+        tensor = common.to_tensor(image)
+        blurred = naive_blur(tensor) if blur else tensor
+        picture = Image.fromarray(blurred.permute(1, 2, 0).contiguous().numpy())
         picture = picture.rotate(angle, Image.BILINEAR, fillcolor=common.MEAN_COLOR)
         whole = common.to_tensor(np.array(picture)).double()
         masks = np.array(Image.fromarray(label).rotate(angle, Image.NEAREST, fillcolor=255))
-        if blur:
-            whole[:, 2:-2, 2:-2] = F.conv2d(whole[:, None], kernel)[:, 0]
         window = slice(top, top + crop[0]), slice(left, left + crop[1])
         generator = common.rng("crop", seed)
         inputs = common.to_tensor(image), torch.from_numpy(label)
@@ -1446,9 +1441,10 @@ def test_the_papers_rows(rounds, argv, crop, base, scale, scale_2, alpha, batch,
         if "744" in argv or "1/4" in argv
         else (200, 372, 2603)
     )
-    assert (
-        iterations(table) == [epochs * labeled // batch[0]] + [epochs * unlabeled // batch[1]] * 2
-    )
+    round0 = unlabeled if "deeplabv2" in argv else labeled  # its list of round 0 is of 2,603 lines
+    later = epochs * unlabeled // batch[1]
+    assert iterations(table) == [epochs * round0 // batch[0], later, later]
+    assert args.weights == "imagenet"  # of all three public configurations
     assert (args.optimizer, args.weight_decay, args.head_lr, args.flip, args.batch_norm) == (
         "sgd",
         1e-4,
