@@ -21,7 +21,7 @@ paper -> code
     Eq. 12     L_dec                 decoupling_loss(); --dec-weight
     Tables     3; 4, 5, 7, 9; 10     result.json; --labels; --crop 512 512, --scales .. --flip
     Figs.      1, 5; 6, 7            draw(): batch_*.png; val_*.png. Fig. 3 is not drawn
-    Code       none of this method   the authors' public repository holds another one
+    Code       (none)                the authors' public repository holds another method
 """
 
 import argparse
@@ -174,7 +174,7 @@ def sample_lambda(alpha, cap, generator):
 
 def describe(v, distance="pooled"):
     """What pictures are compared by: Gamma_enc (B, C, h, w) -> (B, C), or (B, C h w)."""
-    # Open: Eq. 3 sums over positions, Sect. 3.1.1 has "pooled features"; pooled   --distance
+    # Open: Eq. 3 sums over positions, Sect. 3.1.1 pools features; we pool them   --distance
     v = v.detach().float()
     return v.flatten(1) if distance == "places" else v.mean((2, 3))
 
@@ -365,11 +365,11 @@ def decoupling_loss(args, learner, labeled, M_l, features, guides, iteration):
     image = guides["image"][partner]  # x^_l
     M_partner = guides["mask"][partner]  # M^_l
     lam, _, M_mix = blend(args, learner, labeled["image"], image, "lambda labeled", iteration)
-    # Open: what L_dec trains; M_mix alone. All masks sum to 1, and so a hard L_dec is lowest where
-    # M_l and M^_l are flat   --labeled-stop-gradient
+    # Open: what L_dec trains; M_mix alone. All masks sum to 1, so a hard L_dec is lower where M_l
+    # and M^_l are flat, and would make them so   --labeled-stop-gradient
     if args.labeled_stop_gradient:
         M_l, M_partner = M_l.detach(), M_partner.detach()
-    # Open: Eq. 12 is hard, as Eq. 7, where Eq. 8 is soft; ours are so, too   --labeled-decoupling
+    # Open: whether L_dec is soft as L_usup is; hard, as Eq. 12 is printed   --labeled-decoupling
     M_dec = decouple(M_mix, M_l, lam, args.labeled_decoupling)
     valid = labeled["valid"] & guides["valid"][partner]
     return mask_error(M_dec, M_partner, valid, args.masks)  # Eq. 12
