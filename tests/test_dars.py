@@ -1106,8 +1106,10 @@ def test_rotation_and_blur_by_content():
         # The label moved with its picture.
         assert (new_image.int() - expected.int())[:, middle].abs().max() <= 1
         turned = not torch.equal(new_label, label)
-        soft = common.rng("rotate", seed).uniform(size=3)[2] < 0.5
-        if not turned:
+        drawn = common.rng("rotate", seed).uniform(size=3)
+        soft = drawn[2] < 0.5
+        if drawn[0] >= 0.5:
+            assert not turned
             assert torch.equal(new_image, naive_blur(image) if soft else image)
         if turned:
             assert (new_label == 255).any()
