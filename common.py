@@ -925,7 +925,7 @@ class NumbersOnly(pickle.Unpickler):
 
 
 def read_order(paths, data):
-    """The training ids in the order of a pickled permutation (split_0.pkl of Hung et al.)."""
+    """The training ids in the order of a pickled permutation (split_0.pkl of Mittal et al.)."""
     try:
         with warnings.catch_warnings(), open(paths[0], "rb") as file:  # numpy renamed its modules
             warnings.simplefilter("ignore", DeprecationWarning)
@@ -1296,10 +1296,10 @@ def to_float(image):
 
 def sharpness(image, factor):
     """PIL's Sharpness of (3, H, W) uint8, 0: smooth, 1: as it is. (torchvision's syncs a GPU.)"""
-    original, smooth = image.float(), image.float()
-    box = F.avg_pool2d(original, 3, stride=1, divisor_override=1)  # sums of 3x3 pixels
-    smooth[:, 1:-1, 1:-1] = ((box + 4 * original[:, 1:-1, 1:-1]) / 13).round()
-    return (smooth * (1 - factor) + original * factor).clamp(0, 255).byte()
+    smooth = image.float()
+    box = smooth.unfold(1, 3, 1).sum(-1).unfold(2, 3, 1).sum(-1)  # of 3x3; avg_pool2d is slow
+    smooth[:, 1:-1, 1:-1].mul_(4).add_(box).div_(13).round_()
+    return smooth.lerp(image.float(), factor).clamp_(0, 255).byte()
 
 
 def distort(image, r):
@@ -2847,23 +2847,30 @@ class Run:
             return
         ids = self.data.val[::max(1, len(self.data.val) // 5)][:5]
         images = [to_tensor(self.data.image(id)) for id in ids]
-        columns = {"val picture": images, "truth": [to_tensor(self.data.label(id)) for id in ids]}
-        for name, network in networks.items():
+        truths = [to_tensor(self.data.label(id)) for id in ids]
+        columns = {"val picture": images, "truth": truths}
+        self.draw_predictions(f"val_{self.mark}", columns, networks)
+
+    def draw_predictions(self, name, columns, networks):
+        """A panel() of these columns, the first of pictures, and what each network predicts."""
+        images = next(iter(columns.values()))
+        for title, network in networks.items():
             training = network.training
             network.eval()
-            columns[name] = []
+            columns[title] = []
             for image in images:
                 size = image.shape[1:]
                 prob = predict(network, image[None].to(self.device), self.args, size)
-                columns[name].append(prob.argmax(1)[0])
+                columns[title].append(prob.argmax(1)[0])
             network.train(training)
-        self.panel(f"val_{self.mark}", columns)
+        self.panel(name, columns)
 
-    def panel(self, name, columns):
-        """pictures/NAME.png with a row for each picture and a legend.
+    def panel(self, name, columns, rows=None):
+        """pictures/NAME.png with a row for each picture, or the first ones alone, and a legend.
 
         columns: {title: (3, H, W) uint8 pictures or (H, W) labels}. A column "truth .." without any
         known pixel is left out, as for your own unlabeled pictures. No rows: no file."""
+        columns = {title: cells[:rows] for title, cells in columns.items()}
         for title, cells in list(columns.items()):
             if title.startswith("truth") and all((cell == IGNORE).all() for cell in cells):
                 columns = {key: columns[key] for key in columns if key != title}
