@@ -21,8 +21,7 @@ paper -> code                           (what the paper leaves open: grep "# Ope
     A, B            RandAugment, Cutout           strong_view(), warp(), cutout()
     Figs. 2, 3      loss curves, lambda_1, 2      log.jsonl; --lambda1, --lambda2
     Figs. 4, 5      predictions of the stages     pictures/stages.png and val_stage_*.png
-    Tables II-IV    results                       --dataset, --labels, --weights; PAPER_MIOU
-    Tables V, VI    ablations; Sect. IV-C         PAPER_MIOU has the flags of each row
+    Tables II-VI    results, ablations            PAPER_MIOU has the flags of each row
     Table VII       branches g-hat, g-tilde       SecondBranch, TwoBranches
 """
 
@@ -44,8 +43,8 @@ from common import IGNORE, Stream, autocast, check_range, rng, to_float, to_tens
 # The arguments by dataset and labels (Sect. IV-B): data, network, optimizer, method, run.
 PAPER = {}
 PAPER["cityscapes"] = dict(
-    # Open: "Sub-batch 1" (L and U) "has size 1", 3 with many labels; we read Sub-batch 2 (L), as
-    #   the authors' code, where 1 of 5 pictures is labeled   --labeled-batch-size
+    # Open: "Sub-batch 1", from L and U, "has size 1", 3 with many labels; we read Sub-batch 2, from
+    #   L, as in the authors' code, where 1 of 5 pictures is labeled   --labeled-batch-size
     # Open: the batch of stage 1; as many pictures as later stages have in all   --stage1-batch-size
     labels="372", size=(512, 1024), crop=(256, 512), scale=(1.0, 1.0), workers=4,
     batch_size=4, labeled_batch_size=1, stage1_batch_size=5,
@@ -57,15 +56,12 @@ PAPER["cityscapes"] = dict(
     optimizer="adamw", lr=3e-5, backbone_lr_mult=1.0, weight_decay=0.0,  # without decay it is Adam
     stages=3, iterations=60_000, consistency=True, pseudo_masks=True, lambda1=0.5, lambda2=0.5,
     # Open: the decay of the EMA; as in the authors' code, see decay_at()   --ema-decay
-    ema=True, ema_decay=(0.99, 0.995, 0.9975, 0.999), strong=True, cutout=32,
     # Open: theta or theta'; the authors' code predicts masks by theta'   --pseudo-masks-of
-    pseudo_masks_of="teacher",
-    log_every=50, eval_every=5000, save_every=1000,
-)
+    strong=True, cutout=32, ema=True, ema_decay=(0.99, 0.995, 0.9975, 0.999),
+    pseudo_masks_of="teacher", log_every=50, eval_every=5000, save_every=1000)
 for labels in ("1/2", "1448", "1488"):  # Sect. IV-A says 1448, Table II says 1488
     PAPER[f"cityscapes/{labels}"] = PAPER["cityscapes"] | dict(batch_size=2, labeled_batch_size=3)
-# Code: eleven scales, .5, .6 .. 1.5, and padding around a small picture; here any scale between
-# (--scale), and padding to the right and below
+# Code: eleven scales, .5, .6 .. 1.5 (here all between); padding on all sides (here right and below)
 PAPER["vocaug"] = PAPER["cityscapes"] | dict(
     labels="1/50", size=None, crop=(321, 321), scale=(0.5, 1.5),
     batch_size=9, labeled_batch_size=1, stage1_batch_size=10,
@@ -75,47 +71,46 @@ for labels in ("1/20", "529"):
 for labels in ("1/8", "1323"):
     PAPER[f"vocaug/{labels}"] = PAPER["vocaug"] | dict(
         batch_size=8, labeled_batch_size=2, lambda1=0.625, lambda2=0.625)
-# Drawn scenes and a small network from scratch on a CPU.
-PAPER["streets"] = PAPER["cityscapes"] | dict(
+PAPER["streets"] = PAPER["cityscapes"] | dict(  # drawn scenes, a small network from scratch
     labels="8", size=(64, 128), crop=(64, 128), workers=0,
     batch_size=4, labeled_batch_size=2, stage1_batch_size=4,
     backbone="tiny", weights="none",
     lr=2e-3, iterations=1900, stage1_iterations=700,
-    ema_decay=(0.98, 0.99, 0.99, 0.995), cutout=8,
-    eval_every=500, save_every=100)
+    ema_decay=(0.98, 0.99, 0.99, 0.995), cutout=8, eval_every=500, save_every=100)
 PAPER["camvid-cpu"] = PAPER["streets"] | dict(
     labels="1/8", size=(180, 240), crop=(96, 128),
     iterations=2000, stage1_iterations=2000, cutout=12)
 PAPER["camvid-gpu"] = PAPER["cityscapes"] | dict(
-    labels="1/8", size=(360, 480), crop=(256, 352),
-    iterations=20_000, eval_every=2000)
-# Your own pictures: shrunk to --size, square crops; all of images/ is labeled.
-PAPER["folder-cpu"] = PAPER["camvid-cpu"] | dict(
-    labels="1/1", size=(256,), crop=(128, 128), scale=(0.75, 1.5),
-    cutout=16)
+    labels="1/8", size=(360, 480), crop=(256, 352), iterations=20_000, eval_every=2000)
+PAPER["folder-cpu"] = PAPER["camvid-cpu"] | dict(  # your own pictures, all of images/ labeled
+    labels="1/1", size=(256,), crop=(128, 128), scale=(0.75, 1.5), cutout=16)
 PAPER["folder-gpu"] = PAPER["camvid-gpu"] | dict(
-    labels="1/1", size=(640,), crop=(320, 320), scale=(0.5, 1.5),
-    iterations=10_000)
+    labels="1/1", size=(640,), crop=(320, 320), scale=(0.5, 1.5), iterations=10_000)
 
-# The paper's mIoU: data, weights, flags, and its values by labels. Fig. 3 has no numbers.
-PAPER_MIOU = [  # Tables II, III, IV
-    ("cityscapes", "imagenet", {}, {100: 54.85, 372: 62.82, 744: 65.80, 1448: 67.11, 1488: 67.11}),
-    ("vocaug", "imagenet", {}, {106: 55.13, 212: 62.71, 529: 68.23, 1323: 69.36}),
-    ("vocaug", "coco", {}, {106: 63.82, 212: 70.77, 529: 71.90, 1323: 72.95}),
-]
+# The paper's mIoU: data and flags, and its values by labels.
+PAPER_MIOU = {
+    "cityscapes": {100: 54.85, 372: 62.82, 744: 65.80, 1448: 67.11, 1488: 67.11},  # Table II
+    "vocaug": {106: 55.13, 212: 62.71, 529: 68.23, 1323: 69.36},  # Table III
+    "vocaug --weights coco": {106: 63.82, 212: 70.77, 529: 71.90, 1323: 72.95},  # Table IV
+    # DeepLabv2 [2] in these tables: results of others, with their number of steps
+    "cityscapes --supervised": {372: 56.2, 744: 60.2, 2975: 66.0},
+    "vocaug --supervised": {212: 48.3, 529: 56.8, 1323: 62.0, 10582: 70.7},
+    "vocaug --supervised --weights coco": {212: 53.2, 529: 58.7, 1323: 65.2, 10582: 73.6},
+    "vocaug --weights coco --lambda1 .5 --lambda2 .5": {212: 70.8},  # Fig. 3; no other in numbers
+}
 for flags, cityscapes, voc in [
-    (dict(stages=1), 46.91, 55.20),  # Table V: S1
-    (dict(stages=2), 53.25, 68.50),  # S1, S2; Table VI: S2
-    (dict(consistency=False), 50.2, 59.82),  # without CR
-    (dict(pseudo_masks=False), 52.63, 68.21),  # without T2
-    (dict(strong=False), 47.96, 64.37),  # without SA
-    (dict(branch="g-hat"), 53.80, 69.52),  # without N2
-    (dict(ema=False, stages=2), 51.68, 64.88),  # Table VI: S2
-    (dict(ema=False), 53.37, 66.83),  # S3
-    (dict(stages=4), 55.21, 70.89),  # Sect. IV-C
+    ("--stages 1", 46.91, 55.20),  # Table V: S1
+    ("--stages 2", 53.25, 68.50),  # S1, S2; Table VI: S2
+    ("--no-consistency", 50.2, 59.82),  # without CR
+    ("--no-pseudo-masks", 52.63, 68.21),  # without T2
+    ("--no-strong", 47.96, 64.37),  # without SA
+    ("--branch g-hat", 53.80, 69.52),  # without N2
+    ("--no-ema --stages 2", 51.68, 64.88),  # Table VI: S2
+    ("--no-ema", 53.37, 66.83),  # S3
+    ("--stages 4", 55.21, 70.89),  # Sect. IV-C
 ]:
-    PAPER_MIOU.append(("cityscapes", "imagenet", flags, {100: cityscapes}))
-    PAPER_MIOU.append(("vocaug", "coco", flags, {212: voc}))
+    PAPER_MIOU[f"cityscapes {flags}"] = {100: cityscapes}
+    PAPER_MIOU[f"vocaug --weights coco {flags}"] = {212: voc}
 
 
 def get_parser():
@@ -130,15 +125,13 @@ def get_parser():
     add("--consistency", **switch, help="the consistency loss, Eq. 1 (Table V, CR)")
     add("--pseudo-masks", **switch, help="Task 2, Eq. 3 (Table V, T2)")
     add("--strong", **switch, help="RandAugment and Cutout (Table V, SA)")
-    add("--branch", choices=["g-hat", "g-tilde"],
-        help="second branch (default: g-hat in stage 2, then g-tilde; Table V, N2)")
+    add("--branch", choices=["g-hat", "g-tilde"], help="default: that of the stage (Table V, N2)")
     add("--ema", **switch, help="a mean teacher; without, the teacher is the student (Table VI)")
     add("--ema-decay", **number, nargs=4, help="of the teacher from 0, 1/3, 2/3, 5/6 of a stage on")
     add("--lambda1", **number, help="weight of the consistency loss (Eqs. 4, 5; Fig. 3)")
     add("--lambda2", **number, help="weight of the pseudo-mask loss (Eqs. 4, 5; Fig. 3)")
     add("--pseudo-masks-of", choices=["teacher", "student"], help="predicts the pseudo-masks")
-    add("--labeled-batch-size", **count,
-        help="labeled pictures in a step, besides --batch-size from all pictures (Sect. IV-B)")
+    add("--labeled-batch-size", **count, help="pictures of L a step; --batch-size: of L and U")
     add("--stage1-batch-size", **count, help="labeled pictures in a step of stage 1")
     add("--stage1-iterations", **count, help="iterations of stage 1 (default: as --iterations)")
     add("--cutout", **count, help="side of Cutout's squares in pixels")
@@ -149,27 +142,16 @@ def get_parser():
 
 def paper_miou(args):
     """The paper's mIoU of the setting that these arguments make, or None."""
-    names = set(args.changed) - {"weights", "split"}
-    flags = {name: getattr(args, name) for name in names}
-    for *setting, values in PAPER_MIOU:
-        if setting == [args.dataset, args.weights, flags] and not args.supervised:
+    for flags, values in PAPER_MIOU.items():
+        row = common.parse_args(get_parser(), PAPER, f"--dataset {flags}".split())
+        names = {"dataset", "supervised", *args.changed, *row.changed} - {"split", "split_seed"}
+        if all(getattr(args, name) == getattr(row, name) for name in names):
             return values.get(args.labels)
 
 
 # ---- perturbations -------------------------------------------------------------------------------
 
 GREY = 128  # beyond the border of a moved picture, and in Cutout's squares
-
-
-def sharpness(image, factor):
-    """PIL's Sharpness, 0: smooth, 1: unchanged. (torchvision's is a sync point on a GPU.)"""
-    smooth = image.float()
-    rows = smooth.unfold(1, 3, 1).sum(-1)
-    box = rows.unfold(2, 3, 1).sum(-1)  # sums of 3x3 pixels; avg_pool2d is slow
-    smooth[:, 1:-1, 1:-1].mul_(4).add_(box).div_(13).round_()
-    return smooth.lerp(image.float(), factor).clamp_(0, 255).to(torch.uint8)
-
-
 # RandAugment. Photometric operations: image (3, H, W) uint8, level from 1 to 9 -> image.
 PHOTOMETRIC = {
     "Identity": lambda image, level: image,
@@ -180,7 +162,7 @@ PHOTOMETRIC = {
     "Color": lambda image, level: V.adjust_saturation(image, 0.18 * level + 0.1),
     "Contrast": lambda image, level: V.adjust_contrast(image, 0.18 * level + 0.1),
     "Brightness": lambda image, level: V.adjust_brightness(image, 0.18 * level + 0.1),
-    "Sharpness": lambda image, level: sharpness(image, 0.18 * level + 0.1),
+    "Sharpness": lambda image, level: common.sharpness(image, 0.18 * level + 0.1),
 }
 
 
@@ -192,10 +174,9 @@ def affine(a=1, b=0, c=0, d=0, e=1, f=0):
 def rotate(level, height, width):
     """A rotation by 3 degrees times the level about the center."""
     angle = math.radians(3 * level)
-    cos = math.cos(angle)
-    sin = math.sin(angle)
+    turn = affine(math.cos(angle), math.sin(angle), 0, -math.sin(angle), math.cos(angle))
     center = affine(c=width / 2, f=height / 2)
-    return center @ affine(cos, sin, 0, -sin, cos) @ np.linalg.inv(center)
+    return center @ turn @ np.linalg.inv(center)
 
 
 # Geometric operations: level with a sign, height, width of the picture -> matrix (3, 3).
@@ -212,46 +193,42 @@ OPERATIONS = [*PHOTOMETRIC, *GEOMETRIC]
 def warp(image, labels, matrix):
     """Move a picture (3, H, W) and its label maps (L, H, W), uint8, by a matrix, nearest pixel.
     Beyond the border are GREY and 255."""
-    (a, b, c), (d, e, f), _ = matrix.tolist()
     height, width = image.shape[1:]
     exact = dict(dtype=torch.float64, device=image.device)  # float32 takes some from a neighbor
     x = torch.arange(width, **exact) + 0.5  # centers of pixels
     y = torch.arange(height, **exact)[:, None] + 0.5
-    column = (a * x + (b * y + c)).floor()  # (H, W): where each pixel comes from
-    row = (d * x + (e * y + f)).floor()
-    column = column.clamp(-1, width).long() + 1
-    row = row.clamp(-1, height).long() + 1
-    border = (1, 1, 1, 1)  # all pixels from outside come from the border
+    places = []  # columns, rows (H, W): where each pixel comes from
+    for (a, b, c), side in zip(matrix.tolist(), (width, height)):
+        place = (a * x + (b * y + c)).floor().clamp(-1, side)
+        places.append(place.long() + 1)
+    column, row = places
+    border = [1] * 4  # all pixels from outside come from the border
     image = F.pad(image, border, value=GREY)
     labels = F.pad(labels, border, value=IGNORE)
     return image[:, row, column], labels[:, row, column]
 
 
 def cutout(image, side, generator):
-    """Three grey squares with uniform centers, cut off at the border, in (3, H, W) uint8."""
+    """Draw three grey squares with uniform centers, cut off at the border, into (3, H, W) uint8."""
     # Open: their number and size; three of 32 x 32, in labels none, as the authors' code   --cutout
-    image = image.clone()
     height, width = image.shape[1:]
     for _ in range(3):
         top = generator.randint(height) - side // 2
         left = generator.randint(width) - side // 2
         image[:, max(top, 0) : top + side, max(left, 0) : left + side] = GREY
-    return image
 
 
-def strong_view(images, labels, inside, generators, cutout_side):
-    """A and B of Eqs. 1 and 3: RandAugment, then Cutout in the pictures.
+def strong_view(images, labels, inside, generators, side):
+    """A and B of Eqs. 1 and 3: RandAugment, then Cutout with squares of this side in the pictures.
 
-    images (B, 3, H, W) uint8, labels (B, L, H, W) uint8, 255 where a moved picture shows nothing;
-    inside: top, bottom, left, right of each picture in its crop; generators: one for each picture.
-    Returns images and labels of the same shapes."""
+    images (B, 3, H, W) uint8; labels (B, L, H, W) uint8, 255 where a moved picture shows nothing;
+    inside: top, bottom, left, right of each picture in its padding; generators: one a picture."""
     images, labels = images.clone(), labels.clone()
     for i, generator in enumerate(generators):
         top, bottom, left, right = inside[i]
-        picture = images[i, :, top:bottom, left:right]  # without padding
-        matrix = np.eye(3)
-        # Open: number and strength; three of 14 operations with replacement, each with probability
-        #   .5 at level 1 to 9, as in the authors' code   --no-strong
+        picture = images[i, :, top:bottom, left:right]  # a view, without padding
+        matrix = unmoved = np.eye(3)
+        # Open: how many, how strong; 3 of 14, each with probability .5 at level 1-9   --no-strong
         for _ in range(3):
             name = OPERATIONS[generator.randint(len(OPERATIONS))]
             apply = generator.uniform() < 0.5
@@ -261,11 +238,10 @@ def strong_view(images, labels, inside, generators, cutout_side):
                 picture.copy_(PHOTOMETRIC[name](picture, level))
             elif apply:
                 matrix = matrix @ GEOMETRIC[name](sign * level, *images.shape[2:])
-        # Open: the order; geometric operations last, in one look-up, so that no color operation
-        #   changes GREY, and pictures and labels agree at each pixel
-        if not np.array_equal(matrix, np.eye(3)):
+        # Open: the order; geometric operations last, in one look-up, so that GREY keeps its color
+        if matrix is not unmoved:
             images[i], labels[i] = warp(images[i], labels[i], matrix)
-        images[i] = cutout(images[i], cutout_side, generator)
+        cutout(picture, side, generator)
     return images, labels
 
 
@@ -282,8 +258,7 @@ def update_teacher(teacher, student, decay):
 
 def decay_at(progress, decays):
     """The decay at this share of a stage, 0 to 1: one of four, from 0, 1/3, 2/3 and 5/6 on."""
-    passed = [progress >= begin for begin in (1 / 3, 2 / 3, 5 / 6)]
-    return decays[sum(passed)]
+    return decays[np.searchsorted((1 / 3, 2 / 3, 5 / 6), progress, "right")]
 
 
 # ---- pseudo-labels -------------------------------------------------------------------------------
@@ -292,8 +267,8 @@ def decay_at(progress, decays):
 def make_pseudo_masks(args, run, keep, data, labeled, unlabeled, stage):
     """y_i = arg max f_theta(x_i), i in L u U: a PNG of each in pseudo_labels/stage_<stage>/.
 
-    stage: whose network predicts them; its mIoU on the unlabeled pictures, whose truth nothing
-    learns from, goes to keep["pseudo_miou"]. Each process takes its share; existing masks stay."""
+    stage: whose network predicts them. keep["pseudo_miou"] gets their mIoU on unlabeled pictures,
+    whose truth nothing learns from. Each process takes its share; existing masks stay."""
     folder = run.folder / f"pseudo_labels/stage_{stage}"
     run.claim(folder)
     network = keep[folder.name].eval()
@@ -305,10 +280,10 @@ def make_pseudo_masks(args, run, keep, data, labeled, unlabeled, stage):
             # Open: how they are predicted; from the whole picture at once, whatever val's protocol
             # Code: the bonnet of Cityscapes' car is cut out of pseudo-masks
             image = to_tensor(data.image(id))[None].to(run.device)
-            plain = dict(scales=[1.0], flip=False, base_size=0)
-            prob = common.predict(network, image, args, image.shape[2:], **plain)
-            label = prob.argmax(1)[0].byte()  # Algorithm 1, lines 5, 9
-            common.write_pseudo_label(folder, id, label.cpu().numpy(), data.colors)
+            prob = common.predict(
+                network, image, args, image.shape[2:], scales=[1.0], flip=False, base_size=0)
+            label = prob.argmax(1)[0].byte().cpu().numpy()  # Algorithm 1, lines 5, 9
+            common.write_pseudo_label(folder, id, label, data.colors)
         if id not in labeled:
             label = to_tensor(common.read_pseudo_label(folder, id))
             truth = to_tensor(common.truth_for_the_log(data, id, label.shape))
@@ -334,7 +309,7 @@ class SecondBranch(nn.Module):
         channels = backbone.channels
         self.conv6 = None
         if kind == "g-hat":
-            channels = channels // 2
+            channels //= 2
             backbone.inplanes = conv5[0].conv1.in_channels  # where torchvision begins a layer
             self.conv6 = backbone._make_layer(type(conv5[0]), 256, len(conv5), stride=2)
             backbone.dilate(self.conv6, 4, first=4)  # in place of the stride
@@ -364,8 +339,7 @@ class TwoBranches(nn.Module):
         self.branch = branch
 
     def forward(self, image):
-        image = self.network.normalize(image)
-        *_, conv4, conv5 = self.network.backbone.layers(image)
+        *_, conv4, conv5 = self.network.backbone.layers(self.network.normalize(image))
         f = self.network.classifier(conv5)
         g = self.branch(conv4, conv5) if self.branch else None
         return f, g
@@ -374,10 +348,8 @@ class TwoBranches(nn.Module):
 # ---- losses --------------------------------------------------------------------------------------
 
 def cross_entropy(logits, label):
-    """d_s and d_c: the mean of -log softmax(logits)_label where the label is not 255, else 0.
-
-    logits (B, K, H, W), label (B, H, W). It is a mean over all processes. Each returns its share
-    times their number, since gradients are averaged over processes."""
+    """d_s and d_c: the mean of -log softmax(logits)_label over all pixels with a label, or 0.
+    Each process returns its share times their number, since gradients are averaged."""
     # Open: Eqs. 1 to 3 are sums; means over the known pixels of all pictures of a step
     count = common.all_reduce((label != IGNORE).sum())
     total = F.cross_entropy(logits, label, ignore_index=IGNORE, reduction="sum")
@@ -388,18 +360,15 @@ def cross_entropy(logits, label):
 
 def start_stage(args, data, device, stage, before):
     """What a stage trains and keeps, for Run.restore(). before: what the stage before has kept."""
-    # Open: what "reinitialise" means; the pretrained weights again, also of the head where they fit
-    #   it; the rest is new, other weights in each stage   --weights
+    # Open: what "reinitialise" means; pretrained weights again, the rest new each time   --weights
     student = common.build_network(args, data, device, stage - 1)
     teacher = copy.deepcopy(student).requires_grad_(False).eval()
-    keep = {"student": student, "teacher": teacher}
-    keep["results"] = before["results"]
-    keep["pseudo_miou"] = before["pseudo_miou"]
+    keep = {"student": student, "teacher": teacher, "results": before["results"],
+            "pseudo_miou": before["pseudo_miou"]}
     head = student.head_parameters()
-    if stage > 1:
+    if stage > 1 and args.pseudo_masks:
         new = copy.deepcopy(teacher)  # in a run that was resumed; its weights are in last.pt
         keep[f"stage_{stage - 1}"] = before.get(args.pseudo_masks_of, new)
-    if stage > 1 and args.pseudo_masks:
         kind = args.branch or ("g-hat" if stage == 2 else "g-tilde")
         common.seed_torch(args.seed, "branch", stage)
         branch = SecondBranch(student, len(data.names), kind)
@@ -407,7 +376,6 @@ def start_stage(args, data, device, stage, before):
             branch.to(memory_format=torch.channels_last)
         keep["branch"] = branch.to(device)
         head += branch.parameters()
-    # Code: pretrained layers learn at a lower rate   --backbone-lr-mult
     optimizer = common.make_optimizer(args, args.lr, student.backbone.parameters(), head)
     optimizer.param_groups[0]["lr"] = args.lr * args.backbone_lr_mult
     keep["optimizer"] = optimizer
@@ -449,14 +417,14 @@ def train_supervised(args, run, keep, data, labeled_ids, begin):
 
         # 5 EMA
         # Open: a teacher in stage 1; it has one, so that its gain is not counted for the method
-        decay = decay_at(iteration / stop, args.ema_decay)
-        update_teacher(teacher, student, decay)
+        update_teacher(teacher, student, decay_at(iteration / stop, args.ema_decay))
 
         # 6 log, evaluate, save
         run.step(iteration, {"loss_labeled": loss_labeled}, lr=args.lr)
         if run.due():
             keep["results"][run.stage] = run.evaluate({"student": student, "teacher": teacher})
-            draw(run, {"labeled picture": labeled["image"], "label": labeled["label"]})
+            columns = {"labeled picture": labeled["image"], "label": labeled["label"]}
+            run.panel(f"batch_{run.mark}", columns, rows=4)
         run.save(iteration, keep)
 
 
@@ -475,20 +443,19 @@ def train(args, run, keep, data, labeled_ids, all_ids, begin):
     learner = common.parallel(TwoBranches(student, keep.get("branch")), run.device)
     before = f"stage_{run.stage - 1}"
     masks = run.folder / "pseudo_labels" / before if args.pseudo_masks else None
-    name = f"labeled, stage {run.stage}"
+    name = f"labeled, stage {run.stage}"  # two streams of one name show the same views
     streams = [
         Stream(data, labeled_ids, name, args),
+        Stream(data, labeled_ids, name, args, pseudo_labels=masks),
         Stream(data, all_ids, f"all, stage {run.stage}", args, labeled=args.pseudo_masks,
                pseudo_labels=masks)]
-    sizes = [args.labeled_batch_size, args.batch_size, args.labeled_batch_size]
-    if args.pseudo_masks:  # two streams of one name show the same views
-        streams.append(Stream(data, labeled_ids, name, args, pseudo_labels=masks))
+    sizes = [args.labeled_batch_size, args.labeled_batch_size, args.batch_size]
     run.images = args.labeled_batch_size + args.batch_size
     stop = run.stages[run.stage]
     batches = []
     for stream, size in zip(streams, sizes):
         batches.append(common.batches(stream, args, run.device, begin, stop, size))
-    for iteration, (labeled, union, *labeled_masks) in enumerate(zip(*batches), begin):
+    for iteration, (labeled, labeled_masks, union) in enumerate(zip(*batches), begin):
         # 1 batch: Sub-batch 2 of labeled pictures, then Sub-batch 1 of pictures from L u U
         B_l = len(labeled["image"])
         weak = torch.cat([labeled["image"], union["image"]])  # x (B_l + B, 3, H, W)
@@ -500,19 +467,17 @@ def train(args, run, keep, data, labeled_ids, all_ids, begin):
         if args.consistency:
             with torch.no_grad(), autocast(args, run.device):
                 logits = teacher(to_float(weak))
-            logits = logits.contiguous(memory_format=torch.channels_last)  # faster to upsample
             logits = upsample(logits, args.crop, student.stride)
             label = logits.max(1).indices  # f_theta'(x), (B_l + B, H, W)
             targets["pseudo-label"] = label.masked_fill(~valid, IGNORE)
         if args.pseudo_masks:  # y', (B_l + B, H, W)
-            targets["pseudo-mask"] = torch.cat([labeled_masks[0]["label"], union["label"]])
+            targets["pseudo-mask"] = torch.cat([labeled_masks["label"], union["label"]])
         view = weak
         if args.strong and targets:  # A = B = identity for Sub-batch 2 (Sect. IV-B)
             generators = [rng(args.seed, "strong", run.stage, place) for place in union["position"]]
             maps = torch.stack(list(targets.values()), 1)  # (B_l + B, L, H, W)
-            moved = maps[B_l:].byte()
             strong, maps[B_l:] = strong_view(
-                union["image"], moved, union["inside"], generators, args.cutout)
+                union["image"], maps[B_l:].byte(), union["inside"], generators, args.cutout)
             view = torch.cat([labeled["image"], strong])  # A x
             targets = dict(zip(targets, maps.unbind(1)))  # B f_theta'(x), B y'
 
@@ -534,42 +499,30 @@ def train(args, run, keep, data, labeled_ids, all_ids, begin):
         update_student(keep, learner, loss)
 
         # 5 EMA
-        decay = decay_at(iteration / stop, args.ema_decay)
-        update_teacher(teacher, student, decay)
+        update_teacher(teacher, student, decay_at(iteration / stop, args.ema_decay))
 
         # 6 log, evaluate, save
         moved = {name: target[B_l:] for name, target in targets.items()}
-        numbers = {"lr": args.lr}
-        if args.pseudo_masks:
-            numbers["pseudo_miou"] = keep["pseudo_miou"][before]
-        run.step(iteration, losses, moved, **numbers)
+        run.step(iteration, losses, moved, lr=args.lr, pseudo_miou=keep["pseudo_miou"].get(before))
         if run.due():
             keep["results"][run.stage] = run.evaluate({"student": student, "teacher": teacher})
             columns = {"picture of L or U": union["image"], "strong view": view[B_l:]}
-            draw(run, columns | moved)
+            run.panel(f"batch_{run.mark}", columns | moved, rows=4)
         run.save(iteration, keep)
 
 
-def draw(run, columns):
-    """pictures/batch_MARK.png: four pictures of the batch {title: pictures or labels}."""
-    run.panel(f"batch_{run.mark}", {title: cells[:4] for title, cells in columns.items()})
-
-
-def show_stages(args, run, teacher, data, ids):
+def show_stages(run, teacher, data, ids):
     """pictures/stages.png (Figs. 4, 5): the pseudo-masks of each stage, and the last prediction."""
     ids = ids[:: max(1, len(ids) // 5)][:5]
     images = [to_tensor(data.image(id)) for id in ids]
-    truths = [common.truth_for_the_log(data, id, image.shape[1:]) for id, image in zip(ids, images)]
-    columns = {"unlabeled picture": images, "truth (not used)": list(map(to_tensor, truths))}
-    predictions = []
-    for image in images:
-        prob = common.predict(teacher, image[None].to(run.device), args, image.shape[1:])
-        predictions.append(prob.argmax(1)[0])
+    columns = {"unlabeled picture": images}
+    columns["truth (not used)"] = [
+        to_tensor(common.truth_for_the_log(data, id, image.shape[1:]))
+        for id, image in zip(ids, images)]
     for folder in sorted((run.folder / "pseudo_labels").glob("stage_*")):
-        masks = [to_tensor(common.read_pseudo_label(folder, id)) for id in ids]
-        columns[f"pseudo-mask of {folder.name}"] = masks
-    columns["last prediction"] = predictions
-    run.panel("stages", columns)
+        columns[f"pseudo-mask of {folder.name}"] = [
+            to_tensor(common.read_pseudo_label(folder, id)) for id in ids]
+    run.draw_predictions("stages", columns, {"last prediction": teacher})
 
 
 # ---- main ----------------------------------------------------------------------------------------
@@ -585,13 +538,11 @@ def main():
                 "labeled_batch_size", "stage1_batch_size")
     check_range(args, 0, math.inf, "lambda1", "lambda2", "backbone_lr_mult")
     check_range(args, 0, 1, "ema_decay")
-    common.need(args.head == "plain", "--head bottleneck: the branches of this paper are those of "
-                "DeepLabv2; use --head plain")
+    common.need(args.head == "plain", "--head bottleneck: the paper's branches need --head plain")
     if not args.ema:
-        args.ema_decay = (0.0, 0.0, 0.0, 0.0)  # theta' = theta
+        args.ema_decay = [0.0] * 4  # theta' = theta
     data = common.open_dataset(args)
-    # Open: the split; on Cityscapes one of French et al., else by --seed; the paper takes those of
-    #   Hung et al., a permutation in split_0.pkl: --labels 1/50 --split split_0.pkl
+    # Open: the split; ours is by --seed; the paper's is by split_0.pkl of Mittal et al.   --split
     labeled, unlabeled = common.split(args, data)
 
     stages = dict.fromkeys(range(1, args.stages + 1), args.iterations)  # stage: iterations
@@ -602,8 +553,7 @@ def main():
         stages = {1: sum(stages.values())}
         method = "three-stage-supervised"
     common.say(f"stages    {stages} (stage: iterations)")
-    # Open: the reported network; the teacher, as in the authors' code, after the last iteration
-    #   (whether the paper's numbers are of the last or of the best is unknown)
+    # Open: the reported network, of the last or the best step; theta' as in their code, of the last
     run = common.Run(method, args, data, labeled, unlabeled, device, stages, "teacher")
 
     # Algorithm 1, with its line numbers
@@ -619,12 +569,11 @@ def main():
             if args.pseudo_masks:
                 make_pseudo_masks(args, run, keep, data, labeled, unlabeled, stage - 1)  # 5, 9
             train(args, run, keep, data, labeled, labeled + unlabeled, begin)  # 8, 12
-    show_stages(args, run, keep["teacher"], data, unlabeled or labeled)  # 13
+    show_stages(run, keep["teacher"], data, unlabeled or labeled)  # 13
 
-    results = keep["results"]
-    last = results.pop(run.stage)  # student, teacher
-    tables = {f"stage_{stage}": tables["teacher"] for stage, tables in results.items()} | last
-    run.finish({}, paper_miou(args), tables, pseudo_miou=keep["pseudo_miou"])
+    last = keep["results"].pop(run.stage)  # student, teacher
+    tables = {f"stage_{stage}": table["teacher"] for stage, table in keep["results"].items()}
+    run.finish({}, paper_miou(args), tables | last, pseudo_miou=keep["pseudo_miou"])
 
 
 if __name__ == "__main__":

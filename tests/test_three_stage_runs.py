@@ -351,7 +351,7 @@ def test_the_papers_number_stands_beside_its_setting_whatever_the_weights(
     monkeypatch.setattr(
         three_stage,
         "PAPER_MIOU",
-        [("streets", "none", {}, {4: 11.0}), ("streets", str(whole / "last.pt"), {}, {4: 22.0})],
+        {"streets": {4: 11.0}, f"streets --weights {whole / 'last.pt'}": {4: 22.0}},
     )
     for number, flags in (
         (11, []),
@@ -410,7 +410,7 @@ def test_table_v_without_cr_or_t2(variant, flags, left):
 def test_table_v_without_sa(variant, monkeypatch):
     views, real = [], three_stage.warp
     monkeypatch.setattr(three_stage, "warp", lambda *a: views.append(1) or real(*a))
-    monkeypatch.setattr(three_stage, "cutout", lambda image, side, r: views.append(1) or image)
+    monkeypatch.setattr(three_stage, "cutout", lambda image, side, r: views.append(1))
     variant("--no-strong")
     assert not views
     start(*ONCE, "--overwrite")
