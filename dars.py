@@ -51,7 +51,9 @@ PAPER = {
         labels="372", size=(1024, 2048), crop=(361, 361), base_size=1024, scale=(0.25, 1.0),
         network="pspnet", backbone="resnet50", head="plain", weights="imagenet", batch_norm="sync",
         optimizer="sgd", lr=0.01, head_lr=10.0, weight_decay=1e-4,
+        rounds=2, pseudo="dars", temperature=1.0, confidence="fp16",
         alpha=(0.2, 0.5), beta_min=(0.0, 0.2), beta_max=(0.0, 0.5),
+        fresh_optimizer=False, restart_schedule=False,
         batch_size=8, round0_batch_size=16, epochs=200,
         flip=True, workers=4, log_every=50, eval_every=20_000, save_every=1000,
     ),
@@ -61,7 +63,9 @@ PAPER = {
         labels="16", size=(64, 128), crop=(64, 64), base_size=128, scale=(0.5, 1.5),
         network="pspnet", backbone="tiny", head="plain", weights="none", batch_norm="frozen",
         optimizer="adamw", lr=3e-3, head_lr=1.0, weight_decay=1e-2,
+        rounds=2, pseudo="dars", temperature=1.0, confidence="fp16",
         alpha=(0.5, 0.8), beta_min=(0.2, 0.2), beta_max=(0.2, 0.4),
+        fresh_optimizer=False, restart_schedule=False,
         batch_size=4, round0_batch_size=8, iterations=3000, round0_iterations=3000,
         flip=True, workers=0, log_every=50, eval_every=1000, save_every=100,
     ),
@@ -72,37 +76,29 @@ PAPER["cityscapes/744"] = PAPER["cityscapes"] | dict(labels="744", alpha=(0.4, 0
 PAPER["cityscapes/1/4"] = PAPER["cityscapes/744"]
 PAPER["cityscapes-713"] = PAPER["cityscapes"] | dict(
     crop=(713, 713), base_size=2048, scale=(0.5, 2.0),
-    alpha=(0.4, 0.65), beta_min=(0.0, 0.0),
-)  # fmt: skip
+    alpha=(0.4, 0.65), beta_min=(0.0, 0.0))
 PAPER["cityscapes-713/744"] = PAPER["cityscapes-713"] | dict(
-    labels="744", beta_min=(0.0, 0.2), beta_max=(0.0, 0.25),
-)  # fmt: skip
+    labels="744", beta_min=(0.0, 0.2), beta_max=(0.0, 0.25))
 PAPER["cityscapes-713/1/4"] = PAPER["cityscapes-713/744"]
 # Code: its round 0 passes over a list of 2,603 lines; batch norm's statistics move
 PAPER["cityscapes-deeplabv2"] = PAPER["cityscapes"] | dict(
     network="deeplabv2", backbone="resnet101", batch_norm="frozen", lr=0.002,
     alpha=(0.2, 0.45), beta_min=(0.0, 0.0), beta_max=(0.0, 0.0),
-    batch_size=4, round0_iterations=32_537,
-)  # fmt: skip
+    batch_size=4, round0_iterations=32_537)
 PAPER["vocaug"] = PAPER["cityscapes"] | dict(
     labels="1464", size=None, crop=(321, 321), base_size=400, scale=(0.5, 1.5),
-    alpha=(0.4, 0.5), beta_min=(0.0, 0.0), beta_max=(0.0, 1 / 3), epochs=50,
-)  # fmt: skip
+    alpha=(0.4, 0.5), beta_min=(0.0, 0.0), beta_max=(0.0, 1 / 3), epochs=50)
 PAPER["voc"] = PAPER["vocaug"] | dict(labels="1/8")
 PAPER["camvid-cpu"] = PAPER["streets"] | dict(
     labels="1/8", size=(180, 240), crop=(96, 128), base_size=240,
-    lr=2e-3, iterations=1000, round0_iterations=2000,
-)  # fmt: skip
+    lr=2e-3, iterations=1000, round0_iterations=2000)
 PAPER["camvid-gpu"] = PAPER["cityscapes"] | dict(
-    labels="1/8", size=(360, 480), crop=(241, 321), base_size=480, scale=(0.5, 2.0),
-)  # fmt: skip
+    labels="1/8", size=(360, 480), crop=(241, 321), base_size=480, scale=(0.5, 2.0))
 # Pictures of a user: no larger than size, square crops; all of images/ is labeled.
 PAPER["folder-cpu"] = PAPER["camvid-cpu"] | dict(
-    labels="1/1", size=(256,), crop=(128, 128), base_size=256,
-)  # fmt: skip
+    labels="1/1", size=(256,), crop=(128, 128), base_size=256)
 PAPER["folder-gpu"] = PAPER["camvid-gpu"] | dict(
-    labels="1/1", size=(640,), crop=(321, 321), base_size=640,
-)  # fmt: skip
+    labels="1/1", size=(640,), crop=(321, 321), base_size=640)
 
 # By dataset and preset, and labels: mIoU of DARS, and of the baseline (2975: the oracle).
 PAPER_MIOU = {
@@ -129,13 +125,14 @@ def get_parser():
         epilog="Arguments that are not given come from the table PAPER in dars.py, by dataset, "
         "preset (cityscapes: 713, deeplabv2) and labels; a run writes all of them to args.json.")
     add = parser.add_argument_group("distribution alignment and random sampling").add_argument
-    add("--pseudo", choices=METHODS, default="dars", help="st: one threshold; cbst: the same share "
+    switch = dict(action=argparse.BooleanOptionalAction)
+    add("--pseudo", choices=METHODS, help="st: one threshold; cbst: the same share "
         "of each predicted class; da: aligned; dars: aligned, then sampled (Table 4)")
-    add("--temperature", type=float, metavar="T", default=1.0,
+    add("--temperature", type=float, metavar="T",
         help="temperature of the softmax that gives the confidence (TS in Tables 4, 5: 1.27)")
-    add("--confidence", choices=["fp16", "fine"], default="fp16",
+    add("--confidence", choices=["fp16", "fine"],
         help="fp16, or fine: 1 - confidence as fp16, with hardly any ties (Fig. 3)")
-    add("--rounds", type=int, metavar="N", default=2,
+    add("--rounds", type=int, metavar="N",
         help="rounds of self-training after round 0 (Table 4: 1; with iterative training 2)")
     add("--alpha", type=float, metavar="A", nargs="+",
         help="labeling ratio, in (0, 1], one for each round (Sect. 3.3, Table 6)")
@@ -149,7 +146,8 @@ def get_parser():
         help="iterations of round 0 (default: from the table, or from --iterations or --epochs)")
     add("--round0-batch-size", type=int, metavar="N", help="labeled pictures a step in round 0")
     add("--head-lr", type=float, metavar="X", help="learning rate of the heads, times --lr")
-    add("--restart-schedule", action="store_true", help="each round starts at the full --lr")
+    add("--restart-schedule", **switch, help="each round starts at the full --lr")
+    add("--fresh-optimizer", **switch, help="each round starts without momentum")
     common.add_arguments(parser)
     return parser
 
@@ -556,9 +554,8 @@ def check(args):
         enough = count == args.rounds or (count > args.rounds and name not in args.given)
         need(enough, f"--{flag} has {count} values, but there are --rounds {args.rounds}: "
              "give one for each")
-    processes = world_size()
-    need(args.round0_batch_size % processes == 0, f"--round0-batch-size "
-         f"{args.round0_batch_size} is not divisible by the {processes} processes")
+    need(args.round0_batch_size % world_size() == 0, f"--round0-batch-size "
+         f"{args.round0_batch_size} is not divisible by the {world_size()} processes")
 
 
 def make_rounds(args, labeled, unlabeled):
@@ -611,14 +608,16 @@ def main():
     def note(tables):  # for the log, beside the mIoU of an evaluation
         return {"tail_miou": tail_miou(tables["student"], tail)}
 
+    groups = list(student.backbone.parameters()), student.head_parameters()
+    optimizer = common.make_optimizer(args, args.lr, *groups)
     results = {}  # of each round: the confusion matrix on val
     reports = {}  # and what its pseudo-labels are
     for number, iterations, alpha, scale in rounds:
         if not run.enter(number):
             continue
-        # Code: the authors carry the optimizer from round to round; here each round has a new one.
-        optimizer = common.make_optimizer(args, args.lr, student.backbone.parameters(),
-                                          student.head_parameters())
+        # Open: momentum; carried over rounds, as in the authors' code   --fresh-optimizer
+        if args.fresh_optimizer:
+            optimizer = common.make_optimizer(args, args.lr, *groups)
         scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
         keep = {"student": student, "teacher": teacher, "optimizer": optimizer, "scaler": scaler}
         keep |= {"results": results, "reports": reports}

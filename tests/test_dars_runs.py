@@ -818,3 +818,18 @@ def test_two_pictures_never_share_a_pseudo_label():
         == Path("x/a/b_c.png")
         != common.pseudo_label_path("x", "a_b/c")
     )
+
+
+# ---- the optimizer of a round --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+def test_the_optimizer_is_carried_from_round_to_round(fresh, monkeypatch, tmp_path):
+    """As in the authors' code: AdamW counts the steps of all rounds; with the flag of the last."""
+    monkeypatch.chdir(tmp_path)
+    flags = ["--fresh-optimizer"] if fresh else []
+    argv = "--rounds 1 --labels 2 --iterations 3 --round0-iterations 4 --out run".split()
+    run_on_few_streets(dars, *argv, *flags)
+    state = torch.load("run/last.pt", weights_only=True)["optimizer"]["state"]
+    steps = {int(entry["step"]) for entry in state.values()}
+    assert steps == {3 if fresh else 7}
