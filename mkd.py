@@ -408,7 +408,7 @@ def train(args, run, streams, students, learners, teachers, keep, begin):
     batches = [
         common.batches(streams[0], args, run.device, begin, args.iterations),
         common.batches(streams[1], args, run.device, begin, args.iterations, overlap=mixed)]
-    for iteration, (labeled, unlabeled) in enumerate(zip(*batches), begin):
+    for iteration, (labeled, unlabeled) in enumerate(zip(*batches), begin):  # line 5
         # 5 EMA: first (line 6)
         update_teachers(teachers, students, iteration, args.gamma)
 

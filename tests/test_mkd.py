@@ -990,6 +990,15 @@ def test_settings_of_sect_4_1(dataset, lr, crop):
     assert momentum == 0.9
 
 
+def test_each_line_of_algorithm_1_is_named_where_it_acts():
+    """Lines 1 and 2 say what the data are; line 17 ends the loop."""
+    source = Path(mkd.__file__).read_text()
+    named = set()
+    for numbers in re.findall(r"\blines? (\d+(?:, \d+)*)", source):
+        named |= {int(number) for number in numbers.split(", ")}
+    assert named == set(range(3, 17))
+
+
 def test_the_flags_of_open_choices_exist():
     source = Path(mkd.__file__).read_text()
     choices = re.findall(r"# (?:Open|Code): .*(?:\n *#   .*)*", source)
