@@ -598,9 +598,11 @@ def read_part(name, folder, part):
 
 def download_voc(root):
     """Fetch VOC to root unless it is there. One process does it, the others wait."""
-    places = [root / "VOCdevkit/VOC2012/SegmentationClass", root / "SegmentationClass"]
+    parts = ["JPEGImages", "ImageSets/Segmentation", "SegmentationClass"]
+    complete = all((root / "VOCdevkit/VOC2012" / part).is_dir() for part in parts)
+    complete |= (root / "JPEGImages").is_dir()  # root is the folder VOC2012 itself
     with one_after_another():
-        if is_main() and not any(place.is_dir() for place in places):
+        if is_main() and not complete:
             try:
                 torchvision.datasets.VOCSegmentation(root, "2012", "train", download=True)
             except (OSError, RuntimeError) as error:  # no network, a full disk, another checksum
@@ -840,16 +842,17 @@ def split(args, data, read=True):
 
     They are those of --split, or the first --labels of split_order() and all others. The pictures
     of --extra are unlabeled too. read: read some pictures before a long run."""
-    pickled = args.split and args.split[0].endswith(".pkl")
-    if args.split and not pickled:
+    if args.split and not is_order(args):
         labeled, unlabeled = read_split(args.split, data)
         if args.labels is not None and str(args.labels) != str(len(labeled)):
             warn(f"{args.split[0]} names {len(labeled)} pictures; --labels {args.labels} is unused")
     else:
         count = count_labels(args.labels, data)
-        order = read_order(args.split, data) if pickled else split_order(args, data, count)
+        ordered = is_order(args)
+        order = read_order(args.split, data) if ordered else split_order(args, data, count)
         labeled, unlabeled = order[:count], order[count:]
-    unlabeled = list(dict.fromkeys(unlabeled + data.extra))
+    named = set(labeled + unlabeled)
+    unlabeled = unlabeled + [id for id in data.extra if id not in named]
     args.labels = len(labeled)
     need(unlabeled or args.supervised, f"all {len(labeled)} training pictures are labeled, so no "
          "unlabeled ones are left; use fewer --labels, or --supervised, or add unlabeled ones "
@@ -913,6 +916,11 @@ def read_split(paths, data):
     if len(lists) == 2 and both:
         warn(f"{len(both)} pictures are in both lists, as {min(both)}; they count as labeled only")
     return labeled, [id for id in others if id not in both]
+
+
+def is_order(args):
+    """Is --split a pickled order of all pictures, and no list?"""
+    return bool(args.split) and args.split[0].endswith(".pkl")
 
 
 class NumbersOnly(pickle.Unpickler):
@@ -2023,8 +2031,8 @@ def add_arguments(parser, networks=NETWORKS, several=False):
         help="default: streets, drawn without a download; folder: your own pictures")
     add("--data-root", metavar="DIR", help="the dataset's folder")
     add("--download", action="store_true", help="download PASCAL VOC with torchvision")
-    add("--extra", metavar="N",
-        help="more unlabeled pictures, or all: cityscapes' train_extra, voc's 10,582")
+    add("--extra", metavar="N", help="more unlabeled pictures, a number or all: on cityscapes of "
+        "train_extra, on voc of the 10,582")
     add("--preset", metavar="P", help="another row of the method's table PAPER; on camvid and "
         "folder cpu or gpu, a small or a big network (default: gpu if there is one)")
     add("--labels", metavar="N", help="labeled pictures: a number, or a share such as 1/8")
@@ -2034,7 +2042,8 @@ def add_arguments(parser, networks=NETWORKS, several=False):
         "--seed; on Cityscapes one of the five splits of French et al.)")
     add("--size", type=int, nargs="+", metavar="N",
         help="resize pictures to this height and width; one number: shrink the longer side to it")
-    add("--crop", type=int, nargs=2, metavar=("H", "W"), help="of a training crop and a window")
+    add("--crop", type=int, nargs=2, metavar=("H", "W"),
+        help="size of a training crop, and of a window (--base-size)")
     add("--scale", type=float, nargs=2, metavar=("LOW", "HIGH"), help="random scale of weak views")
     add("--cache", metavar="DIR", default="runs/cache",
         help="folder for resized copies of big pictures (default: %(default)s)")
@@ -2080,32 +2089,37 @@ def add_network_arguments(parser, networks, several):
 
 def add_run_arguments(parser):
     add = parser.add_argument_group("training").add_argument
-    add("--supervised", action="store_true", help="the baseline: as many steps on labels alone")
+    add("--supervised", action="store_true",
+        help="the baseline: labeled pictures only, the same number of steps")
     add("--iterations", type=int, metavar="N", help="for each stage or round")
     add("--batch-size", type=int, metavar="N",
         help="labeled (and as many unlabeled) pictures in a step; the sum over all processes")
     add("--optimizer", choices=["sgd", "adamw"], help="sgd with momentum .9, or adamw")
     add("--lr", type=float, metavar="X", help="learning rate at the start")
     add("--weight-decay", type=float, metavar="X", help="weight decay of the optimizer")
-    add("--seed", type=int, default=0, metavar="N",
-        help="of weights, order, views, noise and labeled pictures (default: %(default)s)")
+    add("--seed", type=int, default=0, metavar="N", help="seed of weights, order, views and noise, "
+        "and of the choice of labeled pictures (default: %(default)s)")
     add("--precision", choices=["fp32", "bf16", "fp16"], help="default: bf16 on a GPU, else fp32")
     add = parser.add_argument_group("run").add_argument
     add("--out", metavar="DIR", help="run folder (default: runs/METHOD-DATASET-LABELS-sSEED), or "
         "the folder for predictions (default: predictions)")
     add("--overwrite", action="store_true", help="begin a finished or different run anew")
     add("--log-every", type=int, metavar="N", help="iterations between records in log.jsonl")
-    add("--eval-every", type=int, metavar="N", help="iterations between evaluations on val")
+    add("--eval-every", type=int, metavar="N",
+        help="iterations between evaluations on val; the last iteration is always evaluated")
     add("--save-every", type=int, metavar="N", help="iterations between checkpoints (last.pt)")
     add("--scales", type=float, nargs="+", default=[1.0], metavar="X",
         help="evaluate at these scales and average the probabilities")
     add("--flip", action=argparse.BooleanOptionalAction, help="evaluate the mirrored picture too")
     add("--base-size", type=int, metavar="N", help="evaluate with windows of the crop's size on "
         "pictures whose longer side is N (0: whole pictures)")
-    add("--full-size-labels", action="store_true", help="evaluate against masks at full size")
-    add("--check-data", action="store_true", help="only read the dataset and report its mistakes")
+    add("--full-size-labels", action="store_true",
+        help="evaluate against masks at their size on disk, not at --size")
+    add("--check-data", action="store_true",
+        help="only read the whole dataset and report what would stop a run")
     add("--evaluate", action="store_true", help="only evaluate --checkpoint")
-    add("--predict", metavar="PATH", help="only predict this picture, or the pictures of a folder")
+    add("--predict", metavar="PATH",
+        help="only predict a picture, or all pictures of a folder, with --checkpoint")
     add("--checkpoint", metavar="FILE", help="a last.pt, for --evaluate and --predict")
 
 
@@ -2135,9 +2149,8 @@ def parse_args(parser, paper, argv=None):
         if name not in aside and value not in usual:
             args.changed.append(name)
 
-    text = args.split and not args.split[0].endswith(".pkl")
     for name, value in row.items():
-        listed = name == "labels" and text  # the list decides
+        listed = name == "labels" and args.split and not is_order(args)  # the list decides
         if getattr(args, name) is None and not listed:
             setattr(args, name, value)
     args.flip = args.flip or False
@@ -2166,8 +2179,8 @@ def find_row(args, paper):
         preset = None
     key = f"{dataset}-{preset}" if preset else dataset
     labels = args.labels
-    pickled = args.split and args.split[0].endswith(".pkl")
-    if args.split and not pickled and labels is None and Path(args.split[0]).is_file():
+    lists = [] if is_order(args) else args.split or []
+    if lists and labels is None and Path(lists[0]).is_file():
         lines = Path(args.split[0]).read_bytes().splitlines()
         labels = sum(bool(line.strip()) for line in lines)
     return paper.get(f"{key}/{labels}") or paper[key], preset

@@ -539,6 +539,16 @@ def test_with_extra_pictures_all_training_pictures_may_be_labeled(cityscapes, tm
     ]
 
 
+def test_an_extra_picture_that_a_list_names_as_labeled_is_not_unlabeled_too(cityscapes, tmp_path):
+    args = city_arguments(cityscapes, extra="all")
+    data = common.open_dataset(args)
+    (tmp_path / "list.txt").write_text("\n".join([data.train[0], data.extra[2]]) + "\n")
+    args.split = [str(tmp_path / "list.txt")]
+    labeled, unlabeled = common.split(args, data, read=False)
+    assert labeled == [data.train[0], data.extra[2]] and len(set(unlabeled)) == len(unlabeled)
+    assert set(unlabeled) == set(data.train + data.extra) - set(labeled)
+
+
 def test_an_extra_pictures_label_at_the_training_size(cityscapes, tmp_path):
     data = opened(
         cityscapes, dataset="cityscapes", extra="1", size=(10, 20), cache=str(tmp_path / "cache")
