@@ -1304,6 +1304,8 @@ def to_float(image):
 
 def sharpness(image, factor):
     """PIL's Sharpness of (3, H, W) uint8, 0: smooth, 1: as it is. (torchvision's syncs a GPU.)"""
+    if min(image.shape[1:]) < 3:
+        return image  # all of it is border, which stays
     smooth = image.float()
     box = smooth.unfold(1, 3, 1).sum(-1).unfold(2, 3, 1).sum(-1)  # of 3x3; avg_pool2d is slow
     smooth[:, 1:-1, 1:-1].mul_(4).add_(box).div_(13).round_()

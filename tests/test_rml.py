@@ -305,6 +305,8 @@ def test_sharpness_is_that_of_torchvision(factor):
     assert (ours - theirs).abs().max() <= 1
     assert (ours != theirs).float().mean() < 0.01
     assert torch.equal(common.sharpness(image, 1.0), image)
+    thin = image[:, :2]
+    assert torch.equal(common.sharpness(thin, factor), thin)
 
 
 def test_photometric_draws_two_operations_each_with_probability_half():
