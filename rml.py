@@ -43,6 +43,7 @@ from torchvision.ops import StochasticDepth
 from torchvision.transforms.v2 import functional as V
 
 import common
+from common import numbered
 
 # ---- arguments -----------------------------------------------------------------------------------
 
@@ -402,11 +403,6 @@ def cross_entropy(log_prob, target):
 
 
 # ---- training ------------------------------------------------------------------------------------
-
-def numbered(name, things):
-    """{name_1: the first thing, name_2: ..}"""
-    return {f"{name}_{number}": thing for number, thing in enumerate(things, 1)}
-
 
 def make_optimizers(students, lr, head_lr, args):
     """An optimizer for each student. The head learns at lr times head_lr."""
