@@ -286,7 +286,7 @@ def collected(problems):
 def raise_first(problems):
     """A UserError with the first of these problems, if there is one."""
     if problems:
-        raise UserError(f"{problems[0]} ({len(problems)} in all; --check-data names them)")
+        raise UserError(f"{problems[0]} ({len(set(problems))} in all; --check-data names them)")
 
 
 # ---- streets -------------------------------------------------------------------------------------
@@ -703,7 +703,8 @@ def open_folder(root, size, cache):
     classes = read_classes(path, problems) if path.exists() else {}
     if not classes:
         classes = number_classes([mask for _, mask in (labeled | val).values()], problems)
-        say(f"classes   {len(classes)}, numbered from the masks; {path} can name them, one a line")
+        say(f"classes   {len(classes)}, numbered from the masks; {path} can name them, one on "
+            "each line, from class id 0 on")
     extra = {f"unlabeled/{stem}": (path, None) for stem, path in unlabeled.items()}
     return Folder("folder", classes, list(labeled), list(val), labeled | val | extra,
                   class_ids(len(classes)), size, cache, [], list(extra), problems)

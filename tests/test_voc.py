@@ -727,3 +727,28 @@ def test_predictions_never_meet_pictures_or_each_other(trained, tmp_path):
     with pytest.raises(common.UserError, match="out2/y_overlay.png"):
         trained("in", "--out", "out2")
     assert not (tmp_path / "out2").exists()
+
+
+def test_a_picture_that_is_read_twice_counts_once(cityscapes):
+    """The first picture without a mask is read in any case, and may be among the first ones too."""
+    data = common.open_dataset(city_arguments(cityscapes))
+    id = data.train[0]
+    data.files[id] = (data.files[id][0], None)
+    with pytest.raises(common.UserError, match=r"mask is missing.*\(1 in all"):
+        common.check_before_training(data, [id], data.train[1:])
+
+
+VOC_FOLDERS = ["JPEGImages", "ImageSets/Segmentation", "SegmentationClass"]
+
+
+@pytest.mark.parametrize("missing", [*VOC_FOLDERS, None])
+def test_voc_is_fetched_if_one_of_its_folders_is_missing(missing, tmp_path, monkeypatch):
+    for folder in VOC_FOLDERS:
+        if folder != missing:
+            (tmp_path / "VOCdevkit/VOC2012" / folder).mkdir(parents=True)
+    calls = []
+    monkeypatch.setattr(
+        common.torchvision.datasets, "VOCSegmentation", lambda *names, **_: calls.append(names)
+    )
+    common.download_voc(tmp_path)
+    assert len(calls) == (missing is not None)
