@@ -186,8 +186,7 @@ def distances(features, guides):
 
 
 def pair(args, positions, features, guides, labeled):
-    """The guide of each picture, as an index of guides: (B,). positions: of the pictures in their
-    stream; features: of describe(); labeled: they are guides, and take another one."""
+    """The index of each picture's guide: (B,). labeled: pictures are guides, and take another."""
     # Open: who chooses; x_u its x_l, by Sect. 3.1.1 (in Sect. 4.3.1 x_l its x_u)   --pairs
     first = rank() * len(positions)  # where labeled pictures of this process begin
     if args.pairs == "similar":
@@ -302,9 +301,11 @@ class GuidedMixNet(common.SegmentationNetwork):
             spec["backbone"], spec["batch_norm"], caffe, spec["deep_stem"])
         super().__init__(backbone, spec["style"])
         self.stride = 2
-        width, norm = 512, nn.BatchNorm2d
+        width = 512
+        norm = nn.BatchNorm2d
         if spec["backbone"] == "tiny":
-            width, norm = 64, common.group_norm
+            width = 64
+            norm = common.group_norm
             backbone.maxpool = nn.MaxPool2d(3, 2, 1)  # stride 8, as in the others
         self.psp = common.PyramidPooling(backbone.channels, width, norm)
         # Open: where the skips come from; layer1 and the stem
@@ -348,10 +349,10 @@ def classifier_loss(logits, label, classes):
 
 
 def mask_error(M_dec, M, valid, masks="logits"):
-    """1 / (H W) sum sum (M_dec - M)^2, of masks (B, K, h, w): the sum over classes, the mean over
-    pixels that are valid (B, H, W) in both blended pictures. masks: as --masks."""
+    """1 / (H W) sum sum (M_dec - M)^2 of masks (B, K, h, w), over the valid (B, H, W) pixels."""
     if masks == "softmax":
-        M_dec, M = M_dec.softmax(1), M.softmax(1)
+        M_dec = M_dec.softmax(1)
+        M = M.softmax(1)
     valid = valid[:, ::2, ::2]  # at the cells of the masks
     count = all_reduce(valid.sum())
     total = ((M_dec - M).square() * valid[:, None]).sum()
@@ -379,14 +380,15 @@ def decoupling_loss(args, learner, labeled, M_l, features, guides, iteration):
 
 def update(args, keep, loss, iteration):
     """A step of the optimizer, with polynomial decay (Sect. 4.2). Returns the learning rate."""
-    student, optimizer, scaler = keep.values()
+    optimizer = keep["optimizer"]
+    scaler = keep["scaler"]
     lr = args.lr * (1 - iteration / args.iterations) ** 0.9
     optimizer.param_groups[0]["lr"] = lr
     optimizer.zero_grad()
     scaler.scale(loss).backward()
     scaler.step(optimizer)
     scaler.update()
-    common.average_buffers([student])
+    common.average_buffers([keep["student"]])
     return lr
 
 
@@ -400,7 +402,8 @@ def train_supervised(args, run, learner, keep, stream, begin, stop):
         # 1 batch: labeled pictures
         label = labeled["label"]  # (B, H, W)
 
-        # 2 pseudo-labels: none. 3 losses
+        # 2 pseudo-labels: none
+        # 3 losses
         # Open: the losses of the baseline; L_ce alone, without the classifier   --supervised
         with autocast(args, run.device):
             logits, v, present = learner(to_float(labeled["image"]), aux=True)
@@ -412,7 +415,8 @@ def train_supervised(args, run, learner, keep, stream, begin, stop):
         # 4 backward
         lr = update(args, keep, loss, iteration)
 
-        # 5 EMA: none. 6 log, evaluate, save
+        # 5 EMA: none
+        # 6 log, evaluate, save
         run.step(iteration, losses, record=iteration + 1 == stop, lr=lr)
         if run.due():
             run.evaluate({"student": student})
@@ -437,12 +441,8 @@ def train(args, run, learner, keep, streams, warmup, begin):
             logits, v, present = learner(to_float(image), aux=True)
         M_l, M_u = to_mask(logits, args.masks).tensor_split([B])  # (B, K, h, w) each
         features_l, features_u = describe(v, args.distance).tensor_split([B])  # (B, C) each
-        guides = {
-            "image": labeled["image"],
-            "valid": labeled["valid"],
-            "mask": M_l,
-            "features": features_l,
-        }
+        guides = {"image": labeled["image"], "valid": labeled["valid"]}
+        guides |= {"mask": M_l, "features": features_l}
         if world_size() > 1:  # the n labeled pictures of all processes
             guides = {name: Gather.apply(x.contiguous()) for name, x in guides.items()}
 
