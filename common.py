@@ -3315,7 +3315,7 @@ def predict_tiled(network, picture, size, args, device, tile=1024, margin=128, b
 def draw_prediction(picture, label, confidence, colors, label_ids):
     """PIL pictures: the class ids (or Cityscapes' label ids), color, overlay and confidence."""
     color = Image.fromarray(colorize(label, colors))
-    palette = colors
+    palette = colorize(np.arange(256), colors)  # with fewer entries PIL writes fewer than 8 bits
     if label_ids:
         label = np.array(CITYSCAPES_IDS, np.uint8)[label]
         palette = np.zeros((256, 3), np.uint8)

@@ -1,0 +1,33 @@
+"""What other tools leave in folders and write as masks, and how they read predictions."""
+
+import numpy as np
+import pytest
+import torchvision
+from PIL import Image
+
+import common
+import rml
+from test_folder import SHORT, main, mask, noise, own, save  # noqa: F401, two are fixtures
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+TRAIN = [*SHORT[rml], "--batch-size", "2", "--size", "80", "--crop", "48", "48", "--out", "run"]
+
+
+# ---- predictions ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("classes, label_ids", [(2, False), (3, False), (16, False), (19, True)])
+def test_other_tools_read_the_ids_of_a_prediction(classes, label_ids, tmp_path):
+    """PIL writes a palette of 16 colors or fewer with 1 to 4 bits, which torchvision misreads."""
+    label = noise(0, channels=1) % classes
+    picture = Image.fromarray(noise(1))
+    colors = noise(2, 1, classes)[0]
+    ids, color, *_ = common.draw_prediction(picture, label, label, colors, label_ids)
+    path = tmp_path / "ids.png"
+    ids.save(path)
+    assert path.read_bytes()[24] == 8  # bits
+    expected = np.array(common.CITYSCAPES_IDS)[label] if label_ids else label
+    assert np.array_equal(np.asarray(Image.open(path)), expected)
+    assert np.array_equal(torchvision.io.read_image(str(path))[0].numpy(), expected)
+    assert np.array_equal(np.asarray(Image.open(path).convert("RGB")), np.asarray(color))
