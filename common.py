@@ -22,7 +22,6 @@ import math
 import os
 import pickle
 import re
-import resource
 import shutil
 import subprocess
 import sys
@@ -46,6 +45,11 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import nn
 from torchvision.models import resnet, vision_transformer
 from torchvision.transforms import v2
+
+try:
+    import resource
+except ImportError:  # on Windows
+    resource = None
 
 IGNORE = 255  # the label of pixels that are neither learned nor counted
 MEAN_COLOR = (124, 116, 104)  # of ImageNet: pads pictures
@@ -2600,11 +2604,7 @@ class Run:
     def _write_checkpoint(self, iteration, keep):
         began = time.time()
         self._check_losses()
-        if self.device.type == "cuda":
-            peak = torch.cuda.max_memory_allocated() / 2 ** 20
-        else:
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        self.peak = max(self.peak, peak)
+        self.peak = max(self.peak, peak_memory(self.device))
         if not is_main():
             return
         networks = {name: thing for name, thing in keep.items() if hasattr(thing, "spec")}
@@ -2918,7 +2918,7 @@ class Run:
                   "headline": self.headline,
                   "per_class": dict(zip(self.data.names, iou(tables[self.headline]).tolist())),
                   "paper": paper, "iterations": self.steps, "seconds": round(self.elapsed(), 1),
-                  "peak_memory_mb": round(self.peak), "device": device_name(self.device),
+                  "peak_memory_mb": round(self.peak) or None, "device": device_name(self.device),
                   "processes": world_size(), "torch": torch.__version__, "commit": git_commit()}
         if is_main():
             self.write_json("result.json", result | extra)
@@ -2927,7 +2927,7 @@ class Run:
             report(tables, self.headline, self.data, args, paper)
             folder = self.folder
             print(f"\n{self.steps} iterations in {duration(result['seconds'])} on "
-                  f"{result['device']}, peak memory {result['peak_memory_mb']} MB\n"
+                  f"{result['device']}, peak memory {result['peak_memory_mb'] or '?'} MB\n"
                   f"numbers {folder}/result.json   log {folder}/log.jsonl   "
                   f"pictures {folder}/pictures/   weights {folder}/last.pt")
         barrier()
@@ -3012,6 +3012,16 @@ def duration(seconds):
     minutes, seconds = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+def peak_memory(device):
+    """The most memory in MB that this process has had, of a GPU if it uses one. 0 on Windows."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2 ** 20
+    if resource is None:
+        return 0.
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2 ** (20 if sys.platform == "darwin" else 10)  # bytes on macOS, else KB
 
 
 def device_name(device):

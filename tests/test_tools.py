@@ -1,7 +1,12 @@
 """What other tools leave in folders and write as masks, and how they read predictions."""
 
+import importlib.util
+import sys
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
+import torch
 import torchvision
 from PIL import Image
 
@@ -31,3 +36,23 @@ def test_other_tools_read_the_ids_of_a_prediction(classes, label_ids, tmp_path):
     assert np.array_equal(np.asarray(Image.open(path)), expected)
     assert np.array_equal(torchvision.io.read_image(str(path))[0].numpy(), expected)
     assert np.array_equal(np.asarray(Image.open(path).convert("RGB")), np.asarray(color))
+
+
+# ---- other systems -------------------------------------------------------------------------------
+
+
+def test_memory_is_in_megabytes_on_every_system(monkeypatch):
+    """Windows has no module resource, and macOS counts bytes."""
+    cpu = torch.device("cpu")
+    monkeypatch.setitem(sys.modules, "resource", None)
+    spec = importlib.util.spec_from_file_location("common_on_windows", common.__file__)
+    windows = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "common_on_windows", windows)
+    spec.loader.exec_module(windows)
+    assert windows.peak_memory(cpu) == 0
+    usage = SimpleNamespace(ru_maxrss=3 * 2**20)
+    fake = SimpleNamespace(RUSAGE_SELF=0, getrusage=lambda who: usage)
+    monkeypatch.setattr(common, "resource", fake)
+    for platform, megabytes in (("linux", 3 * 2**10), ("darwin", 3)):
+        monkeypatch.setattr(sys, "platform", platform)
+        assert common.peak_memory(cpu) == megabytes
