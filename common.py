@@ -254,10 +254,20 @@ def in_threads(function, items):
         yield from pool.map(function, items)
 
 
+# What systems and notebooks leave in folders: hidden files, ._a.jpg, .ipynb_checkpoints/, ..
+LITTER = re.compile(r"\..*|@eaDir|__MACOSX|Thumbs\.db|desktop\.ini", re.I)
+
+
+def found_in(folder, pattern="*"):
+    """The sorted paths in a folder that match the pattern, without LITTER. It need not exist."""
+    paths = sorted(folder.glob(pattern))
+    return [path for path in paths
+            if not any(map(LITTER.fullmatch, path.relative_to(folder).parts))]
+
+
 def files_by_stem(folder, suffixes=SUFFIXES):
     """{file stem: path} of the files in a folder, which need not exist, with these suffixes."""
-    paths = sorted(folder.iterdir()) if folder.is_dir() else []
-    return {path.stem: path for path in paths if path.suffix.lower() in suffixes}
+    return {path.stem: path for path in found_in(folder) if path.suffix.lower() in suffixes}
 
 
 def read_lines(path, advice):
@@ -662,7 +672,7 @@ def read_cityscapes(root, part, *whole):
     """{CITY/CITY_000000_000000: (image path, mask path or None)} of a part, sorted by path."""
     folder = root / "leftImg8bit" / part
     files = {}
-    for path in sorted(folder.glob("*/*_leftImg8bit.png")):
+    for path in found_in(folder, "*/*_leftImg8bit.png"):
         id = f"{path.parent.name}/{path.name.removesuffix('_leftImg8bit.png')}"
         masks = [root / f"gtFine/{part}/{id}_gtFine_{kind}.png" for kind in CITYSCAPES_MASKS]
         files[id] = path, next(filter(Path.exists, masks), None)
@@ -738,7 +748,7 @@ def pair_up(root, image_folder, mask_folder, problems):
 def pictures_in(folder, problems):
     """{file stem: path} of the pictures in a folder, which need not exist. Problems are added."""
     found, others = {}, []
-    for path in sorted(folder.glob("[!.]*")):
+    for path in found_in(folder):
         if path.is_dir():
             problems.append(f"{path}: pictures in a sub-folder are not read; move them to {folder}")
         elif path.suffix.lower() not in SUFFIXES:
@@ -3250,10 +3260,9 @@ def plan_predictions(source, out, dataset):
     need(source.exists(), f"--predict {source}: no such picture or folder")
     paths = [source]
     if source.is_dir():
-        files = sorted(path for path in source.rglob("*") if path.is_file())
-        paths = [path for path in files if path.suffix.lower() in (".png", ".jpg", ".jpeg")]
-        others = {path.name for path in set(files) - set(paths)}
-        warn_of_others(source, sorted(name for name in others if not name.startswith(".")))
+        files = [path for path in found_in(source, "**/*") if not path.is_dir()]
+        paths = [path for path in files if path.suffix.lower() in SUFFIXES]
+        warn_of_others(source, sorted({path.name for path in set(files) - set(paths)}))
     need(paths, f"--predict {source}: no .png, .jpg or .jpeg in this folder")
     need(out.resolve() not in {path.parent.resolve() for path in paths},
          f"--out {out}: is the folder of the pictures themselves, which would be overwritten; "

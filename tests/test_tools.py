@@ -12,6 +12,7 @@ from PIL import Image
 
 import common
 import rml
+from test_data import make_camvid, make_cityscapes
 from test_folder import SHORT, main, mask, noise, own, save  # noqa: F401, two are fixtures
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -56,3 +57,39 @@ def test_memory_is_in_megabytes_on_every_system(monkeypatch):
     for platform, megabytes in (("linux", 3 * 2**10), ("darwin", 3)):
         monkeypatch.setattr(sys, "platform", platform)
         assert common.peak_memory(cpu) == megabytes
+
+
+# ---- what lies in folders ------------------------------------------------------------------------
+
+
+def litter(folder, name):
+    """What macOS, Windows, a notebook and a Synology leave beside a picture of this name."""
+    for path in (f"._{name}", ".DS_Store", "Thumbs.db", "desktop.ini"):
+        (folder / path).write_bytes(b"no picture")
+    for path in (".ipynb_checkpoints", "@eaDir", "__MACOSX"):
+        (folder / path).mkdir()
+        (folder / path / name).write_bytes(b"no picture")
+
+
+def test_litter_of_systems_is_skipped(own, main, capsys):
+    for part in ("images", "masks", "unlabeled"):
+        litter(own / part, "photo 0.png")
+    main("--check-data")
+    assert len(common.plan_predictions(own / "unlabeled", own / "out", "folder")) == 8
+    assert "warning" not in capsys.readouterr().err
+
+
+def test_litter_in_public_datasets_is_skipped(tmp_path):
+    camvid = make_camvid(tmp_path / "camvid", lists=False)
+    cityscapes = make_cityscapes(tmp_path / "cityscapes")
+    counts = []
+    for is_littered in (False, True):
+        if is_littered:
+            for folder in (camvid / "train", camvid / "trainannot", camvid / "val"):
+                litter(folder, "0001TP_006720.png")
+            for folder in ("train", "train/jena"):
+                litter(cityscapes / "leftImg8bit" / folder, "jena_000078_000019_leftImg8bit.png")
+        data = common.open_listed("camvid", camvid, None, tmp_path / "cache")
+        city = common.open_cityscapes(cityscapes, None, tmp_path / "cache")
+        counts.append([len(ids) for each in (data, city) for ids in (each.train, each.val)])
+    assert counts[0] == counts[1]
