@@ -1012,11 +1012,22 @@ def read_pictures(data, parts):
     for part in parts:
         rows = [p.pixels for p in pictures if p.part == part and p.pixels is not None]
         pixels[part] = np.array(rows, np.int64).reshape(-1, 256)
-    labels = np.flatnonzero(pixels["labeled"].sum(0) + pixels["val"].sum(0))
-    if data.name == "folder" and labels.tolist() == [0, IGNORE]:
-        folder = Path(data.files[data.train[0]][1]).parent
-        problems.append(f"{folder}: the masks hold only 0 and 255 (unknown); save objects as 1, 2")
     return pictures, pixels, problems
+
+
+def what_masks_lack(data, labeled, val):
+    """Problems of all masks of your own pictures, from (256,) counts of their pixels by part."""
+    folder = Path(data.files[[*data.train, *data.val][0]][1]).parent
+    if np.flatnonzero(labeled + val).tolist() == [0, IGNORE]:
+        yield f"{folder}: the masks hold only 0 and 255 (unknown); save objects as 1, 2, .."
+    elif (labeled[:IGNORE] > 0).sum() < 2:
+        known = " ".join(data.names[k] for k in labeled[:IGNORE].nonzero()[0]) or "255 (unknown)"
+        yield (f"{folder}: the masks of the labeled pictures hold only {known}, so there is "
+               "nothing to tell apart; label pixels of another class too")
+    if not val[:IGNORE].any():
+        folder = Path(data.files[data.val[0]][1]).parent
+        yield (f"{folder}: the masks of the val pictures hold only 255 (unknown), so there is "
+               "nothing to evaluate on; label some of their pixels")
 
 
 def check_before_training(data, labeled, unlabeled):
@@ -1029,7 +1040,12 @@ def check_before_training(data, labeled, unlabeled):
         corrupt = [id for id in data.extra if "troisdorf_000000_000073" in id]  # in the archive
         parts = {"labeled": missing + labeled[:8], "val": data.val[:2]}
         parts["unlabeled"] = unlabeled[:2] + corrupt
-    raise_first(read_pictures(data, parts)[2])
+    _, pixels, problems = read_pictures(data, parts)
+    raise_first(problems)
+    if data.name == "folder":
+        counts = torch.from_numpy(np.stack([pixels["labeled"].sum(0), pixels["val"].sum(0)]))
+        counts = all_reduce(counts.to("cuda" if torch.cuda.is_available() else "cpu"))
+        raise_first([*what_masks_lack(data, *counts.cpu().numpy())])
 
 
 def check_data(args):
@@ -1046,6 +1062,8 @@ def check_data(args):
     pictures, pixels, more_problems = read_pictures(data, parts)
     print_contents(data, parts, pictures, pixels)
     problems = list(dict.fromkeys(problems + more_problems))
+    if data.name == "folder" and not problems:
+        problems += what_masks_lack(data, *(pixels[part].sum(0) for part in ("labeled", "val")))
     for title, texts in (("deserves a check", notes_on_all(data, pictures, pixels)),
                          ("would stop a run", problems)):
         if texts:

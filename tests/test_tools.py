@@ -1,6 +1,7 @@
 """What other tools leave in folders and write as masks, and how they read predictions."""
 
 import importlib.util
+import json
 import sys
 from types import SimpleNamespace
 
@@ -11,7 +12,9 @@ import torchvision
 from PIL import Image
 
 import common
+import results_table
 import rml
+from helpers import strict
 from test_data import make_camvid, make_cityscapes
 from test_folder import SHORT, main, mask, noise, own, save  # noqa: F401, two are fixtures
 
@@ -93,3 +96,49 @@ def test_litter_in_public_datasets_is_skipped(tmp_path):
         city = common.open_cityscapes(cityscapes, None, tmp_path / "cache")
         counts.append([len(ids) for each in (data, city) for ids in (each.train, each.val)])
     assert counts[0] == counts[1]
+
+
+# ---- masks that teach nothing --------------------------------------------------------------------
+
+
+def masks_are(own, *values):
+    """The masks of the four pictures hold these values, in turn."""
+    for i in range(4):
+        save(own / f"masks/photo {i}.png", np.resize(np.uint8(values), (60 + i, 90)))
+
+
+@pytest.mark.parametrize("values, word", [((0,), "class 0"), ((255,), "255 (unknown)")])
+def test_masks_of_one_class_are_refused(own, main, capsys, values, word):
+    masks_are(own, *values)
+    words = [f"{own}/masks: the masks of the labeled pictures hold only {word}", "label pixels"]
+    with pytest.raises(common.UserError) as error:
+        main("--iterations", "1")
+    assert all(word in str(error.value) for word in words)
+    with pytest.raises(common.UserError, match="named above"):
+        main("--check-data")
+    said = capsys.readouterr().out
+    assert all(word in said for word in words)
+
+
+def test_a_val_part_without_a_labeled_pixel_is_refused(own, main, capsys):
+    save(own / "val_images/a.png", noise(1))
+    save(own / "val_masks/a.png", np.full((60, 90), 255, np.uint8))
+    words = f"{own}/val_masks: the masks of the val pictures hold only 255"
+    with pytest.raises(common.UserError, match=words):
+        main("--iterations", "1")
+    with pytest.raises(common.UserError, match="named above: 1$"):
+        main("--check-data")
+    assert words in capsys.readouterr().out
+
+
+def test_a_result_without_a_number_is_null(tmp_path, capsys):
+    """As that of a public dataset whose val masks are unknown everywhere."""
+    arguments = {"changed": []}
+    (tmp_path / "args.json").write_text(json.dumps({"arguments": arguments}))
+    miou = {"student": common.mean_iou(torch.zeros(2, 2, dtype=torch.int64))}
+    result = {"method": "mkd", "dataset": "camvid", "labels": 46, "seed": 0, "paper": None}
+    text = json.dumps(common.strict(result | {"miou": miou, "headline": "student"}))
+    assert strict(text)["miou"] == {"student": None}
+    (tmp_path / "result.json").write_text(text)
+    results_table.results(tmp_path)
+    assert "nan" in capsys.readouterr().out
