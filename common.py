@@ -140,7 +140,7 @@ class Dataset:
 
     mask_modes = ("1", "L", "P", "I", "I;16")  # PIL's names
     follows_exif = False  # are pictures turned as their EXIF orientation says?
-    advice = exif_note = ""  # ends of error messages
+    exif_note = ""  # the end of an error message
 
     def __post_init__(self):
         self.names = list(self.classes)
@@ -198,8 +198,12 @@ class Dataset:
             largest = max(self.values.keys() - {IGNORE})
             unknown = ", 255" if IGNORE in self.values else ""
             raise UserError(f"{path}: label values {wrong} are outside the {len(self.names)} "
-                            f"classes of {self.name} (0-{largest}{unknown}){self.advice}")
+                            f"classes of {self.name} (0-{largest}{unknown}){self._advice(raw)}")
         return label.astype(np.uint8)
+
+    def _advice(self, raw):
+        """The end of the error message about a mask whose values are no class ids."""
+        return ""
 
     def _resized(self, path, read, resampling, kind="picture"):
         """read(path) at self.size. A shrunk picture is kept as a PNG, until its file changes."""
@@ -690,7 +694,21 @@ class Folder(Dataset):
     mask_modes = ("1", "L", "P")
     follows_exif = True
     exif_note = " (turned, as its EXIF orientation says)"
-    advice = "; name more classes in classes.txt, or save unknown pixels as 255"
+
+    def _advice(self, raw):
+        if was_jpeg(raw):
+            return ("; this mask was a JPEG, which blurs class ids: export it again as PNG, or for "
+                    "two classes save (mask > 127) as 0 and 1")
+        if (raw[raw < IGNORE] > len(self.names) + 10).any():
+            return ("; gray values are no class ids: save the classes as 0, 1, 2, .., and unknown "
+                    "pixels as 255")
+        return "; name more classes in classes.txt, or save unknown pixels as 255"
+
+
+def was_jpeg(mask):
+    """Does a mask hold values beside 255, as a JPEG of black and white does?"""
+    seen = np.bincount(np.ravel(mask), minlength=256)[200:256] > 0
+    return bool((seen[1:] & seen[:-1]).any())
 
 
 def open_folder(root, size, cache):
@@ -795,7 +813,7 @@ def number_classes(masks, problems):
     """{name: color} of the classes in the masks, from 0 on, up to a gap of more than ten ids."""
     def read(path):
         with contextlib.suppress(UserError), open_picture(path) as mask:
-            if mask.mode in Folder.mask_modes:
+            if mask.mode in Folder.mask_modes and not was_jpeg(mask):
                 return np.unique(np.asarray(mask, np.uint8))
         return []  # an unreadable mask is named later
 

@@ -142,3 +142,30 @@ def test_a_result_without_a_number_is_null(tmp_path, capsys):
     (tmp_path / "result.json").write_text(text)
     results_table.results(tmp_path)
     assert "nan" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("classes", ["", "background\nobject\n"])
+@pytest.mark.parametrize("quality", [75, 100])
+def test_a_mask_that_was_a_jpeg_is_called_so(own, main, quality, classes):
+    """Naming more classes would not help: its values are all gray values near 0 and 255."""
+    if classes:
+        (own / "classes.txt").write_text(classes)
+    for i in range(4):
+        path = own / f"masks/photo {i}.png"
+        label = np.kron(noise(i, 6, 9, 1) > 127, np.ones((10, 10)))[:, :90] * 255
+        label = np.pad(label, [(0, i), (0, 0)]).astype(np.uint8)
+        save(own / "x.jpg", label, quality=quality)
+        Image.open(own / "x.jpg").save(path)
+    with pytest.raises(common.UserError, match=r"masks/photo .* was a JPEG.*mask > 127"):
+        main("--iterations", "1")
+
+
+def test_gray_values_are_called_so(own, main):
+    masks_are(own, 0, 127, 255)
+    with pytest.raises(common.UserError, match=r"\[127\] are outside .* gray values .* 0, 1, 2"):
+        main("--iterations", "1")
+
+
+def test_classes_of_many_ids_are_no_jpeg(own):
+    masks_are(own, *range(0, 182, 2), 181, 255)
+    assert len(common.open_folder(own, None, None).names) == 182
