@@ -75,11 +75,14 @@ def rng(*keys):
 # DATASETS
 # ==================================================================================================
 
-NAME_AND_COLOR = r"(.+?)[\s,]+(?:#([0-9a-fA-F]{6})|(\d{1,3})[\s,]+(\d{1,3})[\s,]+(\d{1,3}))"
+NAME_AND_COLOR = (r"(.+?)[\s,:]+(?:#([0-9a-fA-F]{6})|(\d{1,3})[\s,]+(\d{1,3})[\s,]+(\d{1,3}))"
+                  "(?::.*)?")
 
 
 def name_and_color(line):
-    """("road", (255, 0, 0)) of "road 255 0 0" or "road #ff0000"; without color None."""
+    """("road", (255, 0, 0)) of "road 255 0 0", "road #ff0000" or CVAT's "road:255,0,0::".
+
+    Without a color None."""
     match = re.fullmatch(NAME_AND_COLOR, line)
     if not match:
         return line, None
@@ -137,6 +140,7 @@ class Dataset:
     official: list = field(default_factory=list)  # the labeled ids of vocaug's published list
     extra: list = field(default_factory=list)  # ids of additional pictures, which have no masks
     problems: list = field(default_factory=list)  # what would stop a run on your own pictures
+    mask_colors: dict = field(default_factory=dict)  # {RGB: class id or 255} of masks in colors
 
     mask_modes = ("1", "L", "P", "I", "I;16")  # PIL's names
     follows_exif = False  # are pictures turned as their EXIF orientation says?
@@ -160,7 +164,8 @@ class Dataset:
         if full_size:
             return self._read_label(mask, image)
         read = partial(self._read_label, image=image)
-        return self._resized(mask, read, Image.Resampling.NEAREST, f"{len(self.names)} classes")
+        kind = f"{len(self.names)} classes{self.mask_colors or ''}"
+        return self._resized(mask, read, Image.Resampling.NEAREST, kind)
 
     def header(self, path):
         """What a file says before its pixels are read: mode, palette, turned, upright (H, W)."""
@@ -191,6 +196,8 @@ class Dataset:
             height, width = self.header(image).shape
             need(mask.size == (width, height), f"{path}: the mask is {mask.width}x{mask.height}, "
                  f"its picture {image} {width}x{height}{self.exif_note}; make this mask again")
+            if mask.mode.startswith("RGB"):
+                return self._from_colors(np.asarray(mask.convert("RGB")), path)
             raw = np.asarray(mask).astype(np.int32)  # of a palette PNG the indices, not the colors
         label = self.class_of[raw.clip(-1, 65536)]
         if (label < 0).any():
@@ -199,6 +206,26 @@ class Dataset:
             unknown = ", 255" if IGNORE in self.values else ""
             raise UserError(f"{path}: label values {wrong} are outside the {len(self.names)} "
                             f"classes of {self.name} (0-{largest}{unknown}){self._advice(raw)}")
+        return label.astype(np.uint8)
+
+    def _from_colors(self, picture, path):
+        """The label (H, W) uint8 of a mask in the colors of the classes, (H, W, 3) uint8."""
+        need(self.mask_colors, f"{path}: an RGB picture, but no colors of classes are known; write "
+             "the color of each class after its name in classes.txt (road 128 64 128), or copy "
+             "CVAT's labelmap.txt to where classes.txt belongs, or save class ids")
+        red, green, blue = picture.astype(np.int32).transpose(2, 0, 1)
+        code = red << 16 | green << 8 | blue
+        label = np.full(code.shape, -1, np.int16)
+        for color, k in self.mask_colors.items():
+            label[code == int.from_bytes(color, "big")] = k
+        unknown, counts = np.unique(code[label < 0], return_counts=True)
+        if len(unknown):
+            most = counts.argmax()
+            color = " ".join(map(str, int(unknown[most]).to_bytes(3, "big")))
+            raise UserError(f"{path}: {100 * counts[most] / code.size:.2f} % of its pixels have "
+                            f"the color {color}, which no class (or more than one) has in the list "
+                            f"of classes ({len(unknown)} such colors in all); add it there, for "
+                            f"unknown pixels as __ignore__ {color}")
         return label.astype(np.uint8)
 
     def _advice(self, raw):
@@ -516,9 +543,10 @@ LAYOUTS = {  # what --data-root must hold, and where it comes from
                "http://host.robots.ox.ac.uk/pascal/VOC/voc2010/; masks and lists: MMSegmentation's "
                "tools/dataset_converters/pascal_context.py makes them of trainval_merged.json, as "
                "PNGs of class ids 0..59 (.mat masks of 459 classes are not read)",
-    "folder": "images/ and masks/ (index PNGs of the same names, 255 is unknown), unlabeled/ "
-              "(pictures without masks), and optionally val_images/, val_masks/ and classes.txt (a "
-              "name on each line, with a color after it if you like: 255 0 0 or #ff0000)",
+    "folder": "images/ and masks/ (PNGs of the same names, of class ids, where 255 is unknown, or "
+              "of the colors in classes.txt), unlabeled/ (pictures without masks), and optionally "
+              "val_images/, val_masks/ and classes.txt (a name on each line, with a color after it "
+              "if you like: 255 0 0 or #ff0000) or CVAT's labelmap.txt",
 }
 LAYOUTS["vocaug"] = LAYOUTS["voc"]
 
@@ -691,7 +719,7 @@ def read_cityscapes(root, part, *whole):
 class Folder(Dataset):
     """Your own pictures, of any format and size."""
 
-    mask_modes = ("1", "L", "P")
+    mask_modes = ("1", "L", "P", "RGB", "RGBA")
     follows_exif = True
     exif_note = " (turned, as its EXIF orientation says)"
 
@@ -732,14 +760,15 @@ def open_folder(root, size, cache):
         names = ", ".join(Path(id).name for id in list(val)[:4])
         say(f"val       {len(val)} of the {total} labeled pictures, held out by name, as {names}")
     path = root / "classes.txt"
-    classes = read_classes(path, problems) if path.exists() else {}
+    lists = [each for each in (path, root / "labelmap.txt") if each.exists()]
+    classes, colors = read_classes(lists[0], problems) if lists else ({}, {})
     if not classes:
         classes = number_classes([mask for _, mask in (labeled | val).values()], problems)
         say(f"classes   {len(classes)}, numbered from the masks; {path} can name them, one on "
             "each line, from class id 0 on")
     extra = {f"unlabeled/{stem}": (path, None) for stem, path in unlabeled.items()}
     return Folder("folder", classes, list(labeled), list(val), labeled | val | extra,
-                  class_ids(len(classes)), size, cache, [], list(extra), problems)
+                  class_ids(len(classes)), size, cache, [], list(extra), problems, colors)
 
 
 def pair_up(root, image_folder, mask_folder, problems):
@@ -753,7 +782,11 @@ def pair_up(root, image_folder, mask_folder, problems):
             lonely.remove(similar)
             advice = f"rename {masks[similar]}, if that is its mask"
         problems.append(f"{images[stem]}: has no mask {root / mask_folder / stem}.png; {advice}")
-    for stem in lonely:
+    regions = [stem for stem in lonely if re.match(r"task-\d+-annotation-\d+-by-", stem)]
+    if regions:
+        problems.append(f"{masks[regions[0]]}: one of {len(regions)} masks that Label Studio wrote "
+                        "for each region; README, Your own pictures, says how to join them")
+    for stem in (stem for stem in lonely if stem not in regions):
         problems.append(f"{masks[stem]}: a mask without a picture {root / image_folder / stem}.jpg "
                         "or .png; copy (or convert) its picture, or remove it")
     for path in masks.values():
@@ -786,8 +819,10 @@ def warn_of_others(folder, names):
 
 
 def read_classes(path, problems):
-    """{name: color} of classes.txt, by name_and_color(); # begins a comment. Problems are added."""
-    classes, lines = {}, []
+    """{name: color} of classes.txt, by name_and_color(), and {RGB: class id or 255} of masks.
+
+    # begins a comment. Problems are added."""
+    classes, colors, lines = {}, {}, []
     with collected(problems):
         lines = read_lines(path, "write one name on each line, and save it as UTF-8")
     for line in map(str.strip, lines):
@@ -800,20 +835,24 @@ def read_classes(path, problems):
         if color and max(color) > 255:
             problems.append(f"{path}: {line!r}: a color is three numbers up to 255; change it")
             color = None
-        classes[name] = color or distinct_color(len(classes))
+        ignore = name == "__ignore__"  # labelme's and our word for unknown pixels: no class
+        if color:
+            colors[color] = -1 if color in colors else IGNORE if ignore else len(classes)
+        if not ignore:
+            classes[name] = color or distinct_color(len(classes))
     if len(classes) > 1 and all(re.match(r"\d+[\s:,.)]", name) for name in classes):
         problems.append(f"{path}: the lines begin with numbers; write only names, class 0 first")
     if not 0 < len(classes) <= IGNORE:
         problems.append(f"{path}: names {len(classes)} classes; write 1 to {IGNORE}, one name on "
                         "each line, or remove this file: then the masks number them")
-    return classes
+    return classes, colors
 
 
 def number_classes(masks, problems):
     """{name: color} of the classes in the masks, from 0 on, up to a gap of more than ten ids."""
     def read(path):
         with contextlib.suppress(UserError), open_picture(path) as mask:
-            if mask.mode in Folder.mask_modes and not was_jpeg(mask):
+            if mask.mode in ("1", "L", "P") and not was_jpeg(mask):
                 return np.unique(np.asarray(mask, np.uint8))
         return []  # an unreadable mask is named later
 

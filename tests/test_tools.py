@@ -169,3 +169,97 @@ def test_gray_values_are_called_so(own, main):
 def test_classes_of_many_ids_are_no_jpeg(own):
     masks_are(own, *range(0, 182, 2), 181, 255)
     assert len(common.open_folder(own, None, None).names) == 182
+
+
+# ---- masks as labeling tools export them ---------------------------------------------------------
+
+COLORS = {(0, 128, 0): 0, (250, 50, 83): 1, (51, 221, 255): 2}
+
+
+def in_colors(own, colors=COLORS):
+    """The four masks in colors, RGB or RGBA, and the class ids that they mean."""
+    expected = {}
+    for i in range(4):
+        code = np.random.RandomState(i).randint(len(colors), size=(60 + i, 90))
+        picture = Image.fromarray(np.array(list(colors), np.uint8)[code])
+        picture.convert("RGBA" if i % 2 else "RGB").save(own / f"masks/photo {i}.png")
+        expected[f"images/photo {i}"] = np.array(list(colors.values()))[code]
+    return expected
+
+
+@pytest.mark.parametrize(
+    "name, text",
+    [
+        (
+            "labelmap.txt",
+            "# label:color_rgb:parts:actions\nbackground:0,128,0::\ncat:250,50,83:ear,eye:\n"
+            "dog:51,221,255::\n",
+        ),
+        ("classes.txt", "background 0 128 0\ncat #fa3253\ndog 51, 221, 255\n"),
+    ],
+)
+def test_masks_in_colors_are_read_by_the_list(own, main, tmp_path, name, text):
+    """As CVAT exports them."""
+    (own / name).write_text(text)
+    expected = in_colors(own)
+    for size in (None, (80,)):
+        data = common.open_folder(own, size, tmp_path / "cache")
+        assert data.names == ["background", "cat", "dog"]
+        assert data.classes["cat"] == (250, 50, 83)
+        if size is None:
+            assert all(np.array_equal(data.label(id), label) for id, label in expected.items())
+        else:
+            assert set(np.unique(data.label("images/photo 0"))) == {0, 1, 2}
+    main("--check-data")
+
+
+def test_the_cache_of_masks_in_colors_belongs_to_the_list(own, tmp_path):
+    in_colors(own)
+    labels = []
+    for first, second in (("a 0 128 0", "b 250 50 83"), ("b 250 50 83", "a 0 128 0")):
+        text = f"{first}\n{second}\nc 51 221 255\n"
+        (own / "classes.txt").write_text(text)
+        labels.append(common.open_folder(own, (80,), tmp_path / "cache").label("images/photo 0"))
+    assert np.array_equal(np.array([1, 0, 2])[labels[0]], labels[1])
+
+
+def test_unknown_pixels_have_a_color_too(own):
+    (own / "classes.txt").write_text("a 0 128 0\nb 250 50 83\n__ignore__ 51 221 255\n")
+    expected = in_colors(own, COLORS | {(51, 221, 255): 255})
+    data = common.open_folder(own, None, None)
+    assert data.names == ["a", "b"]
+    assert all(np.array_equal(data.label(id), label) for id, label in expected.items())
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("a 0 128 0\nb 250 50 83\n", ["% of its pixels have the color 51 221 255", "add it"]),
+        ("a 0 128 0\nb 51 221 255\nc 51 221 255\nd 250 50 83\n", ["color 51 221 255", "more"]),
+        ("a\nb\nc\n", ["no colors of classes are known", "labelmap.txt"]),
+        ("", ["no colors of classes are known", "classes.txt"]),
+    ],
+)
+def test_a_color_that_is_no_class_is_named(own, main, text, words):
+    if text:
+        (own / "classes.txt").write_text(text)
+    in_colors(own)
+    with pytest.raises(common.UserError) as error:
+        main("--iterations", "1")
+    assert all(word in str(error.value) for word in ["masks/photo", *words])
+
+
+def test_a_list_of_labelme_does_not_shift_the_names(own):
+    """Its labels.txt begins with __ignore__, which is 255 in its masks, and no class."""
+    (own / "classes.txt").write_text("__ignore__\n_background_\ncat\ndog\n")
+    assert common.open_folder(own, None, None).names == ["_background_", "cat", "dog"]
+
+
+def test_the_regions_of_label_studio_are_named_once(own, main, capsys):
+    for i in range(4):
+        (own / f"masks/photo {i}.png").unlink()
+        for k in range(3):
+            save(own / f"masks/task-{i}-annotation-{i}-by-1-tag-cat-{k}.png", mask(0))
+    with pytest.raises(common.UserError):
+        main("--check-data")
+    assert capsys.readouterr().out.count("one of 12 masks that Label Studio wrote") == 1
