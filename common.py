@@ -759,9 +759,7 @@ def open_folder(root, size, cache):
         val = {id: labeled.pop(id) for id in sorted(held_out)}
         names = ", ".join(Path(id).name for id in list(val)[:4])
         say(f"val       {len(val)} of the {total} labeled pictures, held out by name, as {names}")
-    path = root / "classes.txt"
-    lists = [each for each in (path, root / "labelmap.txt") if each.exists()]
-    classes, colors = read_classes(lists[0], problems) if lists else ({}, {})
+    classes, colors, path = read_class_list(root, problems)
     if not classes:
         classes = number_classes([mask for _, mask in (labeled | val).values()], problems)
         say(f"classes   {len(classes)}, numbered from the masks; {path} can name them, one on "
@@ -769,6 +767,14 @@ def open_folder(root, size, cache):
     extra = {f"unlabeled/{stem}": (path, None) for stem, path in unlabeled.items()}
     return Folder("folder", classes, list(labeled), list(val), labeled | val | extra,
                   class_ids(len(classes)), size, cache, [], list(extra), problems, colors)
+
+
+def file_mark(path):
+    """What tells a picture file from all others, in any folder: its length, and how it ends."""
+    with open(path, "rb") as file:
+        length = file.seek(0, os.SEEK_END)
+        file.seek(max(0, length - 4096))
+        return f"{length}/{hashlib.blake2b(file.read(), digest_size=8).hexdigest()}"
 
 
 def pair_up(root, image_folder, mask_folder, problems):
@@ -818,11 +824,16 @@ def warn_of_others(folder, names):
              ".jpg and .jpeg are (convert other pictures, as HEIC, to JPEG)")
 
 
-def read_classes(path, problems):
-    """{name: color} of classes.txt, by name_and_color(), and {RGB: class id or 255} of masks.
+def read_class_list(root, problems):
+    """{name: color} of classes.txt or CVAT's labelmap.txt, {RGB: class id or 255}, and its path.
 
-    # begins a comment. Problems are added."""
+    A line is read by name_and_color(); # begins a comment. Problems are added."""
     classes, colors, lines = {}, {}, []
+    path = root / "classes.txt"
+    if not path.exists() and (root / "labelmap.txt").exists():
+        path = root / "labelmap.txt"
+    if not path.exists():
+        return classes, colors, path
     with collected(problems):
         lines = read_lines(path, "write one name on each line, and save it as UTF-8")
     for line in map(str.strip, lines):
@@ -845,7 +856,7 @@ def read_classes(path, problems):
     if not 0 < len(classes) <= IGNORE:
         problems.append(f"{path}: names {len(classes)} classes; write 1 to {IGNORE}, one name on "
                         "each line, or remove this file: then the masks number them")
-    return classes, colors
+    return classes, colors, path
 
 
 def number_classes(masks, problems):
@@ -2563,6 +2574,8 @@ class Run:
         aside = HARMLESS | {"changed", "given"}
         fixed |= {name: value for name, value in vars(args).items() if name not in aside}
         self.fixed = json.loads(json.dumps(fixed))  # what must be the same when the run goes on
+        learned = [*labeled, *unlabeled] if data.name == "folder" else []
+        self.learned = [file_mark(data.files[id][0]) for id in learned]  # for --evaluate
         self.identity = hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()
         if restarted() and (self.folder / "result.json").exists():
             say(f"run       {self.folder} was finished before torchrun started this process again")
@@ -2696,6 +2709,7 @@ class Run:
         self._check_weights(networks.values())
         state = {"method": self.method, "headline": self.headline, "dataset": self.data.name,
                  "stage": self.stage, "iteration": iteration, "step": self.steps,
+                 "learned": self.learned,
                  "seconds": self.elapsed(), "peak_memory_mb": self.peak,
                  "classes": dict(zip(self.data.names, self.data.colors.tolist())),
                  "models": {name: network.state_dict() for name, network in networks.items()},
@@ -3250,6 +3264,8 @@ def use_checkpoint(args, device, make=make_network):
     if args.evaluate:
         data = open_val(state, args, path)
         tables = evaluate(networks, data, args, device)
+        need(tables[state["headline"]].any(), f"{args.data_root}: the masks of the val pictures "
+             "hold only 255 (unknown); label some of their pixels")
         if is_main():
             report(tables, state["headline"], data, args)
     elif is_main():
@@ -3264,19 +3280,44 @@ def use_checkpoint(args, device, make=make_network):
 def open_val(state, args, path):
     """The dataset to evaluate a checkpoint on. A UserError if its classes are others."""
     trained = state["dataset"]
+    if args.dataset == "streets" and args.data_root:
+        args.dataset = trained
     need(args.dataset != "streets" or trained == "streets",
          f"--checkpoint {path}: was trained on {trained}; "
          f"add --dataset {trained} --data-root DIR")
+    if args.dataset == "folder" and args.data_root:
+        return open_test_folder(state, args, path)
     data = open_dataset(args)
-    if list(state["classes"]) == data.names:
-        return data
-    if trained == data.name:
-        raise UserError(f"--checkpoint {path}: was trained on the classes "
-                        f"{', '.join(state['classes'])}, {args.data_root} has "
-                        f"{', '.join(data.names)}; use the same classes.txt")
-    raise UserError(f"--checkpoint {path}: was trained on {trained} with {len(state['classes'])} "
-                    f"classes, --dataset {args.dataset} has {len(data.names)}; "
-                    f"evaluate it with --dataset {trained}")
+    need(list(state["classes"]) == data.names, f"--checkpoint {path}: was trained on {trained} "
+         f"with {len(state['classes'])} classes, --dataset {args.dataset} has {len(data.names)}; "
+         f"evaluate it with --dataset {trained}")
+    return data
+
+
+def open_test_folder(state, args, path):
+    """The Folder of your own pictures to evaluate a checkpoint on, with the checkpoint's classes.
+
+    They are val_images/, or without it all of images/ but those that the checkpoint learned from."""
+    root, problems = Path(args.data_root), []
+    part = "val_images" if (root / "val_images").is_dir() else "images"
+    files = pair_up(root, part, part.replace("images", "masks"), problems)
+    names, colors, _ = read_class_list(root, problems)
+    raise_first(problems)
+    total = len(files)
+    if part == "images":
+        learned = set(state.get("learned", []))
+        files = {id: pair for id, pair in files.items() if file_mark(pair[0]) not in learned}
+    left_out = total - len(files)
+    need(files, f"{root}: no picture with a mask to evaluate on in {part}/ ({left_out} that the "
+         f"checkpoint learned from do not count); it must hold {LAYOUTS['folder']}")
+    classes = {name: tuple(color) for name, color in state["classes"].items()}
+    need(not names or list(names) == list(classes), f"--checkpoint {path}: was trained on the "
+         f"classes {', '.join(classes)}, {root} has {', '.join(names)}; use the same classes.txt")
+    say(f"val       {len(files)} pictures of {root / part}"
+        + (f", without {left_out} that the checkpoint learned from" if left_out else ""))
+    colors = colors or {color: k for k, color in enumerate(classes.values())}
+    return Folder("folder", classes, [], list(files), files, class_ids(len(classes)), args.size,
+                  Path(args.cache, "folder"), mask_colors=colors)
 
 
 def predict_pictures(network, state, args, device):

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 import sys
 from types import SimpleNamespace
 
@@ -263,3 +264,47 @@ def test_the_regions_of_label_studio_are_named_once(own, main, capsys):
     with pytest.raises(common.UserError):
         main("--check-data")
     assert capsys.readouterr().out.count("one of 12 masks that Label Studio wrote") == 1
+
+
+# ---- a test set of one's own ---------------------------------------------------------------------
+
+
+def val_line(capsys):
+    """The line that says what was evaluated, and the numbers of mIoU."""
+    lines = capsys.readouterr().out.splitlines()
+    (said,) = [line for line in lines if line.startswith("val   ")]
+    (miou,) = [line.split()[1:] for line in lines if line.startswith("mIoU")]
+    return said, miou
+
+
+def test_evaluation_on_a_test_set(own, main, tmp_path, monkeypatch, capsys):
+    main(*TRAIN)
+    miou = strict((tmp_path / "run/result.json").read_text())["miou"]
+    shutil.copytree(own, tmp_path / "copy")  # a copy on another computer
+    sets = {name: tmp_path / name for name in ("images", "val_images")}
+    for part, root in sets.items():
+        for i in range(6):  # the last class is in no mask; a name can be that of a known picture
+            save(root / part / f"photo {i}.png", noise(100 + i))
+            masks = root / part.replace("images", "masks")
+            save(masks / f"photo {i}.png", mask(i, classes=2))
+
+    def evaluate(root):
+        argv = ["rml.py", "--evaluate", "--data-root", str(root), "--checkpoint", "run"]
+        monkeypatch.setattr(sys, "argv", argv)
+        rml.main()
+        return val_line(capsys)
+
+    capsys.readouterr()
+    for root in (own, tmp_path / "copy"):
+        said, numbers = evaluate(root)
+        assert "1 pictures" in said and "without 3 that the checkpoint learned from" in said
+        assert numbers == [f"{value:.2f}" for value in miou.values()]
+    results = [evaluate(root) for root in sets.values()]
+    assert all("6 pictures" in said and "without" not in said for said, _ in results)
+    assert results[0][1] == results[1][1]
+    for path in (sets["images"] / "masks").iterdir():
+        save(path, np.full((60, 90), 255, np.uint8))
+    with pytest.raises(common.UserError, match="hold only 255"):
+        evaluate(sets["images"])
+    with pytest.raises(common.UserError, match="unlabeled: no picture with a mask to evaluate"):
+        evaluate(own / "unlabeled")
