@@ -3077,16 +3077,18 @@ def loss_terms(record):
 
 def report(tables, headline, data, args, paper=None):
     """Print the IoU of each class and the mIoU of each network."""
-    width = max(map(len, data.names)) + 2
+    pixels = tables[headline].sum(1).tolist()  # of each class in the labels of val
+    names = [name if count else f"{name} *" for name, count in zip(data.names, pixels)]
+    width = max(map(len, names)) + 2
     ious = [iou(table).tolist() for table in tables.values()]
     print(f"\nIoU in percent on {len(data.val)} val pictures of {data.name}")
     print(" " * width + "".join(f"{name:>13}" for name in tables))
-    for name, *values in zip(data.names, *ious):
+    for name, *values in zip(names, *ious):
         print(f"{name:{width}}" + "".join(f"{value:13.1f}" for value in values))
     print(f"{'mIoU':{width}}" + "".join(f"{mean_iou(x):13.2f}" for x in tables.values()))
-    absent = [name for name, value in zip(data.names, iou(tables[headline])) if value.isnan()]
-    if absent:
-        print("nan: in no label and no prediction, so left out of the mean: " + ", ".join(absent))
+    if not all(pixels):
+        print("*: in no label of val; a single pixel predicted as it makes its IoU 0, which counts "
+              "in the mean, and without one it is nan, which does not")
     words = [headline, "last iteration"]
     if args.scales != [1.]:
         words.append("scales " + " ".join(f"{scale:g}" for scale in args.scales))
@@ -3297,7 +3299,7 @@ def open_val(state, args, path):
 def open_test_folder(state, args, path):
     """The Folder of your own pictures to evaluate a checkpoint on, with the checkpoint's classes.
 
-    They are val_images/, or without it all of images/ but those that the checkpoint learned from."""
+    They are val_images/, or without it those of images/ that the checkpoint has not learned from."""
     root, problems = Path(args.data_root), []
     part = "val_images" if (root / "val_images").is_dir() else "images"
     files = pair_up(root, part, part.replace("images", "masks"), problems)

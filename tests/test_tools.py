@@ -308,3 +308,20 @@ def test_evaluation_on_a_test_set(own, main, tmp_path, monkeypatch, capsys):
         evaluate(sets["images"])
     with pytest.raises(common.UserError, match="unlabeled: no picture with a mask to evaluate"):
         evaluate(own / "unlabeled")
+
+
+def test_the_report_marks_classes_that_val_does_not_have(capsys):
+    """Three stray pixels of such a class change mIoU from 100 to 67."""
+    data = SimpleNamespace(names=["road", "sky", "unicorn"], val=["a"], name="folder")
+    args = SimpleNamespace(scales=[1.0], flip=False)
+    for stray, number in ((0, "100.00"), (3, "66.67")):
+        table = torch.diag(torch.tensor([10**6, 10**6, 0]))
+        table[0, 2] = stray
+        common.report({"student": table}, "student", data, args)
+        said = capsys.readouterr().out
+        assert f"mIoU{number:>{len('unicorn *') + 2 - 4 + 13}}" in said
+        assert "unicorn *" in said and "road *" not in said
+        assert "makes its IoU 0" in said
+    table = torch.diag(torch.tensor([1, 1, 1]))
+    common.report({"student": table}, "student", data, args)
+    assert "*" not in capsys.readouterr().out
