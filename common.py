@@ -243,7 +243,9 @@ class Dataset:
             name = hashlib.sha256(key.encode()).hexdigest()[:24]
             kept = Path(self.cache, folder, f"{name}.png")
             with Image.open(kept) as picture:
-                return np.array(picture)
+                array = np.array(picture)
+            if self._is_whole(array, path, kind):
+                return array
         array = read(path)
         height, width = self._fit(*array.shape[:2])
         if array.shape[:2] == (height, width):
@@ -254,9 +256,24 @@ class Dataset:
                 write_atomically(kept, partial(small.save, format="PNG", compress_level=1))
         return np.array(small)
 
+    def _is_whole(self, array, path, kind):
+        """Is this array from the cache what _resized() would make of the file at path?"""
+        if array.shape[:2] != self._fit(*self.header(path).shape):
+            return False
+        if kind == "picture":
+            return array.ndim == 3
+        return array.ndim == 2 and bool(((array < len(self.names)) | (array == IGNORE)).all())
+
+
+def need_file(path):
+    """A UserError unless path is a file, or missing. A pipe would make the run wait for ever."""
+    need(Path(path).is_file() or not Path(path).exists(),
+         f"{path}: is a folder, a pipe or a device; expected a file here")
+
 
 def open_picture(path, load=True):
     """The PIL picture at path, decoded. A UserError names a file that is missing or no picture."""
+    need_file(path)
     try:
         picture = Image.open(path)
         if load:
@@ -302,11 +319,18 @@ def files_by_stem(folder, suffixes=SUFFIXES):
 
 
 def read_lines(path, advice):
-    """The lines of a text file. A UserError ends with this advice."""
+    """The lines of a text file, in UTF-8 or Windows' UTF-16. A UserError ends with this advice."""
+    need_file(path)
     try:
-        return Path(path).read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as a text list ({error}); {advice}") from None
+        content = Path(path).read_bytes()
+        is_utf16 = content.startswith((b"\xff\xfe", b"\xfe\xff"))
+        text = content.decode("utf-16" if is_utf16 else "utf-8-sig")
+        if "\0" in text:
+            raise ValueError("it holds zero bytes")
+        return text.splitlines()
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as a text list in UTF-8 ({error}); "
+                        f"{advice}") from None
 
 
 def hash_order(seed, ids):
@@ -810,6 +834,10 @@ def pictures_in(folder, problems):
             problems.append(f"{path}: pictures in a sub-folder are not read; move them to {folder}")
         elif path.suffix.lower() not in SUFFIXES:
             others.append(path.name)
+        elif not path.is_file():
+            problems.append(f"{path}: is no file (a pipe, or a link to nothing); remove it")
+        elif str(path) != str(path).encode(errors="ignore").decode():
+            problems.append(f"{str(path)!a}: its name is not in UTF-8; rename it")
         elif found.setdefault(path.stem, path) != path:
             problems.append(f"{path}: has the name of {found[path.stem].name}, and one mask cannot "
                             "belong to both; rename or remove one")
@@ -978,16 +1006,20 @@ def split_order(args, data, count):
     return official + hash_order(seed, set(ids) - set(official))
 
 
+SPLIT_ADVICE = "--split takes lists of names, one on each line, saved as UTF-8"
+
+
 def read_split(paths, data):
-    """Ids from one list (labeled) or two (labeled, unlabeled), by picture_name() of column 1."""
+    """Ids from one list (labeled) or two (labeled, unlabeled): a picture_name() in each line."""
     need(len(paths) <= 2, f"--split takes one list (labeled) or two (unlabeled), not {len(paths)}")
     known = {picture_name(id, data): id for id in data.train + data.extra}
     lists = []
     for path in paths:
         ids = {}  # {id: number of its line}
-        for number, line in enumerate(read_lines(path, "--split takes lists of names"), 1):
+        for number, line in enumerate(read_lines(path, SPLIT_ADVICE), 1):
             if line.strip():
-                name = picture_name(line.split()[0], data)
+                name = picture_name(line.strip(), data)  # which can have spaces in it
+                name = name if name in known else picture_name(line.split()[0], data)
                 need(name in known, f"{path}:{number}: {name} is not among the {len(known)} "
                      f"training pictures of {data.name} (vocaug, or --extra all, has more of voc)")
                 first = ids.setdefault(known[name], number)
@@ -1017,6 +1049,7 @@ class NumbersOnly(pickle.Unpickler):
 
 def read_order(paths, data):
     """The training ids in the order of a pickled permutation (split_0.pkl of Mittal et al.)."""
+    need_file(paths[0])
     try:
         with warnings.catch_warnings(), open(paths[0], "rb") as file:  # numpy renamed its modules
             warnings.simplefilter("ignore", DeprecationWarning)
@@ -2040,6 +2073,7 @@ def download_weights(name, backbone):
 
 def load_torch(path):
     """The dict in a file of tensors and plain values. A UserError names any other file."""
+    need_file(path)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # it raises ten kinds of them, as a truncated file happens to end
@@ -2284,8 +2318,7 @@ def find_row(args, paper):
     labels = args.labels
     lists = [] if is_order(args) else args.split or []
     if lists and labels is None and Path(lists[0]).is_file():
-        lines = Path(args.split[0]).read_bytes().splitlines()
-        labels = sum(bool(line.strip()) for line in lines)
+        labels = sum(bool(line.strip()) for line in read_lines(lists[0], SPLIT_ADVICE))
     return paper.get(f"{key}/{labels}") or paper[key], preset
 
 
@@ -3184,7 +3217,8 @@ def draw_cell(cell, colors):
         array = array.transpose(1, 2, 0)
     height, width = array.shape[:2]
     zoom = max(1, round(240 / width)) if width <= 480 else 480 / width
-    size = round(width * zoom), round(height * zoom)
+    zoom = min(zoom, 2000 / height)
+    size = max(1, round(width * zoom)), max(1, round(height * zoom))
     return Image.fromarray(array).resize(size, Image.Resampling.NEAREST)
 
 
@@ -3351,7 +3385,7 @@ def predict_pictures(network, state, args, device):
         for file, result in zip(files, drawn):
             result.save(file)
         if len(rows) < 5:
-            side = 480, max(1, round(480 * picture.height / picture.width))
+            side = 480, max(1, min(960, round(480 * picture.height / picture.width)))
             small = [each.convert("RGB").resize(side) for each in (picture, *drawn[1:])]
             rows.append([to_tensor(np.asarray(each)) for each in small])
     if rows:
@@ -3409,9 +3443,10 @@ def plan_predictions(source, out, dataset):
 def shown_size(size, base_size, picture):
     """(H, W) at which a network sees a PIL picture, which keeps its proportions.
 
-    The height of size (H, W); or a longer side of at most size (N,) or base_size."""
+    The height of size (H, W), if that makes it no wider than 4 W (or than it is); or a longer side
+    of at most size (N,) or base_size."""
     if size and len(size) == 2:
-        factor = size[0] / picture.height
+        factor = min(size[0] / picture.height, max(1, 4 * size[1] / picture.width))
     else:
         longest = size[0] if size else base_size or math.inf
         factor = min(1, longest / max(picture.size))
