@@ -21,6 +21,7 @@ import json
 import math
 import os
 import pickle
+import platform
 import re
 import resource
 import shutil
@@ -46,6 +47,11 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import nn
 from torchvision.models import resnet, vision_transformer
 from torchvision.transforms import v2
+
+try:
+    import fcntl
+except ImportError:  # on Windows run folders are not locked
+    fcntl = None
 
 IGNORE = 255  # the label of pixels that are neither learned nor counted
 MEAN_COLOR = (124, 116, 104)  # of ImageNet: pads pictures
@@ -1845,11 +1851,13 @@ def make_network(spec):
     return make(backbone, classes, **options)
 
 
-def build_network(args, data, device, member=0, make=make_network, **more):
+def build_network(args, data, device, member=0, make=make_network, aux=False, **more):
     """The network of the arguments, with its weights, on the device; .spec is its description.
 
     member (0, 1, ..): each network of an ensemble has another initialization.
     make(description), more: a script's network, and what its description needs beside.
+    aux: does the script train an auxiliary head, where there is one? Else the head stays as it is,
+    since DistributedDataParallel wants a gradient for everything that is trained.
     A UserError if network and backbone, or backbone and weights, do not fit."""
     transformer = args.network in TRANSFORMERS
     names = VITS if transformer else RESNETS
@@ -1867,6 +1875,8 @@ def build_network(args, data, device, member=0, make=make_network, **more):
     with torch.random.fork_rng(devices=[]):
         seed_torch(args.seed, "network", member)
         network = make(spec)
+    if isinstance(network, PSPNet):
+        network.auxiliary.requires_grad_(aux)
     if args.batch_norm == "sync" and world_size() > 1 and device.type == "cuda":
         network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
     network.spec = spec
@@ -2226,6 +2236,7 @@ def setup(args, uneven=False):
     """Join the process group if torchrun started this process; return the device.
 
     uneven: a batch may be divided unevenly among processes; otherwise that is a UserError."""
+    check_environment()
     cuda = torch.cuda.is_available()
     need(cuda or args.precision != "fp16", "--precision fp16 needs a GPU; use fp32 or bf16")
     device = torch.device("cpu")
@@ -2243,13 +2254,37 @@ def setup(args, uneven=False):
     return device
 
 
+def check_environment():
+    """A UserError if variables of torchrun are missing, or Slurm starts processes without them."""
+    variables = {name: os.environ.get(name) for name in (
+        "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")}
+    rank, size, *_ = variables.values()
+    if rank is None and size is None:
+        tasks = os.environ.get("SLURM_NTASKS", "1")
+        need(tasks == "1", f"Slurm starts {tasks} tasks (SLURM_NTASKS), and each would train "
+             "alone; use `srun --ntasks=1 torchrun --nproc_per_node=4 SCRIPT.py ..` for four "
+             "processes, or `srun --ntasks=1 python SCRIPT.py ..` for one")
+        return
+    lacking = [name for name, value in variables.items() if not value]
+    need(not lacking, f"the environment has not all variables of torchrun: {lacking[:1]} is not "
+         "set; start the processes with torchrun, or unset RANK and WORLD_SIZE for one process")
+    need(rank.isdecimal() and size.isdecimal() and int(rank) < int(size), f"RANK={rank} with "
+         f"WORLD_SIZE={size}: expected a number from 0 to WORLD_SIZE - 1; start the processes with "
+         "torchrun")
+
+
 def join_processes(device):
     """Join the process group that torchrun describes in the environment.
 
     torchrun keeps its store over restarts, with the addresses of processes that are gone. On one
     machine each start uses a prefix of its own. Several machines count restarts each for itself:
     there TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 helps, see README."""
-    store, number, total = next(dist.rendezvous("env://"))
+    try:
+        store, number, total = next(dist.rendezvous("env://", timeout=timedelta(minutes=10)))
+    except (ValueError, RuntimeError) as error:
+        host, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+        raise UserError(f"MASTER_ADDR={host} MASTER_PORT={port}: the processes cannot meet there "
+                        f"({str(error).splitlines()[0]}); choose another address") from None
     if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
         start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         store = dist.PrefixStore(f"start {start}", store)
@@ -2416,6 +2451,25 @@ def write_file(path, write):
                         "on") from None
 
 
+def lock(folder):
+    """FOLDER/lock, open and locked until this process ends. A UserError names who has the lock.
+
+    The lock of a process that was killed, here or on another machine, is free again."""
+    file = open(folder / "lock", "a+")
+    try:
+        if fcntl:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        file.seek(0)
+        raise UserError(f"{folder}: {file.read()} writes into this folder; wait until it ends, or "
+                        "choose another --out") from None
+    except OSError:  # a file system without locks
+        pass
+    file.truncate(0)
+    print(f"process {os.getpid()} on {platform.node()}", end="", file=file, flush=True)
+    return file
+
+
 def git_commit():
     """The commit of these scripts, or None without git or outside of a checkout."""
     command = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty", "--abbrev=40"]
@@ -2512,6 +2566,8 @@ class Run:
     def _prepare_folder(self):
         folder = self.folder
         try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self.lock = lock(folder)
             for name in [*self.FILES, *self.LABELS, "pictures"]:  # a killed process left them
                 for path in [*folder.glob(f"{name}.*.tmp"), *folder.glob(f"{name}/**/*.tmp")]:
                     path.unlink()
@@ -2526,7 +2582,6 @@ class Run:
                     shutil.rmtree(folder / name, ignore_errors=True)
             elif (folder / "args.json").exists():
                 self._compare_arguments()
-            folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"{folder}: cannot be written ({error.strerror}); choose another "
                             "--out") from None
