@@ -1909,9 +1909,10 @@ def read_weights(args):
         need(path.is_file(), f"--weights {args.weights}: no such file; "
                              "expected imagenet, coco, none, or the path of a checkpoint")
     state = load_torch(path)
-    if {"models", "networks", "headline"} <= state.keys():  # a last.pt of this project
-        name = state["headline"]
-        return state["models"][name], state["networks"][name]["style"], path
+    if {"models", "networks"} & state.keys():  # a last.pt of this project
+        with complete(path):
+            name = state["headline"]
+            return dict(state["models"][name]), state["networks"][name]["style"], path
     for key in ("state_dict", "model", "model_state"):
         if isinstance(state.get(key), dict):
             state = state[key]
@@ -1948,16 +1949,42 @@ def download_weights(name, backbone):
     return path
 
 
-def load_torch(path):
+# Saves the tensors of a checkpoint, or of a whole network, in a new file.
+SAVE_AGAIN = """python -c "import torch; x = torch.load({path!r}, map_location='cpu', \
+weights_only=False); x = x.get('state_dict', x.get('model', x)) if isinstance(x, dict) else x; \
+x = x.state_dict() if hasattr(x, 'state_dict') else x; \
+torch.save({{k: v for k, v in x.items() if torch.is_tensor(v)}}, 'weights.pth')\""""
+
+
+def load_torch(path, advice="download or copy it again"):
     """The dict in a file of tensors and plain values. A UserError names any other file."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # it raises ten kinds of them, as a truncated file happens to end
+        code = re.search(r"GLOBAL ([\w.]+)|(TorchScript) archive", str(error))
+        need(not code, f"{path}: holds {code and (code[1] or code[2])}, not only tensors, and "
+             "loading that could run any code; if you trust the file, save its weights again: "
+             + SAVE_AGAIN.format(path=str(path)))
+        need("safetensors" not in str(error), f"{path}: safetensors are not read; save them again: "
+             "torch.save(safetensors.torch.load_file(PATH), 'weights.pth')")
         raise UserError(f"{path}: not a checkpoint, or a truncated one ({type(error).__name__}); "
-                        "download or copy it again") from None
+                        f"{advice}") from None
     need(isinstance(state, dict),
          f"{path}: holds a {type(state).__name__}, not a dict of weights")
     return state
+
+
+@contextlib.contextmanager
+def complete(path, advice="take another file"):
+    """A UserError in place of the error of a last.pt that lacks something or is of other things."""
+    try:
+        yield
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        reason = str(error).split("\n")[-1].strip()[:200]
+        raise UserError(f"{path}: is incomplete, or a checkpoint of something else "
+                        f"({type(error).__name__}: {reason}); {advice}") from None
 
 
 # Beginnings of names in a file, and ours: the stem of MMSegmentation's ResNetV1c, Hung's ASPP; and
@@ -1965,6 +1992,8 @@ def load_torch(path):
 RENAMES = {"stem.7.": "bn1.", "stem.": "conv1.", "layer5.conv2d_list.": "branches."}
 SEMSEG = {"conv1.": "conv1.0.", "bn1.": "conv1.1.", "conv2.": "conv1.3.", "bn2.": "conv1.4.",
           "conv3.": "conv1.6.", "bn3.": "bn1."}
+PREFIXES = re.compile(  # encoder. also begins names of a ViT
+    r"^((backbone|model|module|_orig_mod|encoder(?!\.(layers|ln|pos_embedding)))\.)+")
 BACKBONE = re.compile(r"(conv1|bn1|layer[1-4]\.\d+|conv_proj|encoder)\.|class_token$")
 
 
@@ -1976,8 +2005,8 @@ def convert_weights(state):
     MMSegmentation  the same names, stem.0.weight (ResNetV1c)                     torchvision
     torchvision ViT conv_proj.weight, encoder.pos_embedding, heads.*              torchvision
     Hung            the same names, layer5.conv2d_list.0.weight                   caffe-rgb
-    The prefix module. (DataParallel) is dropped from any."""
-    state = {re.sub(r"^(module\.)+", "", str(key)): value for key, value in state.items()
+    PREFIXES, as a whole segmentation network or DataParallel puts them, are dropped from any."""
+    state = {PREFIXES.sub("", str(key)): value for key, value in state.items()
              if torch.is_tensor(value)}
     renames = RENAMES | (SEMSEG if "conv3.weight" in state else {})
     converted = {}
@@ -2541,11 +2570,17 @@ class Run:
         barrier()
 
         path = self.folder / "last.pt"
-        self.state = load_torch(path) if path.exists() else None
+        self.advice = "choose another --out, or --overwrite to begin anew"
+        self.state = load_torch(path, self.advice) if path.exists() else None
         if self.state:
-            self.seconds = self.state["seconds"]
-            self.peak = self.state["peak_memory_mb"]
-            self.steps = self.state["step"]
+            with complete(path, self.advice):
+                need(self.state["method"] == method, f"{path}: is of {self.state['method']}, not "
+                     f"of {method}; {self.advice}")
+                self.seconds = float(self.state["seconds"])
+                self.peak = float(self.state["peak_memory_mb"])
+                self.steps = int(self.state["step"])
+                need(int(self.state["stage"]) in stages, f"{path}: is of another run; "
+                     f"{self.advice}")
         self._check_that_all_processes_see_the_folder()
         self._trim_log()
         self.started = time.time()
@@ -2638,13 +2673,14 @@ class Run:
             return 0
         state = self.state
         self.state = None
-        for name, thing in keep.items():
-            value = state["models"][name] if hasattr(thing, "spec") else state[name]
-            if isinstance(thing, dict):
-                thing.update(value)
-            else:
-                thing.load_state_dict(value)
-        self.done = state["iteration"]
+        with complete(self.folder / "last.pt", self.advice):
+            for name, thing in keep.items():
+                value = state["models"][name] if hasattr(thing, "spec") else state[name]
+                if isinstance(thing, dict):
+                    thing.update(value)
+                else:
+                    thing.load_state_dict(value)
+            self.done = int(state["iteration"])
         return self.done
 
     def save(self, iteration, keep):
@@ -3193,20 +3229,18 @@ def use_checkpoint(args, device, make=make_network):
     need({"models", "networks"} <= state.keys(),
          f"--checkpoint {path}: is not a checkpoint of these scripts; "
          "pretrained weights go to --weights")
-    for name in ("size", "crop", "base_size", "flip"):
-        if name not in args.given:
-            setattr(args, name, state[name])
-    say(f"checkpoint {path}: {state['method']} on {state['dataset']}, "
-        f"after {state['step']} iterations")
     networks = {}
-    for name in state["models"] if args.evaluate else [state["headline"]]:
-        networks[name] = make(state["networks"][name]).to(device).eval()
-        try:
+    with complete(path):
+        for name in ("size", "crop", "base_size", "flip"):
+            if name not in args.given:
+                setattr(args, name, state[name])
+        check_range(args, 0, math.inf, "size", "crop", "base_size")
+        say(f"checkpoint {path}: {state['method']} on {state['dataset']}, with "
+            f"{len(state['classes'].values())} classes, after {state['step']} iterations")
+        for name in state["models"] if args.evaluate else [state["headline"]]:
+            networks[name] = make(state["networks"][name]).to(device).eval()
             networks[name].load_state_dict(state["models"][name])
-        except RuntimeError as error:
-            reason = str(error).splitlines()[-1].strip()
-            raise UserError(f"--checkpoint {path}: does not fit its own description "
-                            f"({reason})") from None
+        need(state["headline"] in networks, f"{path}: lacks {state['headline']}; take another file")
     if args.evaluate:
         data = open_val(state, args, path)
         tables = evaluate(networks, data, args, device)

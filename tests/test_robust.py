@@ -1,12 +1,19 @@
 """What people do to a run: processes, folders, sizes and streams that nobody planned for."""
 
+import argparse
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+import torchvision
+from PIL import Image
 
 import common
 import dars
@@ -196,3 +203,143 @@ def test_pspnet_on_two_processes(main):
     processes = two_processes(rml, Path(), *argv)
     outputs = [process.communicate(timeout=100)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
+
+
+# ---- checkpoints of others, and broken ones of our own -------------------------------------------
+
+
+class Pickled(torch.nn.Module):
+    """A whole network in a file, as torch.save(model) writes it."""
+
+    def __init__(self):
+        super().__init__()
+        self.backbone = common.make_backbone("tiny")
+
+
+def tiny_weights(prefix=""):
+    return {prefix + key: value for key, value in common.make_backbone("tiny").state_dict().items()}
+
+
+OTHERS = {
+    "a numpy number": lambda: {"state_dict": tiny_weights(), "miou": np.float64(71.2)},
+    "a Namespace": lambda: {"model": tiny_weights(), "args": argparse.Namespace(lr=0.1)},
+    "a numpy number among tensors": lambda: tiny_weights() | {"best": np.float64(3)},
+    "a network": Pickled,
+    "a network in a dict": lambda: {"model": Pickled(), "epoch": 3},
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_a_checkpoint_with_more_than_tensors_and_the_command_that_saves_it_again(main, kind):
+    torch.save(OTHERS[kind](), "other.pth")
+    with pytest.raises(common.UserError) as error:
+        common.load_torch("other.pth")
+    message = str(error.value)
+    assert "\n" not in message and "other.pth" in message and "download" not in message
+    assert re.search(r"holds (numpy|argparse.Namespace|test_robust.Pickled)", message)
+    code = re.search(r'python -c "(.+)"$', message)[1]
+    exec(code, {})
+    args = common.parse_args(
+        rml.get_parser(), rml.PAPER, ["--backbone", "tiny", "--weights", "weights.pth"]
+    )
+    weights, _, _ = common.read_weights(args)
+    assert {f"backbone.{key}" for key in tiny_weights()} <= weights.keys()
+
+
+def test_torchscript_and_safetensors_are_named(main):
+    torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), "script.pt")
+    Path("x.safetensors").write_bytes(b"\x50\0\0\0\0\0\0\0{}")
+    for name, word in (("script.pt", "TorchScript"), ("x.safetensors", "safetensors")):
+        with pytest.raises(common.UserError, match=word):
+            common.load_torch(name)
+
+
+@pytest.mark.parametrize(
+    "prefix", ["", "backbone.", "encoder.", "module.model.", "_orig_mod.module.", "model.backbone."]
+)
+def test_prefixes_of_a_backbone_are_dropped(prefix):
+    state = tiny_weights(prefix) | {"decode_head.conv_seg.weight": torch.zeros(2)}
+    weights, _ = common.convert_weights(state)
+    assert {key for key in weights if not key.startswith("skipped.")} == set(
+        tiny_weights("backbone.")
+    )
+
+
+def test_torchvisions_segmentation_networks_and_vits_load():
+    whole = torchvision.models.segmentation.deeplabv3_resnet50(
+        weights=None, weights_backbone=None
+    ).state_dict()
+    weights, style = common.convert_weights(whole)
+    network = SimpleNamespace(state_dict=lambda: {}, spec={"backbone": "resnet50"})
+    ours = common.make_backbone("resnet50").state_dict()
+    network.state_dict = lambda: {f"backbone.{key}": value for key, value in ours.items()}
+    network.load_state_dict = lambda fits, strict: fits
+    assert "missing 0" in common.load_weights(network, weights, "file") and style == "torchvision"
+    vit = common.ViT(*common.VITS["tiny"]).state_dict()
+    for prefix in ("", "module.", "encoder.", "backbone.encoder."):
+        found, _ = common.convert_weights({prefix + key: value for key, value in vit.items()})
+        assert found.keys() == {f"backbone.{key}" for key in vit}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """The run folder of a run that was killed after its first step of two."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        start("--out", "run")
+    state = torch.load(folder / "run/last.pt", weights_only=True)
+    torch.save(state | {"step": 1, "iteration": 1}, folder / "run/last.pt")
+    (folder / "run/result.json").unlink()
+    return folder / "run"
+
+
+ENTRIES = """method headline dataset stage iteration step seconds peak_memory_mb classes models
+networks size crop base_size flip student_1 optimizer_1 scaler""".split()
+USES = ["", "--evaluate --checkpoint run", "--predict picture.png --checkpoint run"]
+USES.append("--weights run/last.pt --out new")
+
+
+@pytest.mark.parametrize("use", USES)
+def test_our_own_checkpoint_without_an_entry(main, checkpoint, monkeypatch, use):
+    """Either it is not needed, or one line names the file."""
+    monkeypatch.setattr(common, "evaluate", lambda networks, *_: dict.fromkeys(networks, TABLE))
+    monkeypatch.setattr(common.Run, "picture", lambda *_: None)
+    monkeypatch.setattr(common.Run, "draw_predictions", lambda *_: None)
+    Image.new("RGB", (32, 32)).save("picture.png")
+    for entry in ["models", "networks", "headline"] if "--weights" in use else ENTRIES:
+        wrong = entry in ("models", "networks", "classes", "size", "step")
+        for value in (None, "lost") if wrong else (None,):
+            shutil.rmtree("run", ignore_errors=True)
+            shutil.rmtree("new", ignore_errors=True)
+            shutil.copytree(checkpoint, "run")
+            state = torch.load("run/last.pt", weights_only=True)
+            parts = [state]
+            if entry == "student_1":
+                parts = [state["models"], state["networks"]]
+            for part in parts:
+                del part[entry]
+                if value:
+                    part[entry] = value
+            torch.save(state, "run/last.pt")
+            try:
+                main(*(use.split() or ["--out", "run"]))
+            except common.UserError as error:
+                assert "run/last.pt" in str(error) and "\n" not in str(error)
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"method": "dars"}, ["dars", "rml-supervised", "--overwrite"]),
+        ({"stage": 7}, ["another run", "--overwrite"]),
+        ({"models": {"student_1": {"x": torch.zeros(1)}}}, ["something else", "--overwrite"]),
+    ],
+)
+def test_the_checkpoint_of_another_script_in_a_run_folder(error, checkpoint, changes, words):
+    shutil.copytree(checkpoint, "run")
+    (Path("run") / "args.json").unlink()
+    state = torch.load("run/last.pt", weights_only=True)
+    torch.save(state | changes, "run/last.pt")
+    message = error("--out", "run")
+    assert all(word in message for word in ["run/last.pt", *words])
