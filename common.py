@@ -21,6 +21,7 @@ import json
 import math
 import os
 import pickle
+import platform
 import re
 import shutil
 import subprocess
@@ -47,9 +48,10 @@ from torchvision.models import resnet, vision_transformer
 from torchvision.transforms import v2
 
 try:
+    import fcntl
     import resource
-except ImportError:  # on Windows
-    resource = None
+except ImportError:  # on Windows: run folders are not locked, and memory is not measured
+    fcntl = resource = None
 
 IGNORE = 255  # the label of pixels that are neither learned nor counted
 MEAN_COLOR = (124, 116, 104)  # of ImageNet: pads pictures
@@ -1951,11 +1953,13 @@ def make_network(spec):
     return make(backbone, classes, **options)
 
 
-def build_network(args, data, device, member=0, make=make_network, **more):
+def build_network(args, data, device, member=0, make=make_network, aux=False, **more):
     """The network of the arguments, with its weights, on the device; .spec is its description.
 
     member (0, 1, ..): each network of an ensemble has another initialization.
     make(description), more: a script's network, and what its description needs beside.
+    aux: does the script train an auxiliary head, where there is one? Else the head stays as it is,
+    since DistributedDataParallel wants a gradient for everything that is trained.
     A UserError if network and backbone, or backbone and weights, do not fit."""
     transformer = args.network in TRANSFORMERS
     names = VITS if transformer else RESNETS
@@ -1973,6 +1977,8 @@ def build_network(args, data, device, member=0, make=make_network, **more):
     with torch.random.fork_rng(devices=[]):
         seed_torch(args.seed, "network", member)
         network = make(spec)
+    if isinstance(network, PSPNet):
+        network.auxiliary.requires_grad_(aux)
     if args.batch_norm == "sync" and world_size() > 1 and device.type == "cuda":
         network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
     network.spec = spec
@@ -2005,9 +2011,10 @@ def read_weights(args):
         need(path.is_file(), f"--weights {args.weights}: no such file; "
                              "expected imagenet, coco, none, or the path of a checkpoint")
     state = load_torch(path)
-    if {"models", "networks", "headline"} <= state.keys():  # a last.pt of this project
-        name = state["headline"]
-        return state["models"][name], state["networks"][name]["style"], path
+    if {"models", "networks"} & state.keys():  # a last.pt of this project
+        with complete(path):
+            name = state["headline"]
+            return dict(state["models"][name]), state["networks"][name]["style"], path
     for key in ("state_dict", "model", "model_state"):
         if isinstance(state.get(key), dict):
             state = state[key]
@@ -2044,16 +2051,42 @@ def download_weights(name, backbone):
     return path
 
 
-def load_torch(path):
+# Saves the tensors of a checkpoint, or of a whole network, in a new file.
+SAVE_AGAIN = """python -c "import torch; x = torch.load({path!r}, map_location='cpu', \
+weights_only=False); x = x.get('state_dict', x.get('model', x)) if isinstance(x, dict) else x; \
+x = x.state_dict() if hasattr(x, 'state_dict') else x; \
+torch.save({{k: v for k, v in x.items() if torch.is_tensor(v)}}, 'weights.pth')\""""
+
+
+def load_torch(path, advice="download or copy it again"):
     """The dict in a file of tensors and plain values. A UserError names any other file."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # it raises ten kinds of them, as a truncated file happens to end
+        code = re.search(r"GLOBAL ([\w.]+)|(TorchScript) archive", str(error))
+        need(not code, f"{path}: holds {code and (code[1] or code[2])}, not only tensors, and "
+             "loading that could run any code; if you trust the file, save its weights again: "
+             + SAVE_AGAIN.format(path=str(path)))
+        need("safetensors" not in str(error), f"{path}: safetensors are not read; save them again: "
+             "torch.save(safetensors.torch.load_file(PATH), 'weights.pth')")
         raise UserError(f"{path}: not a checkpoint, or a truncated one ({type(error).__name__}); "
-                        "download or copy it again") from None
+                        f"{advice}") from None
     need(isinstance(state, dict),
          f"{path}: holds a {type(state).__name__}, not a dict of weights")
     return state
+
+
+@contextlib.contextmanager
+def complete(path, advice="take another file"):
+    """A UserError in place of the error of a last.pt that lacks something or is of other things."""
+    try:
+        yield
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        reason = str(error).split("\n")[-1].strip()[:200]
+        raise UserError(f"{path}: is incomplete, or a checkpoint of something else "
+                        f"({type(error).__name__}: {reason}); {advice}") from None
 
 
 # Beginnings of names in a file, and ours: the stem of MMSegmentation's ResNetV1c, Hung's ASPP; and
@@ -2061,6 +2094,8 @@ def load_torch(path):
 RENAMES = {"stem.7.": "bn1.", "stem.": "conv1.", "layer5.conv2d_list.": "branches."}
 SEMSEG = {"conv1.": "conv1.0.", "bn1.": "conv1.1.", "conv2.": "conv1.3.", "bn2.": "conv1.4.",
           "conv3.": "conv1.6.", "bn3.": "bn1."}
+PREFIXES = re.compile(  # encoder. also begins names of a ViT
+    r"^((backbone|model|module|_orig_mod|encoder(?!\.(layers|ln|pos_embedding)))\.)+")
 BACKBONE = re.compile(r"(conv1|bn1|layer[1-4]\.\d+|conv_proj|encoder)\.|class_token$")
 
 
@@ -2072,8 +2107,8 @@ def convert_weights(state):
     MMSegmentation  the same names, stem.0.weight (ResNetV1c)                     torchvision
     torchvision ViT conv_proj.weight, encoder.pos_embedding, heads.*              torchvision
     Hung            the same names, layer5.conv2d_list.0.weight                   caffe-rgb
-    The prefix module. (DataParallel) is dropped from any."""
-    state = {re.sub(r"^(module\.)+", "", str(key)): value for key, value in state.items()
+    PREFIXES, as a whole segmentation network or DataParallel puts them, are dropped from any."""
+    state = {PREFIXES.sub("", str(key)): value for key, value in state.items()
              if torch.is_tensor(value)}
     renames = RENAMES | (SEMSEG if "conv3.weight" in state else {})
     converted = {}
@@ -2333,6 +2368,7 @@ def setup(args, uneven=False):
     """Join the process group if torchrun started this process; return the device.
 
     uneven: a batch may be divided unevenly among processes; otherwise that is a UserError."""
+    check_environment()
     cuda = torch.cuda.is_available()
     need(cuda or args.precision != "fp16", "--precision fp16 needs a GPU; use fp32 or bf16")
     device = torch.device("cpu")
@@ -2350,13 +2386,37 @@ def setup(args, uneven=False):
     return device
 
 
+def check_environment():
+    """A UserError if variables of torchrun are missing, or Slurm starts processes without them."""
+    variables = {name: os.environ.get(name) for name in (
+        "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")}
+    rank, size, *_ = variables.values()
+    if rank is None and size is None:
+        tasks = os.environ.get("SLURM_NTASKS", "1")
+        need(tasks == "1", f"Slurm starts {tasks} tasks (SLURM_NTASKS), and each would train "
+             "alone; use `srun --ntasks=1 torchrun --nproc_per_node=4 SCRIPT.py ..` for four "
+             "processes, or `srun --ntasks=1 python SCRIPT.py ..` for one")
+        return
+    lacking = [name for name, value in variables.items() if not value]
+    need(not lacking, f"the environment has not all variables of torchrun: {lacking[:1]} is not "
+         "set; start the processes with torchrun, or unset RANK and WORLD_SIZE for one process")
+    need(rank.isdecimal() and size.isdecimal() and int(rank) < int(size), f"RANK={rank} with "
+         f"WORLD_SIZE={size}: expected a number from 0 to WORLD_SIZE - 1; start the processes with "
+         "torchrun")
+
+
 def join_processes(device):
     """Join the process group that torchrun describes in the environment.
 
     torchrun keeps its store over restarts, with the addresses of processes that are gone. On one
     machine each start uses a prefix of its own. Several machines count restarts each for itself:
     there TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 helps, see README."""
-    store, number, total = next(dist.rendezvous("env://"))
+    try:
+        store, number, total = next(dist.rendezvous("env://", timeout=timedelta(minutes=10)))
+    except (ValueError, RuntimeError) as error:
+        host, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+        raise UserError(f"MASTER_ADDR={host} MASTER_PORT={port}: the processes cannot meet there "
+                        f"({str(error).splitlines()[0]}); choose another address") from None
     if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
         start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         store = dist.PrefixStore(f"start {start}", store)
@@ -2523,6 +2583,25 @@ def write_file(path, write):
                         "on") from None
 
 
+def lock(folder):
+    """FOLDER/lock, open and locked until this process ends. A UserError names who has the lock.
+
+    The lock of a process that was killed, here or on another machine, is free again."""
+    file = open(folder / "lock", "a+")
+    try:
+        if fcntl:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        file.seek(0)
+        raise UserError(f"{folder}: {file.read()} writes into this folder; wait until it ends, or "
+                        "choose another --out") from None
+    except OSError:  # a file system without locks
+        pass
+    file.truncate(0)
+    print(f"process {os.getpid()} on {platform.node()}", end="", file=file, flush=True)
+    return file
+
+
 def git_commit():
     """The commit of these scripts, or None without git or outside of a checkout."""
     command = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty", "--abbrev=40"]
@@ -2596,11 +2675,17 @@ class Run:
         barrier()
 
         path = self.folder / "last.pt"
-        self.state = load_torch(path) if path.exists() else None
+        self.advice = "choose another --out, or --overwrite to begin anew"
+        self.state = load_torch(path, self.advice) if path.exists() else None
         if self.state:
-            self.seconds = self.state["seconds"]
-            self.peak = self.state["peak_memory_mb"]
-            self.steps = self.state["step"]
+            with complete(path, self.advice):
+                need(self.state["method"] == method, f"{path}: is of {self.state['method']}, not "
+                     f"of {method}; {self.advice}")
+                self.seconds = float(self.state["seconds"])
+                self.peak = float(self.state["peak_memory_mb"])
+                self.steps = int(self.state["step"])
+                need(int(self.state["stage"]) in stages, f"{path}: is of another run; "
+                     f"{self.advice}")
         self._check_that_all_processes_see_the_folder()
         self._trim_log()
         self.started = time.time()
@@ -2621,6 +2706,8 @@ class Run:
     def _prepare_folder(self):
         folder = self.folder
         try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self.lock = lock(folder)
             for name in [*self.FILES, *self.LABELS, "pictures"]:  # a killed process left them
                 for path in [*folder.glob(f"{name}.*.tmp"), *folder.glob(f"{name}/**/*.tmp")]:
                     path.unlink()
@@ -2635,7 +2722,6 @@ class Run:
                     shutil.rmtree(folder / name, ignore_errors=True)
             elif (folder / "args.json").exists():
                 self._compare_arguments()
-            folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"{folder}: cannot be written ({error.strerror}); choose another "
                             "--out") from None
@@ -2692,13 +2778,14 @@ class Run:
             return 0
         state = self.state
         self.state = None
-        for name, thing in keep.items():
-            value = state["models"][name] if hasattr(thing, "spec") else state[name]
-            if isinstance(thing, dict):
-                thing.update(value)
-            else:
-                thing.load_state_dict(value)
-        self.done = state["iteration"]
+        with complete(self.folder / "last.pt", self.advice):
+            for name, thing in keep.items():
+                value = state["models"][name] if hasattr(thing, "spec") else state[name]
+                if isinstance(thing, dict):
+                    thing.update(value)
+                else:
+                    thing.load_state_dict(value)
+            self.done = int(state["iteration"])
         return self.done
 
     def save(self, iteration, keep):
@@ -3256,20 +3343,18 @@ def use_checkpoint(args, device, make=make_network):
     need({"models", "networks"} <= state.keys(),
          f"--checkpoint {path}: is not a checkpoint of these scripts; "
          "pretrained weights go to --weights")
-    for name in ("size", "crop", "base_size", "flip"):
-        if name not in args.given:
-            setattr(args, name, state[name])
-    say(f"checkpoint {path}: {state['method']} on {state['dataset']}, "
-        f"after {state['step']} iterations")
     networks = {}
-    for name in state["models"] if args.evaluate else [state["headline"]]:
-        networks[name] = make(state["networks"][name]).to(device).eval()
-        try:
+    with complete(path):
+        for name in ("size", "crop", "base_size", "flip"):
+            if name not in args.given:
+                setattr(args, name, state[name])
+        check_range(args, 0, math.inf, "size", "crop", "base_size")
+        say(f"checkpoint {path}: {state['method']} on {state['dataset']}, with "
+            f"{len(state['classes'].values())} classes, after {state['step']} iterations")
+        for name in state["models"] if args.evaluate else [state["headline"]]:
+            networks[name] = make(state["networks"][name]).to(device).eval()
             networks[name].load_state_dict(state["models"][name])
-        except RuntimeError as error:
-            reason = str(error).splitlines()[-1].strip()
-            raise UserError(f"--checkpoint {path}: does not fit its own description "
-                            f"({reason})") from None
+        need(state["headline"] in networks, f"{path}: lacks {state['headline']}; take another file")
     if args.evaluate:
         data = open_val(state, args, path)
         tables = evaluate(networks, data, args, device)
