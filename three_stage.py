@@ -306,7 +306,7 @@ class SecondBranch(nn.Module):
         super().__init__()
         backbone = network.backbone
         conv5 = backbone.layer4
-        channels = backbone.channels
+        channels = backbone.widths[-1]
         self.conv6 = None
         if kind == "g-hat":
             channels //= 2
