@@ -1502,6 +1502,11 @@ class FrozenBatchNorm(nn.BatchNorm2d):
         return super().train(False)
 
 
+def affine_frozen(channels):
+    """Batch norm whose statistics move while its affine parameters stay as loaded."""
+    return nn.BatchNorm2d(channels).requires_grad_(False)
+
+
 def group_norm(channels):
     """Group norm, eight channels a group. Nothing depends on how a batch is cut among processes."""
     return nn.GroupNorm(channels // 8, channels)
@@ -1616,7 +1621,8 @@ def make_backbone(name, batch_norm="frozen", caffe=False, deep_stem=False, outpu
         tiny.conv1 = nn.Conv2d(3, 64, 3, stride=2, padding=1, bias=False)
         tiny.maxpool, tiny.stride = nn.Identity(), 4
         return tiny
-    norm = FrozenBatchNorm if batch_norm == "frozen" else nn.BatchNorm2d
+    norm = {"frozen": FrozenBatchNorm, "affine-frozen": affine_frozen}
+    norm = norm.get(batch_norm, nn.BatchNorm2d)
     if name == "efficientnet_lite0":
         return EfficientNetLite0(norm, output_stride)
     return ResNet(resnet.Bottleneck, RESNETS[name], norm, 1, caffe, deep_stem, output_stride)
@@ -2158,9 +2164,10 @@ def add_network_arguments(parser, networks, several):
     add("--weights", metavar="W", help=f"{text}; two: one for each student" if several else text)
     add("--input-style", choices=list(STYLES),
         help="normalization of the pictures (default: that of the weights file)")
-    add("--batch-norm", choices=["frozen", "train", "sync"], help="frozen as loaded; trained; or "
-        "trained with statistics over all GPUs (tiny has group norm; heads that come without "
-        "weights, as those of SETR and PSPNet, are always trained)")
+    add("--batch-norm", choices=["frozen", "affine-frozen", "train", "sync"], help="frozen as "
+        "loaded; statistics move, the affine part is frozen; trained; or trained with statistics "
+        "over all GPUs (tiny has group norm; heads that come without weights, as those of SETR "
+        "and PSPNet, are always trained)")
 
 
 def add_run_arguments(parser):

@@ -513,6 +513,19 @@ def test_frozen_batch_norm_never_changes_and_gets_no_gradient(monkeypatch):
     )
 
 
+def test_batch_norm_whose_affine_part_is_frozen_moves_its_statistics(monkeypatch):
+    slim_resnets(monkeypatch)
+    network = common.make_network(spec(backbone="resnet50", batch_norm="affine-frozen"))
+    network.train()(torch.rand(2, 3, 32, 32) + 3).square().mean().backward()
+    norms = [m for m in network.backbone.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert len(norms) == 53
+    for norm in norms:
+        assert norm.weight.grad is None and norm.bias.grad is None
+        assert norm.training and norm.running_mean.abs().sum() > 0
+        assert torch.equal(norm.weight, torch.ones_like(norm.weight)) or norm.weight.eq(0).all()
+    assert network.backbone.conv1.weight.grad is not None
+
+
 def test_a_new_frozen_batch_norm_is_frozen_before_any_call_of_train_or_eval():
     norm = common.FrozenBatchNorm(3)
     norm(torch.randn(2, 3, 4, 4) + 5)
@@ -600,7 +613,8 @@ def slim_resnets(monkeypatch):
     def slim(name, batch_norm="frozen", caffe=False, deep_stem=False, output_stride=8):
         if name == "tiny":
             return full(name)
-        norm = common.FrozenBatchNorm if batch_norm == "frozen" else nn.BatchNorm2d
+        norms = {"frozen": common.FrozenBatchNorm, "affine-frozen": common.affine_frozen}
+        norm = norms.get(batch_norm, nn.BatchNorm2d)
         return common.ResNet(
             torchvision.models.resnet.Bottleneck,
             {"resnet50": [3, 4, 6, 3], "resnet101": [3, 4, 23, 3]}[name],
