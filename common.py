@@ -1502,9 +1502,9 @@ class FrozenBatchNorm(nn.BatchNorm2d):
         return super().train(False)
 
 
-def affine_frozen(channels):
+def affine_frozen(channels, eps=1e-5):
     """Batch norm whose statistics move while its affine parameters stay as loaded."""
-    return nn.BatchNorm2d(channels).requires_grad_(False)
+    return nn.BatchNorm2d(channels, eps).requires_grad_(False)
 
 
 def group_norm(channels):
@@ -1694,12 +1694,11 @@ class SegmentationNetwork(nn.Module):
         logits = self.classifier(self.features(image))
         return (logits,) if aux else logits
 
+    def features(self, image):
+        return self.decode(self.backbone.layers(self.normalize(image)))
+
     def classifier(self, features):
         return self.last(self.dropout(features))
-
-    def head_parameters(self):
-        """All parameters but the backbone's."""
-        return [p for name, p in self.named_parameters() if not name.startswith("backbone.")]
 
 
 class DeepLabV2(SegmentationNetwork):
@@ -1728,8 +1727,8 @@ class DeepLabV2(SegmentationNetwork):
         self.last = nn.Conv2d(width, classes, 1, bias=False)
         nn.init.normal_(self.last.weight, 0, 0.01)
 
-    def features(self, image):
-        x = self.backbone(self.normalize(image))
+    def decode(self, layers):
+        x = layers[-1]
         if self.head == "plain":
             return x
         x = torch.cat([branch(x) for branch in self.branches], 1)
@@ -1754,6 +1753,7 @@ class DeepLabV3Plus(SegmentationNetwork):
                  style="torchvision", norm=nn.BatchNorm2d):
         super().__init__(backbone, style, width)
         self.stride = 2 if backbone.stride == 4 else 4
+        self.ratio = backbone.stride // self.stride
         conv = partial(ConvNormReLU, norm_layer=norm)
 
         def separable(channels, rate=1):
@@ -1769,12 +1769,11 @@ class DeepLabV3Plus(SegmentationNetwork):
         self.decoder = nn.Sequential(separable(width + low_width), separable(width))
         self.last = last_conv(width, classes)
 
-    def features(self, image):
-        layer1, _, _, layer4 = self.backbone.layers(self.normalize(image))
+    def decode(self, layers):
+        layer1, _, _, layer4 = layers
         context = self.pool(layer4).expand(-1, -1, *layer4.shape[2:])
         x = torch.cat([context, *(branch(layer4) for branch in self.branches)], 1)
-        ratio = self.backbone.stride // self.stride
-        x = upsample(self.bottleneck(x), layer1.shape[2:], ratio)
+        x = upsample(self.bottleneck(x), layer1.shape[2:], self.ratio)
         return self.decoder(torch.cat([x, self.low(layer1)], 1))
 
 
@@ -1817,8 +1816,8 @@ class PSPNet(SegmentationNetwork):
         conv = ConvNormReLU(backbone.widths[2], half, norm_layer=norm)
         self.auxiliary = nn.Sequential(*conv, nn.Dropout2d(0.1), nn.Conv2d(half, classes, 1))
 
-    def features(self, image):
-        return self.pyramid(self.backbone(self.normalize(image)))
+    def decode(self, layers):
+        return self.pyramid(layers[-1])
 
     def forward(self, image, aux=False):
         """image -> logits, or with aux=True (logits, logits of the auxiliary head)."""
@@ -2043,7 +2042,8 @@ def convert_weights(state):
     if "_conv_stem.weight" in state:
         with torch.device("meta"):
             ours = EfficientNetLite0(nn.BatchNorm2d, 32).state_dict()
-        names = [*map("backbone.{}".format, ours), *map("skipped.{}".format, list(state)[len(ours):])]
+        names = [f"backbone.{key}" for key in ours]
+        names += [f"skipped.{key}" for key in list(state)[len(ours) :]]
         return dict(zip(names, state.values())), "efficientnet"
     renames = RENAMES | (SEMSEG if "conv3.weight" in state else {})
     converted = {}
@@ -2095,6 +2095,19 @@ def load_weights(network, weights, source):
 
 DATASETS = ["streets", *LAYOUTS]
 
+# For the rows of each method's table PAPER: one setting for all on a machine without a GPU.
+CPU_PRESET = dict(
+    labels="1/30", size=(360, 480), crop=(192, 256), scale=(0.75, 1.5), batch_size=4, workers=0,
+    network="deeplabv3plus", backbone="efficientnet_lite0", weights="imagenet", head="plain",
+    batch_norm="frozen", optimizer="adamw", lr=2e-4, head_lr=10.0, weight_decay=1e-2,
+    eval_every=300, save_every=100)
+# Your own pictures, by preset: the longer side is at most --size; all of images/ is labeled.
+FOLDER = {
+    "tiny": dict(labels="1/1", size=(256,), crop=(128, 128), scale=(0.75, 1.5)),
+    "cpu": dict(labels="1/1", size=(480,), crop=(224, 224)),
+    "gpu": dict(labels="1/1", size=(640,), crop=(320, 320), scale=(0.5, 1.5)),
+}
+
 # Arguments that change neither the setting nor the result of a run.
 HARMLESS = {"out", "overwrite", "workers", "cache", "data_root", "download",
             "log_every", "eval_every", "save_every"}
@@ -2113,7 +2126,7 @@ def add_arguments(parser, networks=NETWORKS, several=False):
     add("--extra", metavar="N", help="more unlabeled pictures, a number or all: on cityscapes of "
         "train_extra, on voc of the 10,582")
     add("--preset", metavar="P", help="another row of the method's table PAPER; on camvid and "
-        "folder cpu or gpu, a small or a big network (default: gpu if there is one)")
+        "folder tiny, cpu or gpu, by the network (default: gpu if there is one, else cpu)")
     add("--labels", metavar="N", help="labeled pictures: a number, or a share such as 1/8")
     add("--split", nargs="+", metavar="FILE", help="lists: labeled pictures, unlabeled "
         "(optional); or an order of all as a .pkl, of which the first --labels are labeled")
@@ -2179,6 +2192,7 @@ def add_run_arguments(parser):
         help="labeled (and as many unlabeled) pictures in a step; the sum over all processes")
     add("--optimizer", choices=["sgd", "adamw"], help="sgd with momentum .9, or adamw")
     add("--lr", type=float, metavar="X", help="learning rate at the start")
+    add("--head-lr", type=float, metavar="X", help="learning rate of the head, in units of --lr")
     add("--weight-decay", type=float, metavar="X", help="weight decay of the optimizer")
     add("--seed", type=int, default=0, metavar="N", help="seed of weights, order, views and noise, "
         "and of the choice of labeled pictures (default: %(default)s)")
@@ -2238,6 +2252,7 @@ def parse_args(parser, paper, argv=None):
             setattr(args, name, value)
     args.flip = args.flip or False
     args.base_size = args.base_size or 0
+    args.head_lr = 1.0 if args.head_lr is None else args.head_lr
     if args.precision is None:
         args.precision = "bf16" if torch.cuda.is_available() else "fp32"
     check_shared_arguments(args)
@@ -2274,7 +2289,7 @@ def check_shared_arguments(args):
     check_range(args, 1, math.inf, "batch_size", "log_every", "eval_every", "save_every")
     check_range(args, 1, math.inf, "size", "crop")
     check_range(args, 0, math.inf, "workers", "seed", "iterations", "weight_decay", "base_size")
-    check_range(args, 1e-12, math.inf, "lr", "scale", "scales")
+    check_range(args, 1e-12, math.inf, "lr", "head_lr", "scale", "scales")
     size = " ".join(map(str, args.size or ()))
     need(args.size is None or len(args.size) <= 2,
          f"--size {size}: expected height and width, or the longer side alone")
@@ -2407,12 +2422,23 @@ def autocast(args, device, precision=None):
     return torch.autocast(device.type, dtype) if dtype else contextlib.nullcontext()
 
 
-def make_optimizer(args, lr, *groups):
-    """SGD with momentum .9, or AdamW, over groups of parameters; frozen ones are left out."""
-    groups = [{"params": [p for p in group if p.requires_grad], "lr": lr} for group in groups]
+def make_optimizer(args, lr, *networks, head_lr=None):
+    """SGD with momentum .9, or AdamW. A group of all backbones, and one of the rest, which learns
+    at lr times head_lr (default: --head-lr). Frozen parameters are left out."""
+    groups = []
+    named = [pair for network in networks for pair in network.named_parameters()]
+    for is_head, rate in ((False, lr), (True, lr * (head_lr or args.head_lr))):
+        group = [p for name, p in named if ("backbone." not in name) == is_head and p.requires_grad]
+        groups.append({"params": group, "lr": rate, "initial_lr": rate})
     if args.optimizer == "sgd":
         return torch.optim.SGD(groups, momentum=.9, weight_decay=args.weight_decay, fused=True)
     return torch.optim.AdamW(groups, weight_decay=args.weight_decay, fused=True)
+
+
+def decay_lr(optimizer, factor):
+    """Set the learning rate of each group to this part of the one at the start."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["initial_lr"] * factor
 
 
 def seed_torch(*keys):

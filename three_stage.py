@@ -52,8 +52,8 @@ PAPER["cityscapes"] = dict(
     # Open: batch norm; frozen as loaded, as in the authors' code   --batch-norm
     network="deeplabv2", head="plain", backbone="resnet101", weights="imagenet",
     batch_norm="frozen",
-    # Code: lower rates for pretrained layers, 20,000 steps in stage 1   --backbone-lr-mult
-    optimizer="adamw", lr=3e-5, backbone_lr_mult=1.0, weight_decay=0.0,  # without decay it is Adam
+    # Code: lower rates for pretrained layers, 20,000 steps in stage 1   --head-lr
+    optimizer="adamw", lr=3e-5, weight_decay=0.0,  # without decay it is Adam
     stages=3, iterations=60_000, consistency=True, pseudo_masks=True, lambda1=0.5, lambda2=0.5,
     # Open: the decay of the EMA; as in the authors' code, see decay_at()   --ema-decay
     # Open: theta or theta'; the authors' code predicts masks by theta'   --pseudo-masks-of
@@ -77,15 +77,16 @@ PAPER["streets"] = PAPER["cityscapes"] | dict(  # drawn scenes, a small network 
     backbone="tiny", weights="none",
     lr=2e-3, iterations=1900, stage1_iterations=700,
     ema_decay=(0.98, 0.99, 0.99, 0.995), cutout=8, eval_every=500, save_every=100)
-PAPER["camvid-cpu"] = PAPER["streets"] | dict(
+PAPER["camvid-tiny"] = PAPER["streets"] | dict(
     labels="1/8", size=(180, 240), crop=(96, 128),
     iterations=2000, stage1_iterations=2000, cutout=12)
+PAPER["camvid-cpu"] = PAPER["streets"] | common.CPU_PRESET | dict(
+    labeled_batch_size=4, iterations=900, stage1_iterations=900, cutout=24)
 PAPER["camvid-gpu"] = PAPER["cityscapes"] | dict(
     labels="1/8", size=(360, 480), crop=(256, 352), iterations=20_000, eval_every=2000)
-PAPER["folder-cpu"] = PAPER["camvid-cpu"] | dict(  # your own pictures, all of images/ labeled
-    labels="1/1", size=(256,), crop=(128, 128), scale=(0.75, 1.5), cutout=16)
-PAPER["folder-gpu"] = PAPER["camvid-gpu"] | dict(
-    labels="1/1", size=(640,), crop=(320, 320), scale=(0.5, 1.5), iterations=10_000)
+PAPER["folder-tiny"] = PAPER["camvid-tiny"] | common.FOLDER["tiny"] | dict(cutout=16)
+PAPER["folder-cpu"] = PAPER["camvid-cpu"] | common.FOLDER["cpu"]
+PAPER["folder-gpu"] = PAPER["camvid-gpu"] | common.FOLDER["gpu"] | dict(iterations=10_000)
 
 # The paper's mIoU: data and flags, and its values by labels.
 PAPER_MIOU = {
@@ -135,8 +136,7 @@ def get_parser():
     add("--stage1-batch-size", **count, help="labeled pictures in a step of stage 1")
     add("--stage1-iterations", **count, help="iterations of stage 1 (default: as --iterations)")
     add("--cutout", **count, help="side of Cutout's squares in pixels")
-    add("--backbone-lr-mult", **number, help="the backbone learns at --lr times this")
-    common.add_arguments(parser, ["deeplabv2"])
+    common.add_arguments(parser, ["deeplabv2", "deeplabv3plus"])
     return parser
 
 
@@ -325,9 +325,27 @@ class SecondBranch(nn.Module):
             if isinstance(module, nn.Conv2d):
                 nn.init.normal_(module.weight, 0, 0.01)
 
-    def forward(self, conv4, conv5):
+    def forward(self, layers):
+        conv4, conv5 = layers[-2:]
         x = self.conv6(conv4) if self.conv6 else conv5
         return sum(conv(x) for conv in self.aspp)
+
+
+class LightBranch(nn.Module):
+    """The same on EfficientNet-Lite0, of another network (its head anew): conv6 is a second conv5,
+    with ImageNet weights, since frozen batch norm does not normalize new ones."""
+
+    def __init__(self, network, kind):
+        super().__init__()
+        self.network = network
+        for name in ("stem", "layer1", "layer2", "layer3", *["layer4"] * (kind == "g-tilde")):
+            setattr(network.backbone, name, None)  # f's serve both
+
+    def forward(self, layers):
+        conv6 = self.network.backbone.layer4
+        if conv6:
+            layers = [*layers[:-1], conv6(layers[-2])]
+        return self.network.classifier(self.network.decode(layers))
 
 
 class TwoBranches(nn.Module):
@@ -339,9 +357,9 @@ class TwoBranches(nn.Module):
         self.branch = branch
 
     def forward(self, image):
-        *_, conv4, conv5 = self.network.backbone.layers(self.network.normalize(image))
-        f = self.network.classifier(conv5)
-        g = self.branch(conv4, conv5) if self.branch else None
+        layers = self.network.backbone.layers(self.network.normalize(image))
+        f = self.network.classifier(self.network.decode(layers))
+        g = self.branch(layers) if self.branch else None
         return f, g
 
 
@@ -365,20 +383,21 @@ def start_stage(args, data, device, stage, before):
     teacher = copy.deepcopy(student).requires_grad_(False).eval()
     keep = {"student": student, "teacher": teacher, "results": before["results"],
             "pseudo_miou": before["pseudo_miou"]}
-    head = student.head_parameters()
     if stage > 1 and args.pseudo_masks:
         new = copy.deepcopy(teacher)  # in a run that was resumed; its weights are in last.pt
         keep[f"stage_{stage - 1}"] = before.get(args.pseudo_masks_of, new)
         kind = args.branch or ("g-hat" if stage == 2 else "g-tilde")
         common.seed_torch(args.seed, "branch", stage)
-        branch = SecondBranch(student, len(data.names), kind)
+        if args.backbone == "efficientnet_lite0":
+            other = common.build_network(args, data, device, args.stages + stage)
+            branch = LightBranch(other, kind)
+        else:
+            branch = SecondBranch(student, len(data.names), kind)
         if device.type == "cuda":
             branch.to(memory_format=torch.channels_last)
         keep["branch"] = branch.to(device)
-        head += branch.parameters()
-    optimizer = common.make_optimizer(args, args.lr, student.backbone.parameters(), head)
-    optimizer.param_groups[0]["lr"] = args.lr * args.backbone_lr_mult
-    keep["optimizer"] = optimizer
+    trained = [keep[name] for name in ("student", "branch") if name in keep]
+    keep["optimizer"] = common.make_optimizer(args, args.lr, *trained)
     keep["scaler"] = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
     return keep
 
@@ -536,9 +555,12 @@ def main():
         return common.use_checkpoint(args, device)
     check_range(args, 1, math.inf, "stages", "iterations", "stage1_iterations", "cutout",
                 "labeled_batch_size", "stage1_batch_size")
-    check_range(args, 0, math.inf, "lambda1", "lambda2", "backbone_lr_mult")
+    check_range(args, 0, math.inf, "lambda1", "lambda2")
     check_range(args, 0, 1, "ema_decay")
     common.need(args.head == "plain", "--head bottleneck: the paper's branches need --head plain")
+    light = args.backbone == "efficientnet_lite0"
+    common.need(light or args.network == "deeplabv2",
+                f"--network {args.network}: is for --backbone efficientnet_lite0; use deeplabv2")
     if not args.ema:
         args.ema_decay = [0.0] * 4  # theta' = theta
     data = common.open_dataset(args)
