@@ -50,8 +50,7 @@ PAPER["vocaug"] = dict(
     lambda_cap=0.5, alpha=1.0, pairs="similar", distance="pooled", classifier=True, mitrans=True,
     masks="probabilities", decoupling="soft", labeled_decoupling="hard",
     stop_gradient=True, labeled_stop_gradient=True, omega=1.5, ramp=0.1, dec_weight=1.0,
-    workers=4, log_every=50, eval_every=5000, save_every=1000,
-)
+    workers=4, log_every=50, eval_every=5000, save_every=1000)
 PAPER["voc"] = PAPER["vocaug"]
 # Open: which 500 or 1000 (Table 4); any of all 10,582, as in the authors' lists   --split
 for count in ("500", "1000", "1464"):  # Tables 1 to 4
@@ -67,8 +66,7 @@ PAPER["streets"] = PAPER["vocaug"] | dict(
     labels="8", size=(64, 128), crop=(64, 64), scale=(0.75, 1.5), rotation=0.0, batch_size=4,
     backbone="tiny", weights="none", batch_norm="frozen",
     optimizer="adamw", lr=3e-3, weight_decay=1e-2, iterations=3000, warmup=600,
-    classifier=False, workers=0, eval_every=1000, save_every=100,
-)
+    classifier=False, workers=0, eval_every=1000, save_every=100)
 PAPER["camvid-tiny"] = PAPER["streets"] | dict(
     labels="1/8", size=(180, 240), crop=(96, 128), lr=2e-3, iterations=4000, warmup=800)
 PAPER["camvid-cpu"] = PAPER["streets"] | common.CPU_PRESET | dict(
@@ -304,6 +302,7 @@ class GuidedMixNet(common.SegmentationNetwork):
         backbone = common.make_backbone(
             spec["backbone"], spec["batch_norm"], caffe, spec["deep_stem"], 16 if light else 8)
         super().__init__(backbone, spec["style"])
+        self.light = light
         self.stride = 2
         width = {"tiny": 64, "efficientnet_lite0": 128}.get(spec["backbone"], 512)
         norm = nn.BatchNorm2d if width == 512 else common.group_norm
@@ -320,10 +319,8 @@ class GuidedMixNet(common.SegmentationNetwork):
     def forward(self, image, aux=False):
         """(B, 3, H, W) in [0, 1] -> logits (B, K, H/2, W/2); aux: Gamma_enc and L_cla's logits."""
         net = self.backbone
-        size = [math.ceil(side / 2) for side in image.shape[2:]]
         image = self.normalize(image)
-        light = isinstance(net, common.EfficientNetLite0)
-        if light:  # all strides are twice those below
+        if self.light:  # all strides are twice those below
             fine, middle, _, coarse = net.layers(image)
         else:
             fine = net.relu(net.bn1(net.conv1(image)))  # (B, 64, H/2, W/2)
@@ -333,8 +330,8 @@ class GuidedMixNet(common.SegmentationNetwork):
         present = self.presence(v.mean((2, 3))) if aux and self.presence else None
         features = self.step2(self.step1(v, middle), fine)  # (B, 128, H/2, W/2)
         logits = self.last(features)
-        if light:
-            logits = common.upsample(logits, size, 2)
+        if self.light:
+            logits = common.upsample(logits, image[:, :, ::2, ::2].shape[2:], 2)
         return (logits, v, present) if aux else logits
 
 
@@ -489,12 +486,8 @@ def train(args, run, learner, keep, streams, warmup, begin):
 
         # 5 EMA: none
         # 6 log, evaluate, save
-        losses = {
-            "loss_labeled": loss_labeled,
-            "loss_cla": loss_cla,
-            "loss_dec": loss_dec,
-            "loss_usup": loss_usup,
-        }
+        losses = {"loss_labeled": loss_labeled, "loss_cla": loss_cla}
+        losses |= {"loss_dec": loss_dec, "loss_usup": loss_usup}
         losses = {name: term for name, term in losses.items() if torch.is_tensor(term)}
         numbers = {"lr": lr}
         pseudo_labels = {}

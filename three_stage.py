@@ -65,8 +65,7 @@ for labels in ("1/2", "1448", "1488"):  # Sect. IV-A says 1448, Table II says 14
 # Code: has scales .5, .6 .. 1.5 and pads on all sides; here any scale, and padding right and below
 PAPER["vocaug"] = PAPER["cityscapes"] | dict(
     labels="1/50", size=None, crop=(321, 321), scale=(0.5, 1.5),
-    batch_size=9, labeled_batch_size=1, stage1_batch_size=10,
-    lambda1=0.25, lambda2=0.25)
+    batch_size=9, labeled_batch_size=1, stage1_batch_size=10, lambda1=0.25, lambda2=0.25)
 for labels in ("1/20", "529"):
     PAPER[f"vocaug/{labels}"] = PAPER["vocaug"] | dict(lambda1=1.25, lambda2=1.25)
 for labels in ("1/8", "1323"):
@@ -78,8 +77,8 @@ PAPER["streets"] = PAPER["cityscapes"] | dict(  # drawn scenes, a small network 
     backbone="tiny", weights="none", lr=2e-3, iterations=1900, stage1_iterations=700,
     ema_decay=(0.98, 0.99, 0.99, 0.995), cutout=8, eval_every=500, save_every=100)
 PAPER["camvid-tiny"] = PAPER["streets"] | dict(
-    labels="1/8", size=(180, 240), crop=(96, 128),
-    iterations=2000, stage1_iterations=2000, cutout=12)
+    labels="1/8", size=(180, 240), crop=(96, 128), iterations=2000, stage1_iterations=2000,
+    cutout=12)
 PAPER["camvid-cpu"] = PAPER["streets"] | common.CPU_PRESET | dict(
     labeled_batch_size=4, iterations=900, stage1_iterations=900, cutout=24)
 PAPER["camvid-gpu"] = PAPER["cityscapes"] | dict(
@@ -331,21 +330,21 @@ class SecondBranch(nn.Module):
         return sum(conv(x) for conv in self.aspp)
 
 
-class LightBranch(nn.Module):
-    """The same on EfficientNet-Lite0, of another network (its head anew): conv6 is a second conv5,
-    with ImageNet weights, since frozen batch norm does not normalize new ones."""
+class CopiedBranch(nn.Module):
+    """The same for other networks than the paper's, with blocks of another one whose head is new:
+    conv6 is conv5 with its ImageNet weights, since frozen batch norm normalizes no new ones."""
 
-    def __init__(self, network, kind):
+    def __init__(self, other, kind):
         super().__init__()
-        self.network = network
-        for name in ("stem", "layer1", "layer2", "layer3", *["layer4"] * (kind == "g-tilde")):
-            setattr(network.backbone, name, None)  # f's serve both
+        for name, _ in list(other.backbone.named_children()):
+            if name != "layer4" or kind == "g-tilde":
+                setattr(other.backbone, name, None)  # f's serve both
+        self.other = other
 
     def forward(self, layers):
-        conv6 = self.network.backbone.layer4
-        if conv6:
+        if conv6 := self.other.backbone.layer4:
             layers = [*layers[:-1], conv6(layers[-2])]
-        return self.network.classifier(self.network.decode(layers))
+        return self.other.classifier(self.other.decode(layers))
 
 
 class TwoBranches(nn.Module):
@@ -388,14 +387,12 @@ def start_stage(args, data, device, stage, before):
         keep[f"stage_{stage - 1}"] = before.get(args.pseudo_masks_of, new)
         kind = args.branch or ("g-hat" if stage == 2 else "g-tilde")  # Open: stage 4; g-tilde
         common.seed_torch(args.seed, "branch", stage)
-        if args.backbone == "efficientnet_lite0":
-            other = common.build_network(args, data, device, args.stages + stage)
-            branch = LightBranch(other, kind)
-        else:
+        if args.network == "deeplabv2" and isinstance(student.backbone, common.ResNet):
             branch = SecondBranch(student, len(data.names), kind)
-        if device.type == "cuda":
-            branch.to(memory_format=torch.channels_last)
-        keep["branch"] = branch.to(device)
+        else:
+            other = common.build_network(args, data, device, args.stages + stage)
+            branch = CopiedBranch(other, kind)
+        keep["branch"] = branch.to(device, memory_format=torch.channels_last)
     trained = [keep[name] for name in ("student", "branch") if name in keep]
     keep["optimizer"] = common.make_optimizer(args, args.lr, *trained)
     keep["scaler"] = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
@@ -404,12 +401,10 @@ def start_stage(args, data, device, stage, before):
 
 def update_student(keep, learner, loss):
     """A step of the optimizer at a constant rate (Sect. IV-B)."""
-    optimizer = keep["optimizer"]
-    scaler = keep["scaler"]
-    optimizer.zero_grad()
-    scaler.scale(loss).backward()
-    scaler.step(optimizer)
-    scaler.update()
+    keep["optimizer"].zero_grad()
+    keep["scaler"].scale(loss).backward()
+    keep["scaler"].step(keep["optimizer"])
+    keep["scaler"].update()
     common.average_buffers([learner])
 
 
@@ -471,9 +466,8 @@ def train(args, run, keep, data, labeled_ids, all_ids, begin):
     sizes = [args.labeled_batch_size, args.labeled_batch_size, args.batch_size]
     run.images = args.labeled_batch_size + args.batch_size
     stop = run.stages[run.stage]
-    batches = []
-    for stream, size in zip(streams, sizes):
-        batches.append(common.batches(stream, args, run.device, begin, stop, size))
+    batches = [common.batches(stream, args, run.device, begin, stop, size)
+               for stream, size in zip(streams, sizes)]
     for iteration, (labeled, labeled_masks, union) in enumerate(zip(*batches), begin):
         # 1 batch: Sub-batch 2 (N_l pictures of L), then Sub-batch 1 (N pictures of L u U)
         N_l = len(labeled["image"])
@@ -558,9 +552,6 @@ def main():
     check_range(args, 0, math.inf, "lambda1", "lambda2")
     check_range(args, 0, 1, "ema_decay")
     common.need(args.head == "plain", "--head bottleneck: the paper's branches need --head plain")
-    light = args.backbone == "efficientnet_lite0"
-    common.need(light or args.network == "deeplabv2",
-                f"--network {args.network}: is for --backbone efficientnet_lite0; use deeplabv2")
     if not args.ema:
         args.ema_decay = [0.0] * 4  # theta' = theta: the Gamma model of Sect. III-A
     data = common.open_dataset(args)
