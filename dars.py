@@ -83,16 +83,16 @@ PAPER["vocaug"] = PAPER["cityscapes"] | dict(
     labels="1464", size=None, crop=(321, 321), base_size=400, scale=(0.5, 1.5),
     alpha=(0.4, 0.5), beta_min=(0.0, 0.0), beta_max=(0.0, 1 / 3), epochs=50)
 PAPER["voc"] = PAPER["vocaug"] | dict(labels="1/8")
-PAPER["camvid-cpu"] = PAPER["streets"] | dict(
+PAPER["camvid-tiny"] = PAPER["streets"] | dict(
     labels="1/8", size=(180, 240), crop=(96, 128), base_size=240,
     lr=2e-3, iterations=1000, round0_iterations=2000)
+PAPER["camvid-cpu"] = PAPER["streets"] | common.CPU_PRESET | dict(
+    base_size=0, flip=False, round0_batch_size=4, iterations=600, round0_iterations=900)
 PAPER["camvid-gpu"] = PAPER["cityscapes"] | dict(
     labels="1/8", size=(360, 480), crop=(241, 321), base_size=480, scale=(0.5, 2.0))
-# Pictures of a user: no larger than size, square crops; all of images/ is labeled.
-PAPER["folder-cpu"] = PAPER["camvid-cpu"] | dict(
-    labels="1/1", size=(256,), crop=(128, 128), base_size=256)
-PAPER["folder-gpu"] = PAPER["camvid-gpu"] | dict(
-    labels="1/1", size=(640,), crop=(321, 321), base_size=640)
+PAPER["folder-tiny"] = PAPER["camvid-tiny"] | common.FOLDER["tiny"] | dict(base_size=256)
+PAPER["folder-cpu"] = PAPER["camvid-cpu"] | common.FOLDER["cpu"]
+PAPER["folder-gpu"] = PAPER["camvid-gpu"] | common.FOLDER["gpu"] | dict(base_size=640)
 
 # The paper's mIoU by flags and labels. Its baseline is round 0 alone; 2975 labels: its oracle.
 PAPER_MIOU = {
@@ -156,7 +156,6 @@ def get_parser():
     add("--round0-iterations", type=int, metavar="N",
         help="iterations of round 0 (default: from the table, or from --iterations or --epochs)")
     add("--round0-batch-size", type=int, metavar="N", help="labeled pictures a step in round 0")
-    add("--head-lr", type=float, metavar="X", help="learning rate of the heads, times --lr")
     add("--restart-schedule", **switch, help="each round starts at the full --lr")
     add("--fresh-optimizer", **switch, help="each round starts without momentum")
     add("--two-passes", **switch, help="labeled and unlabeled pictures pass the network apart")
@@ -406,8 +405,7 @@ def set_learning_rate(optimizer, progress, number, args):
     decay = 1 - progress
     if not args.restart_schedule:
         decay = decay / (number + 1)
-    for group, multiple in zip(optimizer.param_groups, (1, args.head_lr)):
-        group["lr"] = args.lr * multiple * decay**0.9
+    common.decay_lr(optimizer, decay**0.9)
 
 
 def train_supervised(args, iterations, scale, data, labeled_ids, keep, learner, run, note):
@@ -548,7 +546,7 @@ def check(args):
     check_range(args, 0, 0.99, "beta_min")
     check_range(args, 0, math.inf, "beta_max", "rounds", "round0_iterations")
     check_range(args, 1, math.inf, "epochs", "round0_batch_size")
-    check_range(args, 1e-12, math.inf, "temperature", "head_lr")
+    check_range(args, 1e-12, math.inf, "temperature")
     for name in ("alpha", "beta_min", "beta_max"):
         count = len(getattr(args, name))
         enough = count == args.rounds or (count > args.rounds and name not in args.given)
@@ -608,8 +606,7 @@ def main():
     def note(tables):  # for the log, beside the mIoU of an evaluation
         return {"tail_miou": tail_miou(tables["student"], tail)}
 
-    groups = list(student.backbone.parameters()), student.head_parameters()
-    optimizer = common.make_optimizer(args, args.lr, *groups)
+    optimizer = common.make_optimizer(args, args.lr, student)
     results = {}  # of each round: the confusion matrix on val
     reports = {}  # and what its pseudo-labels are
     for number, iterations, alpha, scale in rounds:
@@ -617,7 +614,7 @@ def main():
             continue
         # Open: momentum; carried over rounds, as in the authors' code   --fresh-optimizer
         if args.fresh_optimizer:
-            optimizer = common.make_optimizer(args, args.lr, *groups)
+            optimizer = common.make_optimizer(args, args.lr, student)
         scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
         keep = {"student": student, "teacher": teacher, "optimizer": optimizer, "scaler": scaler}
         keep |= {"results": results, "reports": reports}

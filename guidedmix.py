@@ -50,8 +50,7 @@ PAPER["vocaug"] = dict(
     lambda_cap=0.5, alpha=1.0, pairs="similar", distance="pooled", classifier=True, mitrans=True,
     masks="probabilities", decoupling="soft", labeled_decoupling="hard",
     stop_gradient=True, labeled_stop_gradient=True, omega=1.5, ramp=0.1, dec_weight=1.0,
-    workers=4, log_every=50, eval_every=5000, save_every=1000,
-)
+    workers=4, log_every=50, eval_every=5000, save_every=1000)
 PAPER["voc"] = PAPER["vocaug"]
 # Open: which 500 or 1000 (Table 4); any of all 10,582, as in the authors' lists   --split
 for count in ("500", "1000", "1464"):  # Tables 1 to 4
@@ -67,16 +66,17 @@ PAPER["streets"] = PAPER["vocaug"] | dict(
     labels="8", size=(64, 128), crop=(64, 64), scale=(0.75, 1.5), rotation=0.0, batch_size=4,
     backbone="tiny", weights="none", batch_norm="frozen",
     optimizer="adamw", lr=3e-3, weight_decay=1e-2, iterations=3000, warmup=600,
-    classifier=False, workers=0, eval_every=1000, save_every=100,
-)
-PAPER["camvid-cpu"] = PAPER["streets"] | dict(
+    classifier=False, workers=0, eval_every=1000, save_every=100)
+PAPER["camvid-tiny"] = PAPER["streets"] | dict(
     labels="1/8", size=(180, 240), crop=(96, 128), lr=2e-3, iterations=4000, warmup=800)
+PAPER["camvid-cpu"] = PAPER["streets"] | common.CPU_PRESET | dict(
+    network="guidedmix", iterations=1800, warmup=900)
 PAPER["camvid-gpu"] = PAPER["cityscapes"] | dict(
     size=(360, 480), crop=(257, 353), iterations=20_000, warmup=1000, eval_every=2000)
-# A user's pictures, shrunk to --size; those in images/ have masks, those in unlabeled/ do not.
-PAPER["folder-cpu"] = PAPER["camvid-cpu"] | dict(labels="1/1", size=(256,), crop=(129, 129))
-PAPER["folder-gpu"] = PAPER["camvid-gpu"] | dict(
-    labels="1/1", size=(640,), crop=(321, 321), scale=(0.5, 1.5), iterations=10_000, warmup=500)
+PAPER["folder-tiny"] = PAPER["camvid-tiny"] | common.FOLDER["tiny"]
+PAPER["folder-cpu"] = PAPER["camvid-cpu"] | common.FOLDER["cpu"]
+PAPER["folder-gpu"] = PAPER["camvid-gpu"] | common.FOLDER["gpu"] | dict(
+    iterations=10_000, warmup=500)
 
 # Rows: dataset, fixed arguments, one more argument, and the paper's mIoU for each of its values.
 VOC_TRAIN = dict(backbone="resnet50", labels=1464)
@@ -296,34 +296,42 @@ class GuidedMixNet(common.SegmentationNetwork):
     def __init__(self, spec):
         need(spec["network"] == "guidedmix", "this checkpoint's network is "
              f"{spec['network']}; use the script that trained it")
+        need(spec.get("output_stride", 16) == 16, "--output-stride 32: here the encoder has 16")
         caffe = common.STYLES[spec["style"]]["caffe"]
+        light = spec["backbone"] == "efficientnet_lite0"
         backbone = common.make_backbone(
-            spec["backbone"], spec["batch_norm"], caffe, spec["deep_stem"])
+            spec["backbone"], spec["batch_norm"], caffe, spec["deep_stem"], 16 if light else 8)
         super().__init__(backbone, spec["style"])
+        self.light = light
         self.stride = 2
-        width = 512
-        norm = nn.BatchNorm2d
+        width = {"tiny": 64, "efficientnet_lite0": 128}.get(spec["backbone"], 512)
+        norm = nn.BatchNorm2d if width == 512 else common.group_norm
         if spec["backbone"] == "tiny":
-            width = 64
-            norm = common.group_norm
             backbone.maxpool = nn.MaxPool2d(3, 2, 1)  # stride 8, as in the others
-        self.psp = common.PyramidPooling(backbone.channels, width, norm)
+        self.psp = common.PyramidPooling(backbone.widths[-1], width, norm)
         # Open: stride and skips; 8 (dilated) as PSPNet, layer1 and stem: so masks are at stride 2
-        self.step1 = MITrans(width, backbone.channels // 8, width // 2, norm, spec["mitrans"])
-        self.step2 = MITrans(width // 2, backbone.stem or 64, width // 4, norm, spec["mitrans"])
+        skips = (40, 24) if light else (backbone.widths[0], backbone.stem or 64)
+        self.step1 = MITrans(width, skips[0], width // 2, norm, spec["mitrans"])
+        self.step2 = MITrans(width // 2, skips[1], width // 4, norm, spec["mitrans"])
         self.last = nn.Conv2d(width // 4, spec["classes"], 1)
         self.presence = nn.Linear(width, spec["present"]) if spec["present"] else None
 
     def forward(self, image, aux=False):
         """(B, 3, H, W) in [0, 1] -> logits (B, K, H/2, W/2); aux: Gamma_enc and L_cla's logits."""
         net = self.backbone
-        stem = net.relu(net.bn1(net.conv1(self.normalize(image))))  # (B, 64, H/2, W/2)
-        layer1 = net.layer1(net.maxpool(stem))  # (B, 256, H/4, W/4)
-        layer4 = net.layer4(net.layer3(net.layer2(layer1)))  # (B, 2048, H/8, W/8)
-        v = self.psp(layer4)  # Eq. 4: Gamma_enc (B, 512, H/8, W/8)
+        image = self.normalize(image)
+        if self.light:  # all strides are twice those below
+            fine, middle, _, coarse = net.layers(image)
+        else:
+            fine = net.relu(net.bn1(net.conv1(image)))  # (B, 64, H/2, W/2)
+            middle = net.layer1(net.maxpool(fine))  # (B, 256, H/4, W/4)
+            coarse = net.layer4(net.layer3(net.layer2(middle)))  # (B, 2048, H/8, W/8)
+        v = self.psp(coarse)  # Eq. 4: Gamma_enc (B, 512, H/8, W/8)
         present = self.presence(v.mean((2, 3))) if aux and self.presence else None
-        features = self.step2(self.step1(v, layer1), stem)  # (B, 128, H/2, W/2)
+        features = self.step2(self.step1(v, middle), fine)  # (B, 128, H/2, W/2)
         logits = self.last(features)
+        if self.light:
+            logits = common.upsample(logits, image[:, :, ::2, ::2].shape[2:], 2)
         return (logits, v, present) if aux else logits
 
 
@@ -382,14 +390,14 @@ def update(args, keep, loss, iteration):
     """A step of the optimizer, with polynomial decay (Sect. 4.2). Returns the learning rate."""
     optimizer = keep["optimizer"]
     scaler = keep["scaler"]
-    lr = args.lr * (1 - iteration / args.iterations) ** 0.9
-    optimizer.param_groups[0]["lr"] = lr
+    decay = (1 - iteration / args.iterations) ** 0.9
+    common.decay_lr(optimizer, decay)
     optimizer.zero_grad()
     scaler.scale(loss).backward()
     scaler.step(optimizer)
     scaler.update()
     common.average_buffers([keep["student"]])
-    return lr
+    return args.lr * decay
 
 
 def train_supervised(args, run, learner, keep, stream, begin, stop):
@@ -478,12 +486,8 @@ def train(args, run, learner, keep, streams, warmup, begin):
 
         # 5 EMA: none
         # 6 log, evaluate, save
-        losses = {
-            "loss_labeled": loss_labeled,
-            "loss_cla": loss_cla,
-            "loss_dec": loss_dec,
-            "loss_usup": loss_usup,
-        }
+        losses = {"loss_labeled": loss_labeled, "loss_cla": loss_cla}
+        losses |= {"loss_dec": loss_dec, "loss_usup": loss_usup}
         losses = {name: term for name, term in losses.items() if torch.is_tensor(term)}
         numbers = {"lr": lr}
         pseudo_labels = {}
@@ -562,7 +566,7 @@ def main():
     student = common.build_network(
         args, data, device, make=GuidedMixNet, mitrans=args.mitrans, present=present)
     learner = common.parallel(student.train(), device)  # averages gradients over processes
-    optimizer = common.make_optimizer(args, args.lr, student.parameters())
+    optimizer = common.make_optimizer(args, args.lr, student)
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
     method = "guidedmix-supervised" if args.supervised else "guidedmix"
     stages = {1: args.iterations}

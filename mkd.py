@@ -60,19 +60,18 @@ PAPER["voc"] = PAPER["vocaug"] | dict(labels="183")
 PAPER["cityscapes"] = PAPER["vocaug"] | dict(
     labels="372", size=(1024, 2048), crop=(512, 1024),
     lr=0.01, iterations=40_000)
-PAPER["camvid-cpu"] = PAPER["streets"] | dict(
+PAPER["camvid-tiny"] = PAPER["streets"] | dict(
     labels="1/8", size=(180, 240), crop=(96, 128),
     lr=2e-3, iterations=1500, warmup=600, cutmix=True, eval_every=500)
+PAPER["camvid-cpu"] = PAPER["streets"] | common.CPU_PRESET | dict(
+    iterations=1800, warmup=900, cutmix=True, loss_stride=4)
 PAPER["camvid-gpu"] = PAPER["cityscapes"] | dict(
     labels="1/8", size=(360, 480), crop=(256, 352),
     iterations=20_000, eval_every=2000)
-# Your own pictures: the longer side is shrunk to size, and all of images/ is labeled.
-PAPER["folder-cpu"] = PAPER["camvid-cpu"] | dict(
-    labels="1/1", size=(256,), crop=(128, 128),
+PAPER["folder-tiny"] = PAPER["camvid-tiny"] | common.FOLDER["tiny"] | dict(
     iterations=3000, warmup=1500, cutmix=False)
-PAPER["folder-gpu"] = PAPER["camvid-gpu"] | dict(
-    labels="1/1", size=(640,), crop=(320, 320), scale=(0.5, 1.5),
-    iterations=10_000)
+PAPER["folder-cpu"] = PAPER["camvid-cpu"] | common.FOLDER["cpu"]
+PAPER["folder-gpu"] = PAPER["camvid-gpu"] | common.FOLDER["gpu"] | dict(iterations=10_000)
 # Code: these five values are the authors', not the paper's. We leave out two passes for the two
 #   kinds of pictures, teachers that normalize by their batches, and losses on padding   --preset
 for name in ("vocaug", "voc", "streets"):
@@ -351,14 +350,14 @@ def cross_entropy(logits, label):
 def update_students(args, keep, students, loss, iteration):
     """Backward, and a step of the optimizer. Returns the learning rate, "poly" (Sect. 4.1)."""
     scaler = keep["scaler"]
-    lr = args.lr * (1 - iteration / args.iterations) ** 0.9
-    keep["optimizer"].param_groups[0]["lr"] = lr
+    decay = (1 - iteration / args.iterations) ** 0.9
+    common.decay_lr(keep["optimizer"], decay)
     keep["optimizer"].zero_grad()
     scaler.scale(loss).backward()
     scaler.step(keep["optimizer"])
     scaler.update()
     common.average_buffers(students)
-    return lr
+    return args.lr * decay
 
 
 def train_supervised(args, run, stream, students, learners, teachers, keep, begin, stop):
@@ -551,7 +550,7 @@ def main():
             sizes = (len(data.names), students[0].feature_channels, args.features == "full")
             statistics = nn.ModuleList(ClassStatistics(*sizes) for _ in augmented).to(device)
     learners = [common.parallel(WithFeatures(student), device) for student in students]
-    optimizer = common.make_optimizer(args, args.lr, students.parameters())
+    optimizer = common.make_optimizer(args, args.lr, students)
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
     # Open: which network is reported; student 1. The last table has all, and the students' mean.
     method = "mkd-supervised" if args.supervised else "mkd"

@@ -53,8 +53,8 @@ PAPER["cityscapes"] = dict(
     # Open: batch norm; frozen as loaded, as in the authors' code   --batch-norm
     network="deeplabv2", head="plain", backbone="resnet101", weights="imagenet",
     batch_norm="frozen",
-    # Code: has lower rates for pretrained layers, 20,000 steps in stage 1   --backbone-lr-mult
-    optimizer="adamw", lr=3e-5, backbone_lr_mult=1.0, weight_decay=0.0,  # without decay it is Adam
+    # Code: has lower rates for pretrained layers, 20,000 steps in stage 1   --head-lr
+    optimizer="adamw", lr=3e-5, weight_decay=0.0,  # without decay it is Adam
     stages=3, iterations=60_000, consistency=True, pseudo_masks=True, lambda1=0.5, lambda2=0.5,
     # Open: the decay of the EMA; as in the authors' code, see decay_at()   --ema-decay
     # Open: who predicts masks; theta' (paper: theta; code: theta in stage 1)   --pseudo-masks-of
@@ -65,8 +65,7 @@ for labels in ("1/2", "1448", "1488"):  # Sect. IV-A says 1448, Table II says 14
 # Code: has scales .5, .6 .. 1.5 and pads on all sides; here any scale, and padding right and below
 PAPER["vocaug"] = PAPER["cityscapes"] | dict(
     labels="1/50", size=None, crop=(321, 321), scale=(0.5, 1.5),
-    batch_size=9, labeled_batch_size=1, stage1_batch_size=10,
-    lambda1=0.25, lambda2=0.25)
+    batch_size=9, labeled_batch_size=1, stage1_batch_size=10, lambda1=0.25, lambda2=0.25)
 for labels in ("1/20", "529"):
     PAPER[f"vocaug/{labels}"] = PAPER["vocaug"] | dict(lambda1=1.25, lambda2=1.25)
 for labels in ("1/8", "1323"):
@@ -77,15 +76,16 @@ PAPER["streets"] = PAPER["cityscapes"] | dict(  # drawn scenes, a small network 
     batch_size=4, labeled_batch_size=2, stage1_batch_size=4,
     backbone="tiny", weights="none", lr=2e-3, iterations=1900, stage1_iterations=700,
     ema_decay=(0.98, 0.99, 0.99, 0.995), cutout=8, eval_every=500, save_every=100)
-PAPER["camvid-cpu"] = PAPER["streets"] | dict(
-    labels="1/8", size=(180, 240), crop=(96, 128),
-    iterations=2000, stage1_iterations=2000, cutout=12)
+PAPER["camvid-tiny"] = PAPER["streets"] | dict(
+    labels="1/8", size=(180, 240), crop=(96, 128), iterations=2000, stage1_iterations=2000,
+    cutout=12)
+PAPER["camvid-cpu"] = PAPER["streets"] | common.CPU_PRESET | dict(
+    labeled_batch_size=4, iterations=900, stage1_iterations=900, cutout=24)
 PAPER["camvid-gpu"] = PAPER["cityscapes"] | dict(
     labels="1/8", size=(360, 480), crop=(256, 352), iterations=20_000, eval_every=2000)
-PAPER["folder-cpu"] = PAPER["camvid-cpu"] | dict(  # your own pictures, all of images/ labeled
-    labels="1/1", size=(256,), crop=(128, 128), scale=(0.75, 1.5), cutout=16)
-PAPER["folder-gpu"] = PAPER["camvid-gpu"] | dict(
-    labels="1/1", size=(640,), crop=(320, 320), scale=(0.5, 1.5), iterations=10_000)
+PAPER["folder-tiny"] = PAPER["camvid-tiny"] | common.FOLDER["tiny"] | dict(cutout=16)
+PAPER["folder-cpu"] = PAPER["camvid-cpu"] | common.FOLDER["cpu"]
+PAPER["folder-gpu"] = PAPER["camvid-gpu"] | common.FOLDER["gpu"] | dict(iterations=10_000)
 
 # The paper's mIoU: {dataset and flags: {number of labeled pictures: mIoU}}.
 PAPER_MIOU = {
@@ -135,8 +135,7 @@ def get_parser():
     add("--stage1-batch-size", **count, help="labeled pictures in a step of stage 1")
     add("--stage1-iterations", **count, help="iterations of stage 1 (default: PAPER, --iterations)")
     add("--cutout", **count, help="side of Cutout's squares in pixels")
-    add("--backbone-lr-mult", **number, help="the backbone learns at --lr times this")
-    common.add_arguments(parser, ["deeplabv2"])
+    common.add_arguments(parser, ["deeplabv2", "deeplabv3plus"])
     return parser
 
 
@@ -306,7 +305,7 @@ class SecondBranch(nn.Module):
         super().__init__()
         backbone = network.backbone
         conv5 = backbone.layer4
-        channels = backbone.channels
+        channels = backbone.widths[-1]
         self.conv6 = None
         if kind == "g-hat":
             channels //= 2
@@ -325,9 +324,27 @@ class SecondBranch(nn.Module):
             if isinstance(module, nn.Conv2d):
                 nn.init.normal_(module.weight, 0, 0.01)
 
-    def forward(self, conv4, conv5):
+    def forward(self, layers):
+        conv4, conv5 = layers[-2:]
         x = self.conv6(conv4) if self.conv6 else conv5
         return sum(conv(x) for conv in self.aspp)
+
+
+class CopiedBranch(nn.Module):
+    """The same for other networks than the paper's, with blocks of another one whose head is new:
+    conv6 is conv5 with its ImageNet weights, since frozen batch norm normalizes no new ones."""
+
+    def __init__(self, other, kind):
+        super().__init__()
+        for name, _ in list(other.backbone.named_children()):
+            if name != "layer4" or kind == "g-tilde":
+                setattr(other.backbone, name, None)  # f's serve both
+        self.other = other
+
+    def forward(self, layers):
+        if conv6 := self.other.backbone.layer4:
+            layers = [*layers[:-1], conv6(layers[-2])]
+        return self.other.classifier(self.other.decode(layers))
 
 
 class TwoBranches(nn.Module):
@@ -339,9 +356,9 @@ class TwoBranches(nn.Module):
         self.branch = branch
 
     def forward(self, image):
-        *_, conv4, conv5 = self.network.backbone.layers(self.network.normalize(image))
-        f = self.network.classifier(conv5)
-        g = self.branch(conv4, conv5) if self.branch else None
+        layers = self.network.backbone.layers(self.network.normalize(image))
+        f = self.network.classifier(self.network.decode(layers))
+        g = self.branch(layers) if self.branch else None
         return f, g
 
 
@@ -365,32 +382,29 @@ def start_stage(args, data, device, stage, before):
     teacher = copy.deepcopy(student).requires_grad_(False).eval()
     keep = {"student": student, "teacher": teacher, "results": before["results"],
             "pseudo_miou": before["pseudo_miou"]}
-    head = student.head_parameters()
     if stage > 1 and args.pseudo_masks:
         new = copy.deepcopy(teacher)  # when resumed, restore() fills it with last.pt's weights
         keep[f"stage_{stage - 1}"] = before.get(args.pseudo_masks_of, new)
         kind = args.branch or ("g-hat" if stage == 2 else "g-tilde")  # Open: stage 4; g-tilde
         common.seed_torch(args.seed, "branch", stage)
-        branch = SecondBranch(student, len(data.names), kind)
-        if device.type == "cuda":
-            branch.to(memory_format=torch.channels_last)
-        keep["branch"] = branch.to(device)
-        head += branch.parameters()
-    optimizer = common.make_optimizer(args, args.lr, student.backbone.parameters(), head)
-    optimizer.param_groups[0]["lr"] = args.lr * args.backbone_lr_mult
-    keep["optimizer"] = optimizer
+        if args.network == "deeplabv2" and isinstance(student.backbone, common.ResNet):
+            branch = SecondBranch(student, len(data.names), kind)
+        else:
+            other = common.build_network(args, data, device, args.stages + stage)
+            branch = CopiedBranch(other, kind)
+        keep["branch"] = branch.to(device, memory_format=torch.channels_last)
+    trained = [keep[name] for name in ("student", "branch") if name in keep]
+    keep["optimizer"] = common.make_optimizer(args, args.lr, *trained)
     keep["scaler"] = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
     return keep
 
 
 def update_student(keep, learner, loss):
     """A step of the optimizer at a constant rate (Sect. IV-B)."""
-    optimizer = keep["optimizer"]
-    scaler = keep["scaler"]
-    optimizer.zero_grad()
-    scaler.scale(loss).backward()
-    scaler.step(optimizer)
-    scaler.update()
+    keep["optimizer"].zero_grad()
+    keep["scaler"].scale(loss).backward()
+    keep["scaler"].step(keep["optimizer"])
+    keep["scaler"].update()
     common.average_buffers([learner])
 
 
@@ -452,9 +466,8 @@ def train(args, run, keep, data, labeled_ids, all_ids, begin):
     sizes = [args.labeled_batch_size, args.labeled_batch_size, args.batch_size]
     run.images = args.labeled_batch_size + args.batch_size
     stop = run.stages[run.stage]
-    batches = []
-    for stream, size in zip(streams, sizes):
-        batches.append(common.batches(stream, args, run.device, begin, stop, size))
+    batches = [common.batches(stream, args, run.device, begin, stop, size)
+               for stream, size in zip(streams, sizes)]
     for iteration, (labeled, labeled_masks, union) in enumerate(zip(*batches), begin):
         # 1 batch: Sub-batch 2 (N_l pictures of L), then Sub-batch 1 (N pictures of L u U)
         N_l = len(labeled["image"])
@@ -536,7 +549,7 @@ def main():
         return common.use_checkpoint(args, device)
     check_range(args, 1, math.inf, "stages", "iterations", "stage1_iterations", "cutout",
                 "labeled_batch_size", "stage1_batch_size")
-    check_range(args, 0, math.inf, "lambda1", "lambda2", "backbone_lr_mult")
+    check_range(args, 0, math.inf, "lambda1", "lambda2")
     check_range(args, 0, 1, "ema_decay")
     common.need(args.head == "plain", "--head bottleneck: the paper's branches need --head plain")
     if not args.ema:

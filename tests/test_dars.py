@@ -18,7 +18,7 @@ from PIL import Image
 
 import common
 import dars
-from helpers import at_pixels
+from helpers import at_pixels, head_parameters
 import figure_dars
 
 K = 5
@@ -895,7 +895,7 @@ def test_pspnets_halves_make_the_whole():
     assert torch.equal(network.auxiliary(layer3), auxiliary)
     network.train()
     assert not torch.equal(network(image), network(image))  # dropout
-    heads = sum(p.numel() for p in network.head_parameters())
+    heads = sum(p.numel() for p in head_parameters(network))
     assert heads + sum(p.numel() for p in network.backbone.parameters()) == sum(
         p.numel() for p in network.parameters()
     )
@@ -1006,6 +1006,7 @@ def test_build_network_takes_the_stem_of_the_file(tmp_path, capsys, monkeypatch)
         backbone="resnet50",
         head="plain",
         aspp_branches=4,
+        output_stride=None,
         batch_norm="train",
         input_style=None,
         seed=0,

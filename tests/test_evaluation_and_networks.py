@@ -18,6 +18,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common  # noqa: E402
 import rml  # noqa: E402
+from helpers import head_parameters  # noqa: E402
 
 CPU = torch.device("cpu")
 
@@ -33,6 +34,7 @@ def arguments(**changes):
         backbone="resnet50",
         head="bottleneck",
         aspp_branches=4,
+        output_stride=None,
         batch_norm="frozen",
         weights="none",
         input_style=None,
@@ -351,6 +353,7 @@ def spec(**changes):
             backbone="tiny",
             head="bottleneck",
             aspp_branches=4,
+        output_stride=None,
             batch_norm="frozen",
             style="torchvision",
             classes=10,
@@ -536,20 +539,35 @@ def test_a_new_frozen_batch_norm_is_frozen_before_any_call_of_train_or_eval():
     )
 
 
-def test_every_parameter_is_the_backbones_or_the_heads():
-    network = common.make_network(spec())
-    groups = [id(p) for p in [*network.backbone.parameters(), *network.head_parameters()]]
-    assert sorted(groups) == sorted(id(p) for p in network.parameters())
-    assert len(set(groups)) == len(groups)
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_backbones_and_heads_learn_at_their_rates(optimizer):
+    """Every trained parameter once; frozen batch norm not at all; of an ensemble, and a branch."""
+    ensemble = nn.ModuleList(common.make_network(spec(backbone="tiny")) for _ in range(2))
+    branch = nn.Conv2d(3, 3, 1)
+    branch.bias.requires_grad_(False)
+    ensemble[0].backbone.conv1.requires_grad_(False)
+    args = SimpleNamespace(optimizer=optimizer, weight_decay=0.1, head_lr=10.0)
+    made = common.make_optimizer(args, 0.5, ensemble, branch)
+    backbone, heads = ([id(p) for p in group["params"]] for group in made.param_groups)
+    expected = [p for network in ensemble for p in network.backbone.parameters()]
+    assert backbone == [id(p) for p in expected if p.requires_grad]
+    expected = [p for network in ensemble for p in head_parameters(network)]
+    assert heads == [id(p) for p in [*expected, branch.weight]]
+    assert [group["lr"] for group in made.param_groups] == [0.5, 5.0]
+    for factor in (0.5, 0.1):
+        common.decay_lr(made, factor)
+        assert [group["lr"] for group in made.param_groups] == [0.5 * factor, 5.0 * factor]
+    made = common.make_optimizer(args, 0.5, ensemble, head_lr=2.0)
+    assert [group["lr"] for group in made.param_groups] == [0.5, 1.0]
 
 
 class Seen(nn.Module):
     """A backbone that returns its input."""
 
-    channels, stride = 3, 8
+    widths, stride = [3], 8
 
-    def forward(self, x):
-        return x
+    def layers(self, x):
+        return [x]
 
 
 @pytest.mark.parametrize(
@@ -744,7 +762,7 @@ def test_fewer_branches_and_the_other_head_take_what_they_have(slim, tmp_path, c
         tmp_path / "weights.pth", 21, capsys, head="bottleneck"
     )
     assert (loaded, skipped) == (len(hung_layout()) - 8, 8) and missing == len(
-        list(network.head_parameters())
+        list(head_parameters(network))
     )
 
 
