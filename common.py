@@ -3490,7 +3490,7 @@ def open_val(state, args, path):
 def open_test_folder(state, args, path):
     """The Folder of your own pictures to evaluate a checkpoint on, with the checkpoint's classes.
 
-    They are val_images/, or without it those of images/ that the checkpoint has not learned from."""
+    They are in val_images/, or else those of images/ that the checkpoint has not learned from."""
     root, problems = Path(args.data_root), []
     part = "val_images" if (root / "val_images").is_dir() else "images"
     files = pair_up(root, part, part.replace("images", "masks"), problems)
