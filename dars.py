@@ -545,15 +545,15 @@ def check(args):
     """A UserError for values out of range, and for values that do not fit each other."""
     check_range(args, 1e-12, 1, "alpha")
     check_range(args, 0, 0.99, "beta_min")
-    check_range(args, 0, math.inf, "beta_max", "rounds", "round0_iterations")
+    check_range(args, 0, 4, "beta_max")
+    check_range(args, 0, math.inf, "round0_iterations")
     check_range(args, 1, math.inf, "epochs", "round0_batch_size")
     check_range(args, 1e-12, math.inf, "temperature", "head_lr")
     for name in ("alpha", "beta_min", "beta_max"):
         count = len(getattr(args, name))
-        flag = name.replace("_", "-")
         enough = count == args.rounds or (count > args.rounds and name not in args.given)
-        need(enough, f"--{flag} has {count} values, but there are --rounds {args.rounds}: "
-             "give one for each")
+        need(enough, f"--{name.replace('_', '-')} has {count} values, but there are "
+             f"--rounds {args.rounds}: give one for each")
     need(args.round0_batch_size % world_size() == 0, f"--round0-batch-size "
          f"{args.round0_batch_size} is not divisible by the {world_size()} processes")
 
