@@ -968,6 +968,8 @@ def split(args, data, read=True):
     named = set(labeled + unlabeled)
     unlabeled = unlabeled + [id for id in data.extra if id not in named]
     args.labels = len(labeled)
+    largest = max(64, len(labeled) + len(unlabeled))
+    check_range(args, 1, largest, *(name for name in vars(args) if name.endswith("batch_size")))
     need(unlabeled or args.supervised, f"all {len(labeled)} training pictures are labeled, so no "
          "unlabeled ones are left; use fewer --labels, or --supervised, or add unlabeled ones "
          "(--extra on cityscapes and voc; the folder unlabeled/ of your own pictures)")
@@ -2455,9 +2457,13 @@ def find_row(args, paper):
 def check_shared_arguments(args):
     """Raise a UserError for a value out of range, or arguments that exclude each other."""
     check_range(args, 1, math.inf, "batch_size", "log_every", "eval_every", "save_every")
-    check_range(args, 1, math.inf, "size", "crop")
-    check_range(args, 0, math.inf, "workers", "seed", "iterations", "weight_decay", "base_size")
-    check_range(args, 1e-12, math.inf, "lr", "head_lr", "scale", "scales")
+    check_range(args, 1, 2**16, "size", "crop")
+    check_range(args, 0, 2**16, "base_size")
+    check_range(args, 0, math.inf, "iterations", "weight_decay")
+    check_range(args, 0, 1000, "workers", *({"stages", "rounds"} & vars(args).keys()))
+    check_range(args, 0, 2**32 - 1, "seed", "split_seed")
+    check_range(args, 0.05, 8, "scale", "scales")
+    check_range(args, 1e-12, math.inf, "lr", "head_lr")
     size = " ".join(map(str, args.size or ()))
     need(args.size is None or len(args.size) <= 2,
          f"--size {size}: expected height and width, or the longer side alone")
@@ -2471,16 +2477,38 @@ def check_shared_arguments(args):
 
 
 def check_range(args, low, high, *names):
-    """Raise a UserError for the first of these arguments that lies outside low..high."""
-    if low == 1e-12:
-        bound = "above 0" if high == math.inf else f"above 0 and at most {high}"
-    else:
-        bound = f"{low} or more" if high == math.inf else f"from {low} to {high}"
+    """Raise a UserError for the first of these arguments that lies outside low..high.
+
+    Infinity as high stands for a billion, or for a number with a fraction for 1e30."""
+    begin = "above 0 and at most" if low == 1e-12 else f"from {low} to"
     for name in names:
         values = getattr(args, name)
         for value in values if isinstance(values, (list, tuple)) else [values]:
-            need(value is None or low <= value <= high,
-                 f"--{name.replace('_', '-')} {value}: must be {bound}")
+            top = min(high, 10**9 if isinstance(value, int) else 1e30)
+            need(value is None or low <= value <= top,
+                 f"--{name.replace('_', '-')} {value}: must be {begin} {top}")
+
+
+def check_memory(args, device):
+    """A UserError for sizes that cannot fit into the memory, by the least that a step takes."""
+    if device.type == "cuda":
+        memory = torch.cuda.get_device_properties(device).total_memory
+    elif hasattr(os, "sysconf"):
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    else:
+        return  # Windows
+    size = args.size or args.crop
+    area = size[0] * size[-1]
+    windows = args.base_size**2 or area
+    for names, pixels, of_pixel in (  # bytes for each pixel
+            ("batch_size crop", args.batch_size // world_size() * math.prod(args.crop), 500),
+            ("size scale", area * args.scale[1] ** 2, 20),
+            ("size base_size scales", windows * max(args.scales) ** 2, 200)):
+        given = [(name, getattr(args, name)) for name in names.split()]
+        text = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in given if value)
+        text = re.sub(r"[\[\](),]", "", text)
+        need(pixels * of_pixel < memory, f"{text}: {pixels / 1e6:,.0f} million pixels at once do "
+             f"not fit into a memory of {memory / 2**30:.0f} GB; use smaller numbers")
 
 
 # ---- processes -----------------------------------------------------------------------------------
@@ -2502,6 +2530,7 @@ def setup(args, uneven=False):
         torch.backends.cudnn.benchmark = True
     if "RANK" in os.environ:
         join_processes(device)
+    check_memory(args, device)
     need(uneven or args.batch_size % world_size() == 0, f"--batch-size {args.batch_size} is not "
          f"divisible by the {world_size()} processes")
     return device
@@ -2664,13 +2693,16 @@ def run_main(main):
         return
     except UserError as error:  # a loader process puts its traceback before the message
         message = str(error).rsplit("UserError: ", 1)[-1].strip()
-    except torch.cuda.OutOfMemoryError:
-        message = ("the GPU's memory is full; use a smaller --batch-size or --crop, or "
+    except (torch.cuda.OutOfMemoryError, MemoryError):
+        message = ("the memory is full; use a smaller --batch-size or --crop, or "
                    "--precision bf16")
     except RuntimeError as error:
-        if world_size() == 1 or "closed by peer" not in str(error):
+        if "can't allocate memory" in str(error):
+            message = "the memory is full; use a smaller --batch-size, --crop or --size"
+        elif world_size() > 1 and "closed by peer" in str(error):
+            message = "another process ended first and printed the reason"
+        else:
             raise
-        message = "another process ended first and printed the reason"
     except ValueError as error:
         if "more than 1 value per channel" not in str(error):
             raise
@@ -3481,7 +3513,8 @@ def use_checkpoint(args, device, make=make_network):
         for name in ("size", "crop", "base_size", "flip"):
             if name not in args.given:
                 setattr(args, name, state[name])
-        check_range(args, 0, math.inf, "size", "crop", "base_size")
+        check_shared_arguments(args)
+        check_memory(args, device)
         say(f"checkpoint {path}: {state['method']} on {state['dataset']}, with "
             f"{len(state['classes'].values())} classes, after {state['step']} iterations")
         for name in state["models"] if args.evaluate else [state["headline"]]:
@@ -3654,7 +3687,10 @@ def predict_tiled(network, picture, size, args, device, tile=1024, margin=128, b
     full = np.array([picture.height, picture.width])
     label, confidence = np.zeros((2, *full), np.uint8)
     window = size
-    if math.prod(size) > 2**21 and not args.base_size:  # base_size: predict() walks over windows
+    zoom = max(1, max(args.scales) / 2)
+    # With base_size predict() walks over windows itself.
+    if math.prod(size) * zoom**2 > 2**21 and not args.base_size:
+        tile /= zoom
         window = [math.ceil(side / math.ceil(side / tile)) for side in size]  # tiles of one size
     for box in windows(size, window, window):
         inner = np.reshape(box, (2, 2))  # top, left; bottom, right
