@@ -22,8 +22,8 @@ import json
 import math
 import os
 import pickle
+import platform
 import re
-import resource
 import shutil
 import subprocess
 import sys
@@ -47,6 +47,12 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import nn
 from torchvision.models import efficientnet, resnet, vision_transformer
 from torchvision.transforms import v2
+
+try:
+    import fcntl
+    import resource
+except ImportError:  # on Windows: run folders are not locked, and memory is not measured
+    fcntl = resource = None
 
 IGNORE = 255  # the label of pixels that are neither learned nor counted
 MEAN_COLOR = (124, 116, 104)  # of ImageNet: pads pictures
@@ -72,11 +78,14 @@ def rng(*keys):
 # DATASETS
 # ==================================================================================================
 
-NAME_AND_COLOR = r"(.+?)[\s,]+(?:#([0-9a-fA-F]{6})|(\d{1,3})[\s,]+(\d{1,3})[\s,]+(\d{1,3}))"
+NAME_AND_COLOR = (r"(.+?)[\s,:]+(?:#([0-9a-fA-F]{6})|(\d{1,3})[\s,]+(\d{1,3})[\s,]+(\d{1,3}))"
+                  "(?::.*)?")
 
 
 def name_and_color(line):
-    """("road", (255, 0, 0)) of "road 255 0 0" or "road #ff0000"; without color None."""
+    """("road", (255, 0, 0)) of "road 255 0 0", "road #ff0000" or CVAT's "road:255,0,0::".
+
+    Without a color None."""
     match = re.fullmatch(NAME_AND_COLOR, line)
     if not match:
         return line, None
@@ -134,10 +143,11 @@ class Dataset:
     official: list = field(default_factory=list)  # the labeled ids of vocaug's published list
     extra: list = field(default_factory=list)  # ids of additional pictures, which have no masks
     problems: list = field(default_factory=list)  # what would stop a run on your own pictures
+    mask_colors: dict = field(default_factory=dict)  # {RGB: class id or 255} of masks in colors
 
     mask_modes = ("1", "L", "P", "I", "I;16")  # PIL's names
     follows_exif = False  # are pictures turned as their EXIF orientation says?
-    advice = exif_note = ""  # ends of error messages
+    exif_note = ""  # the end of an error message
 
     def __post_init__(self):
         self.names = list(self.classes)
@@ -157,7 +167,8 @@ class Dataset:
         if full_size:
             return self._read_label(mask, image)
         read = partial(self._read_label, image=image)
-        return self._resized(mask, read, Image.Resampling.NEAREST, f"{len(self.names)} classes")
+        kind = f"{len(self.names)} classes{self.mask_colors or ''}"
+        return self._resized(mask, read, Image.Resampling.NEAREST, kind)
 
     def header(self, path):
         """What a file says before its pixels are read: mode, palette, turned, upright (H, W)."""
@@ -188,6 +199,8 @@ class Dataset:
             height, width = self.header(image).shape
             need(mask.size == (width, height), f"{path}: the mask is {mask.width}x{mask.height}, "
                  f"its picture {image} {width}x{height}{self.exif_note}; make this mask again")
+            if mask.mode.startswith("RGB"):
+                return self._from_colors(np.asarray(mask.convert("RGB")), path)
             raw = np.asarray(mask).astype(np.int32)  # of a palette PNG the indices, not the colors
         label = self.class_of[raw.clip(-1, 65536)]
         if (label < 0).any():
@@ -195,8 +208,32 @@ class Dataset:
             largest = max(self.values.keys() - {IGNORE})
             unknown = ", 255" if IGNORE in self.values else ""
             raise UserError(f"{path}: label values {wrong} are outside the {len(self.names)} "
-                            f"classes of {self.name} (0-{largest}{unknown}){self.advice}")
+                            f"classes of {self.name} (0-{largest}{unknown}){self._advice(raw)}")
         return label.astype(np.uint8)
+
+    def _from_colors(self, picture, path):
+        """The label (H, W) uint8 of a mask in the colors of the classes, (H, W, 3) uint8."""
+        need(self.mask_colors, f"{path}: an RGB picture, but no colors of classes are known; write "
+             "the color of each class after its name in classes.txt (road 128 64 128), or copy "
+             "CVAT's labelmap.txt to where classes.txt belongs, or save class ids")
+        red, green, blue = picture.astype(np.int32).transpose(2, 0, 1)
+        code = red << 16 | green << 8 | blue
+        label = np.full(code.shape, -1, np.int16)
+        for color, k in self.mask_colors.items():
+            label[code == int.from_bytes(color, "big")] = k
+        unknown, counts = np.unique(code[label < 0], return_counts=True)
+        if len(unknown):
+            most = counts.argmax()
+            color = " ".join(map(str, int(unknown[most]).to_bytes(3, "big")))
+            raise UserError(f"{path}: {100 * counts[most] / code.size:.2f} % of its pixels have "
+                            f"the color {color}, which no class (or more than one) has in the list "
+                            f"of classes ({len(unknown)} such colors in all); add it there, for "
+                            f"unknown pixels as __ignore__ {color}")
+        return label.astype(np.uint8)
+
+    def _advice(self, raw):
+        """The end of the error message about a mask whose values are no class ids."""
+        return ""
 
     def _resized(self, path, read, resampling, kind="picture"):
         """read(path) at self.size. A shrunk picture is kept as a PNG, until its file changes."""
@@ -251,10 +288,20 @@ def in_threads(function, items):
         yield from pool.map(function, items)
 
 
+# What systems and notebooks leave in folders: hidden files, ._a.jpg, .ipynb_checkpoints/, ..
+LITTER = re.compile(r"\..*|@eaDir|__MACOSX|Thumbs\.db|desktop\.ini", re.I)
+
+
+def found_in(folder, pattern="*"):
+    """The sorted paths in a folder that match the pattern, without LITTER. It need not exist."""
+    paths = sorted(folder.glob(pattern))
+    return [path for path in paths
+            if not any(map(LITTER.fullmatch, path.relative_to(folder).parts))]
+
+
 def files_by_stem(folder, suffixes=SUFFIXES):
     """{file stem: path} of the files in a folder, which need not exist, with these suffixes."""
-    paths = sorted(folder.iterdir()) if folder.is_dir() else []
-    return {path.stem: path for path in paths if path.suffix.lower() in suffixes}
+    return {path.stem: path for path in found_in(folder) if path.suffix.lower() in suffixes}
 
 
 def read_lines(path, advice):
@@ -499,9 +546,10 @@ LAYOUTS = {  # what --data-root must hold, and where it comes from
                "http://host.robots.ox.ac.uk/pascal/VOC/voc2010/; masks and lists: MMSegmentation's "
                "tools/dataset_converters/pascal_context.py makes them of trainval_merged.json, as "
                "PNGs of class ids 0..59 (.mat masks of 459 classes are not read)",
-    "folder": "images/ and masks/ (index PNGs of the same names, 255 is unknown), unlabeled/ "
-              "(pictures without masks), and optionally val_images/, val_masks/ and classes.txt (a "
-              "name on each line, with a color after it if you like: 255 0 0 or #ff0000)",
+    "folder": "images/ and masks/ (PNGs of the same names, of class ids, where 255 is unknown, or "
+              "of the colors in classes.txt), unlabeled/ (pictures without masks), and optionally "
+              "val_images/, val_masks/ and classes.txt (a name on each line, with a color after it "
+              "if you like: 255 0 0 or #ff0000) or CVAT's labelmap.txt",
 }
 LAYOUTS["vocaug"] = LAYOUTS["voc"]
 
@@ -659,7 +707,7 @@ def read_cityscapes(root, part, *whole):
     """{CITY/CITY_000000_000000: (image path, mask path or None)} of a part, sorted by path."""
     folder = root / "leftImg8bit" / part
     files = {}
-    for path in sorted(folder.glob("*/*_leftImg8bit.png")):
+    for path in found_in(folder, "*/*_leftImg8bit.png"):
         id = f"{path.parent.name}/{path.name.removesuffix('_leftImg8bit.png')}"
         masks = [root / f"gtFine/{part}/{id}_gtFine_{kind}.png" for kind in CITYSCAPES_MASKS]
         files[id] = path, next(filter(Path.exists, masks), None)
@@ -674,10 +722,24 @@ def read_cityscapes(root, part, *whole):
 class Folder(Dataset):
     """Your own pictures, of any format and size."""
 
-    mask_modes = ("1", "L", "P")
+    mask_modes = ("1", "L", "P", "RGB", "RGBA")
     follows_exif = True
     exif_note = " (turned, as its EXIF orientation says)"
-    advice = "; name more classes in classes.txt, or save unknown pixels as 255"
+
+    def _advice(self, raw):
+        if was_jpeg(raw):
+            return ("; this mask was a JPEG, which blurs class ids: export it again as PNG, or for "
+                    "two classes save (mask > 127) as 0 and 1")
+        if (raw[raw < IGNORE] > len(self.names) + 10).any():
+            return ("; gray values are no class ids: save the classes as 0, 1, 2, .., and unknown "
+                    "pixels as 255")
+        return "; name more classes in classes.txt, or save unknown pixels as 255"
+
+
+def was_jpeg(mask):
+    """Does a mask hold values beside 255, as a JPEG of black and white does?"""
+    seen = np.bincount(np.ravel(mask), minlength=256)[200:256] > 0
+    return bool((seen[1:] & seen[:-1]).any())
 
 
 def open_folder(root, size, cache):
@@ -700,15 +762,22 @@ def open_folder(root, size, cache):
         val = {id: labeled.pop(id) for id in sorted(held_out)}
         names = ", ".join(Path(id).name for id in list(val)[:4])
         say(f"val       {len(val)} of the {total} labeled pictures, held out by name, as {names}")
-    path = root / "classes.txt"
-    classes = read_classes(path, problems) if path.exists() else {}
+    classes, colors, path = read_class_list(root, problems)
     if not classes:
         classes = number_classes([mask for _, mask in (labeled | val).values()], problems)
         say(f"classes   {len(classes)}, numbered from the masks; {path} can name them, one on "
             "each line, from class id 0 on")
     extra = {f"unlabeled/{stem}": (path, None) for stem, path in unlabeled.items()}
     return Folder("folder", classes, list(labeled), list(val), labeled | val | extra,
-                  class_ids(len(classes)), size, cache, [], list(extra), problems)
+                  class_ids(len(classes)), size, cache, [], list(extra), problems, colors)
+
+
+def file_mark(path):
+    """What tells a picture file from all others, in any folder: its length, and how it ends."""
+    with open(path, "rb") as file:
+        length = file.seek(0, os.SEEK_END)
+        file.seek(max(0, length - 4096))
+        return f"{length}/{hashlib.blake2b(file.read(), digest_size=8).hexdigest()}"
 
 
 def pair_up(root, image_folder, mask_folder, problems):
@@ -722,7 +791,11 @@ def pair_up(root, image_folder, mask_folder, problems):
             lonely.remove(similar)
             advice = f"rename {masks[similar]}, if that is its mask"
         problems.append(f"{images[stem]}: has no mask {root / mask_folder / stem}.png; {advice}")
-    for stem in lonely:
+    regions = [stem for stem in lonely if re.match(r"task-\d+-annotation-\d+-by-", stem)]
+    if regions:
+        problems.append(f"{masks[regions[0]]}: one of {len(regions)} masks that Label Studio wrote "
+                        "for each region; README, Your own pictures, says how to join them")
+    for stem in (stem for stem in lonely if stem not in regions):
         problems.append(f"{masks[stem]}: a mask without a picture {root / image_folder / stem}.jpg "
                         "or .png; copy (or convert) its picture, or remove it")
     for path in masks.values():
@@ -735,7 +808,7 @@ def pair_up(root, image_folder, mask_folder, problems):
 def pictures_in(folder, problems):
     """{file stem: path} of the pictures in a folder, which need not exist. Problems are added."""
     found, others = {}, []
-    for path in sorted(folder.glob("[!.]*")):
+    for path in found_in(folder):
         if path.is_dir():
             problems.append(f"{path}: pictures in a sub-folder are not read; move them to {folder}")
         elif path.suffix.lower() not in SUFFIXES:
@@ -754,9 +827,16 @@ def warn_of_others(folder, names):
              ".jpg and .jpeg are (convert other pictures, as HEIC, to JPEG)")
 
 
-def read_classes(path, problems):
-    """{name: color} of classes.txt, by name_and_color(); # begins a comment. Problems are added."""
-    classes, lines = {}, []
+def read_class_list(root, problems):
+    """{name: color} of classes.txt or CVAT's labelmap.txt, {RGB: class id or 255}, and its path.
+
+    A line is read by name_and_color(); # begins a comment. Problems are added."""
+    classes, colors, lines = {}, {}, []
+    path = root / "classes.txt"
+    if not path.exists() and (root / "labelmap.txt").exists():
+        path = root / "labelmap.txt"
+    if not path.exists():
+        return classes, colors, path
     with collected(problems):
         lines = read_lines(path, "write one name on each line, and save it as UTF-8")
     for line in map(str.strip, lines):
@@ -769,20 +849,24 @@ def read_classes(path, problems):
         if color and max(color) > 255:
             problems.append(f"{path}: {line!r}: a color is three numbers up to 255; change it")
             color = None
-        classes[name] = color or distinct_color(len(classes))
+        ignore = name == "__ignore__"  # labelme's and our word for unknown pixels: no class
+        if color:
+            colors[color] = -1 if color in colors else IGNORE if ignore else len(classes)
+        if not ignore:
+            classes[name] = color or distinct_color(len(classes))
     if len(classes) > 1 and all(re.match(r"\d+[\s:,.)]", name) for name in classes):
         problems.append(f"{path}: the lines begin with numbers; write only names, class 0 first")
     if not 0 < len(classes) <= IGNORE:
         problems.append(f"{path}: names {len(classes)} classes; write 1 to {IGNORE}, one name on "
                         "each line, or remove this file: then the masks number them")
-    return classes
+    return classes, colors, path
 
 
 def number_classes(masks, problems):
     """{name: color} of the classes in the masks, from 0 on, up to a gap of more than ten ids."""
     def read(path):
         with contextlib.suppress(UserError), open_picture(path) as mask:
-            if mask.mode in Folder.mask_modes:
+            if mask.mode in ("1", "L", "P") and not was_jpeg(mask):
                 return np.unique(np.asarray(mask, np.uint8))
         return []  # an unreadable mask is named later
 
@@ -999,11 +1083,22 @@ def read_pictures(data, parts):
     for part in parts:
         rows = [p.pixels for p in pictures if p.part == part and p.pixels is not None]
         pixels[part] = np.array(rows, np.int64).reshape(-1, 256)
-    labels = np.flatnonzero(pixels["labeled"].sum(0) + pixels["val"].sum(0))
-    if data.name == "folder" and labels.tolist() == [0, IGNORE]:
-        folder = Path(data.files[data.train[0]][1]).parent
-        problems.append(f"{folder}: the masks hold only 0 and 255 (unknown); save objects as 1, 2")
     return pictures, pixels, problems
+
+
+def what_masks_lack(data, labeled, val):
+    """Problems of all masks of your own pictures, from (256,) counts of their pixels by part."""
+    folder = Path(data.files[[*data.train, *data.val][0]][1]).parent
+    if np.flatnonzero(labeled + val).tolist() == [0, IGNORE]:
+        yield f"{folder}: the masks hold only 0 and 255 (unknown); save objects as 1, 2, .."
+    elif (labeled[:IGNORE] > 0).sum() < 2:
+        known = " ".join(data.names[k] for k in labeled[:IGNORE].nonzero()[0]) or "255 (unknown)"
+        yield (f"{folder}: the masks of the labeled pictures hold only {known}, so there is "
+               "nothing to tell apart; label pixels of another class too")
+    if not val[:IGNORE].any():
+        folder = Path(data.files[data.val[0]][1]).parent
+        yield (f"{folder}: the masks of the val pictures hold only 255 (unknown), so there is "
+               "nothing to evaluate on; label some of their pixels")
 
 
 def check_before_training(data, labeled, unlabeled):
@@ -1016,7 +1111,12 @@ def check_before_training(data, labeled, unlabeled):
         corrupt = [id for id in data.extra if "troisdorf_000000_000073" in id]  # in the archive
         parts = {"labeled": missing + labeled[:8], "val": data.val[:2]}
         parts["unlabeled"] = unlabeled[:2] + corrupt
-    raise_first(read_pictures(data, parts)[2])
+    _, pixels, problems = read_pictures(data, parts)
+    raise_first(problems)
+    if data.name == "folder":
+        counts = torch.from_numpy(np.stack([pixels["labeled"].sum(0), pixels["val"].sum(0)]))
+        counts = all_reduce(counts.to("cuda" if torch.cuda.is_available() else "cpu"))
+        raise_first([*what_masks_lack(data, *counts.cpu().numpy())])
 
 
 def check_data(args):
@@ -1033,6 +1133,8 @@ def check_data(args):
     pictures, pixels, more_problems = read_pictures(data, parts)
     print_contents(data, parts, pictures, pixels)
     problems = list(dict.fromkeys(problems + more_problems))
+    if data.name == "folder" and not problems:
+        problems += what_masks_lack(data, *(pixels[part].sum(0) for part in ("labeled", "val")))
     for title, texts in (("deserves a check", notes_on_all(data, pictures, pixels)),
                          ("would stop a run", problems)):
         if texts:
@@ -1902,11 +2004,13 @@ def make_network(spec):
     return DeepLabV2(backbone, classes, spec["head"], rates[: spec["aspp_branches"]], **options)
 
 
-def build_network(args, data, device, member=0, make=make_network, **more):
+def build_network(args, data, device, member=0, make=make_network, aux=False, **more):
     """The network of the arguments, with its weights, on the device; .spec is its description.
 
     member (0, 1, ..): each network of an ensemble has another initialization.
     make(description), more: a script's network, and what its description needs beside.
+    aux: does the script train an auxiliary head, where there is one? Else the head stays as it is,
+    since DistributedDataParallel wants a gradient for everything that is trained.
     A UserError if network and backbone, or backbone and weights, do not fit."""
     transformer = args.network in TRANSFORMERS
     names = VITS if transformer else BACKBONES
@@ -1929,6 +2033,8 @@ def build_network(args, data, device, member=0, make=make_network, **more):
     with torch.random.fork_rng(devices=[]):
         seed_torch(args.seed, "network", member)
         network = make(spec)
+    if isinstance(network, PSPNet):
+        network.auxiliary.requires_grad_(aux)
     if args.batch_norm == "sync" and world_size() > 1 and device.type == "cuda":
         network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
     network.spec = spec
@@ -1961,9 +2067,10 @@ def read_weights(args):
         need(path.is_file(), f"--weights {args.weights}: no such file; "
                              "expected imagenet, coco, none, or the path of a checkpoint")
     state = load_torch(path)
-    if {"models", "networks", "headline"} <= state.keys():  # a last.pt of this project
-        name = state["headline"]
-        return state["models"][name], state["networks"][name]["style"], path
+    if {"models", "networks"} & state.keys():  # a last.pt of this project
+        with complete(path):
+            name = state["headline"]
+            return dict(state["models"][name]), state["networks"][name]["style"], path
     for key in ("state_dict", "model", "model_state"):
         if isinstance(state.get(key), dict):
             state = state[key]
@@ -2007,16 +2114,42 @@ def download_weights(name, backbone):
     return path
 
 
-def load_torch(path):
+# Saves the tensors of a checkpoint, or of a whole network, in a new file.
+SAVE_AGAIN = """python -c "import torch; x = torch.load({path!r}, map_location='cpu', \
+weights_only=False); x = x.get('state_dict', x.get('model', x)) if isinstance(x, dict) else x; \
+x = x.state_dict() if hasattr(x, 'state_dict') else x; \
+torch.save({{k: v for k, v in x.items() if torch.is_tensor(v)}}, 'weights.pth')\""""
+
+
+def load_torch(path, advice="download or copy it again"):
     """The dict in a file of tensors and plain values. A UserError names any other file."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # it raises ten kinds of them, as a truncated file happens to end
+        code = re.search(r"GLOBAL ([\w.]+)|(TorchScript) archive", str(error))
+        need(not code, f"{path}: holds {code and (code[1] or code[2])}, not only tensors, and "
+             "loading that could run any code; if you trust the file, save its weights again: "
+             + SAVE_AGAIN.format(path=str(path)))
+        need("safetensors" not in str(error), f"{path}: safetensors are not read; save them again: "
+             "torch.save(safetensors.torch.load_file(PATH), 'weights.pth')")
         raise UserError(f"{path}: not a checkpoint, or a truncated one ({type(error).__name__}); "
-                        "download or copy it again") from None
+                        f"{advice}") from None
     need(isinstance(state, dict),
          f"{path}: holds a {type(state).__name__}, not a dict of weights")
     return state
+
+
+@contextlib.contextmanager
+def complete(path, advice="take another file"):
+    """A UserError in place of the error of a last.pt that lacks something or is of other things."""
+    try:
+        yield
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        reason = str(error).split("\n")[-1].strip()[:200]
+        raise UserError(f"{path}: is incomplete, or a checkpoint of something else "
+                        f"({type(error).__name__}: {reason}); {advice}") from None
 
 
 # Beginnings of names in a file, and ours: the stem of MMSegmentation's ResNetV1c, Hung's ASPP; and
@@ -2024,6 +2157,8 @@ def load_torch(path):
 RENAMES = {"stem.7.": "bn1.", "stem.": "conv1.", "layer5.conv2d_list.": "branches."}
 SEMSEG = {"conv1.": "conv1.0.", "bn1.": "conv1.1.", "conv2.": "conv1.3.", "bn2.": "conv1.4.",
           "conv3.": "conv1.6.", "bn3.": "bn1."}
+PREFIXES = re.compile(  # encoder. also begins names of a ViT
+    r"^((backbone|model|module|_orig_mod|encoder(?!\.(layers|ln|pos_embedding)))\.)+")
 BACKBONE = re.compile(r"(conv1|bn1|layer[1-4]\.\d+|conv_proj|encoder)\.|class_token$")
 
 
@@ -2036,8 +2171,8 @@ def convert_weights(state):
     torchvision ViT conv_proj.weight, encoder.pos_embedding, heads.*              torchvision
     Hung            the same names, layer5.conv2d_list.0.weight                   caffe-rgb
     EfficientNet    _conv_stem.weight, then all tensors in torchvision's order    efficientnet
-    The prefix module. (DataParallel) is dropped from any."""
-    state = {re.sub(r"^(module\.)+", "", str(key)): value for key, value in state.items()
+    PREFIXES, as a whole segmentation network or DataParallel puts them, are dropped from any."""
+    state = {PREFIXES.sub("", str(key)): value for key, value in state.items()
              if torch.is_tensor(value)}
     if "_conv_stem.weight" in state:
         with torch.device("meta"):
@@ -2321,6 +2456,7 @@ def setup(args, uneven=False):
     """Join the process group if torchrun started this process; return the device.
 
     uneven: a batch may be divided unevenly among processes; otherwise that is a UserError."""
+    check_environment()
     cuda = torch.cuda.is_available()
     need(cuda or args.precision != "fp16", "--precision fp16 needs a GPU; use fp32 or bf16")
     device = torch.device("cpu")
@@ -2338,13 +2474,37 @@ def setup(args, uneven=False):
     return device
 
 
+def check_environment():
+    """A UserError if variables of torchrun are missing, or Slurm starts processes without them."""
+    variables = {name: os.environ.get(name) for name in (
+        "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")}
+    rank, size, *_ = variables.values()
+    if rank is None and size is None:
+        tasks = os.environ.get("SLURM_NTASKS", "1")
+        need(tasks == "1", f"Slurm starts {tasks} tasks (SLURM_NTASKS), and each would train "
+             "alone; use `srun --ntasks=1 torchrun --nproc_per_node=4 SCRIPT.py ..` for four "
+             "processes, or `srun --ntasks=1 python SCRIPT.py ..` for one")
+        return
+    lacking = [name for name, value in variables.items() if not value]
+    need(not lacking, f"the environment has not all variables of torchrun: {lacking[:1]} is not "
+         "set; start the processes with torchrun, or unset RANK and WORLD_SIZE for one process")
+    need(rank.isdecimal() and size.isdecimal() and int(rank) < int(size), f"RANK={rank} with "
+         f"WORLD_SIZE={size}: expected a number from 0 to WORLD_SIZE - 1; start the processes with "
+         "torchrun")
+
+
 def join_processes(device):
     """Join the process group that torchrun describes in the environment.
 
     torchrun keeps its store over restarts, with the addresses of processes that are gone. On one
     machine each start uses a prefix of its own. Several machines count restarts each for itself:
     there TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 helps, see README."""
-    store, number, total = next(dist.rendezvous("env://"))
+    try:
+        store, number, total = next(dist.rendezvous("env://", timeout=timedelta(minutes=10)))
+    except (ValueError, RuntimeError) as error:
+        host, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+        raise UserError(f"MASTER_ADDR={host} MASTER_PORT={port}: the processes cannot meet there "
+                        f"({str(error).splitlines()[0]}); choose another address") from None
     if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
         start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         store = dist.PrefixStore(f"start {start}", store)
@@ -2522,6 +2682,25 @@ def write_file(path, write):
                         "on") from None
 
 
+def lock(folder):
+    """FOLDER/lock, open and locked until this process ends. A UserError names who has the lock.
+
+    The lock of a process that was killed, here or on another machine, is free again."""
+    file = open(folder / "lock", "a+")
+    try:
+        if fcntl:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        file.seek(0)
+        raise UserError(f"{folder}: {file.read()} writes into this folder; wait until it ends, or "
+                        "choose another --out") from None
+    except OSError:  # a file system without locks
+        pass
+    file.truncate(0)
+    print(f"process {os.getpid()} on {platform.node()}", end="", file=file, flush=True)
+    return file
+
+
 def git_commit():
     """The commit of these scripts, or None without git or outside of a checkout."""
     command = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty", "--abbrev=40"]
@@ -2580,6 +2759,8 @@ class Run:
         aside = HARMLESS | {"changed", "given"}
         fixed |= {name: value for name, value in vars(args).items() if name not in aside}
         self.fixed = json.loads(json.dumps(fixed))  # what must be the same when the run goes on
+        learned = [*labeled, *unlabeled] if data.name == "folder" else []
+        self.learned = [file_mark(data.files[id][0]) for id in learned]  # for --evaluate
         self.identity = hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()
         if restarted() and (self.folder / "result.json").exists():
             say(f"run       {self.folder} was finished before torchrun started this process again")
@@ -2593,11 +2774,17 @@ class Run:
         barrier()
 
         path = self.folder / "last.pt"
-        self.state = load_torch(path) if path.exists() else None
+        self.advice = "choose another --out, or --overwrite to begin anew"
+        self.state = load_torch(path, self.advice) if path.exists() else None
         if self.state:
-            self.seconds = self.state["seconds"]
-            self.peak = self.state["peak_memory_mb"]
-            self.steps = self.state["step"]
+            with complete(path, self.advice):
+                need(self.state["method"] == method, f"{path}: is of {self.state['method']}, not "
+                     f"of {method}; {self.advice}")
+                self.seconds = float(self.state["seconds"])
+                self.peak = float(self.state["peak_memory_mb"])
+                self.steps = int(self.state["step"])
+                need(int(self.state["stage"]) in stages, f"{path}: is of another run; "
+                     f"{self.advice}")
         self._check_that_all_processes_see_the_folder()
         self._trim_log()
         self.started = time.time()
@@ -2618,6 +2805,8 @@ class Run:
     def _prepare_folder(self):
         folder = self.folder
         try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self.lock = lock(folder)
             for name in [*self.FILES, *self.LABELS, "pictures"]:  # a killed process left them
                 for path in [*folder.glob(f"{name}.*.tmp"), *folder.glob(f"{name}/**/*.tmp")]:
                     path.unlink()
@@ -2632,7 +2821,6 @@ class Run:
                     shutil.rmtree(folder / name, ignore_errors=True)
             elif (folder / "args.json").exists():
                 self._compare_arguments()
-            folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"{folder}: cannot be written ({error.strerror}); choose another "
                             "--out") from None
@@ -2689,13 +2877,14 @@ class Run:
             return 0
         state = self.state
         self.state = None
-        for name, thing in keep.items():
-            value = state["models"][name] if hasattr(thing, "spec") else state[name]
-            if isinstance(thing, dict):
-                thing.update(value)
-            else:
-                thing.load_state_dict(value)
-        self.done = state["iteration"]
+        with complete(self.folder / "last.pt", self.advice):
+            for name, thing in keep.items():
+                value = state["models"][name] if hasattr(thing, "spec") else state[name]
+                if isinstance(thing, dict):
+                    thing.update(value)
+                else:
+                    thing.load_state_dict(value)
+            self.done = int(state["iteration"])
         return self.done
 
     def save(self, iteration, keep):
@@ -2706,17 +2895,14 @@ class Run:
     def _write_checkpoint(self, iteration, keep):
         began = time.time()
         self._check_losses()
-        if self.device.type == "cuda":
-            peak = torch.cuda.max_memory_allocated() / 2 ** 20
-        else:
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        self.peak = max(self.peak, peak)
+        self.peak = max(self.peak, peak_memory(self.device))
         if not is_main():
             return
         networks = {name: thing for name, thing in keep.items() if hasattr(thing, "spec")}
         self._check_weights(networks.values())
         state = {"method": self.method, "headline": self.headline, "dataset": self.data.name,
                  "stage": self.stage, "iteration": iteration, "step": self.steps,
+                 "learned": self.learned,
                  "seconds": self.elapsed(), "peak_memory_mb": self.peak,
                  "classes": dict(zip(self.data.names, self.data.colors.tolist())),
                  "models": {name: network.state_dict() for name, network in networks.items()},
@@ -3024,7 +3210,7 @@ class Run:
                   "headline": self.headline,
                   "per_class": dict(zip(self.data.names, iou(tables[self.headline]).tolist())),
                   "paper": paper, "iterations": self.steps, "seconds": round(self.elapsed(), 1),
-                  "peak_memory_mb": round(self.peak), "device": device_name(self.device),
+                  "peak_memory_mb": round(self.peak) or None, "device": device_name(self.device),
                   "processes": world_size(), "torch": torch.__version__, "commit": git_commit()}
         if is_main():
             self.write_json("result.json", result | extra)
@@ -3033,7 +3219,7 @@ class Run:
             report(tables, self.headline, self.data, args, paper)
             folder = self.folder
             print(f"\n{self.steps} iterations in {duration(result['seconds'])} on "
-                  f"{result['device']}, peak memory {result['peak_memory_mb']} MB\n"
+                  f"{result['device']}, peak memory {result['peak_memory_mb'] or '?'} MB\n"
                   f"numbers {folder}/result.json   log {folder}/log.jsonl   "
                   f"pictures {folder}/pictures/   weights {folder}/last.pt")
         barrier()
@@ -3084,16 +3270,18 @@ def loss_terms(record):
 
 def report(tables, headline, data, args, paper=None):
     """Print the IoU of each class and the mIoU of each network."""
-    width = max(map(len, data.names)) + 2
+    pixels = tables[headline].sum(1).tolist()  # of each class in the labels of val
+    names = [name if count else f"{name} *" for name, count in zip(data.names, pixels)]
+    width = max(map(len, names)) + 2
     ious = [iou(table).tolist() for table in tables.values()]
     print(f"\nIoU in percent on {len(data.val)} val pictures of {data.name}")
     print(" " * width + "".join(f"{name:>13}" for name in tables))
-    for name, *values in zip(data.names, *ious):
+    for name, *values in zip(names, *ious):
         print(f"{name:{width}}" + "".join(f"{value:13.1f}" for value in values))
     print(f"{'mIoU':{width}}" + "".join(f"{mean_iou(x):13.2f}" for x in tables.values()))
-    absent = [name for name, value in zip(data.names, iou(tables[headline])) if value.isnan()]
-    if absent:
-        print("nan: in no label and no prediction, so left out of the mean: " + ", ".join(absent))
+    if not all(pixels):
+        print("*: in no label of val; a single pixel predicted as it makes its IoU 0, which counts "
+              "in the mean, and without one it is nan, which does not")
     words = [headline, "last iteration"]
     if args.scales != [1.]:
         words.append("scales " + " ".join(f"{scale:g}" for scale in args.scales))
@@ -3118,6 +3306,16 @@ def duration(seconds):
     minutes, seconds = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+def peak_memory(device):
+    """The most memory in MB that this process has had, of a GPU if it uses one. 0 on Windows."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2 ** 20
+    if resource is None:
+        return 0.
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2 ** (20 if sys.platform == "darwin" else 10)  # bytes on macOS, else KB
 
 
 def device_name(device):
@@ -3244,23 +3442,23 @@ def use_checkpoint(args, device, make=make_network):
     need({"models", "networks"} <= state.keys(),
          f"--checkpoint {path}: is not a checkpoint of these scripts; "
          "pretrained weights go to --weights")
-    for name in ("size", "crop", "base_size", "flip"):
-        if name not in args.given:
-            setattr(args, name, state[name])
-    say(f"checkpoint {path}: {state['method']} on {state['dataset']}, "
-        f"after {state['step']} iterations")
     networks = {}
-    for name in state["models"] if args.evaluate else [state["headline"]]:
-        networks[name] = make(state["networks"][name]).to(device).eval()
-        try:
+    with complete(path):
+        for name in ("size", "crop", "base_size", "flip"):
+            if name not in args.given:
+                setattr(args, name, state[name])
+        check_range(args, 0, math.inf, "size", "crop", "base_size")
+        say(f"checkpoint {path}: {state['method']} on {state['dataset']}, with "
+            f"{len(state['classes'].values())} classes, after {state['step']} iterations")
+        for name in state["models"] if args.evaluate else [state["headline"]]:
+            networks[name] = make(state["networks"][name]).to(device).eval()
             networks[name].load_state_dict(state["models"][name])
-        except RuntimeError as error:
-            reason = str(error).splitlines()[-1].strip()
-            raise UserError(f"--checkpoint {path}: does not fit its own description "
-                            f"({reason})") from None
+        need(state["headline"] in networks, f"{path}: lacks {state['headline']}; take another file")
     if args.evaluate:
         data = open_val(state, args, path)
         tables = evaluate(networks, data, args, device)
+        need(tables[state["headline"]].any(), f"{args.data_root}: the masks of the val pictures "
+             "hold only 255 (unknown); label some of their pixels")
         if is_main():
             report(tables, state["headline"], data, args)
     elif is_main():
@@ -3275,19 +3473,44 @@ def use_checkpoint(args, device, make=make_network):
 def open_val(state, args, path):
     """The dataset to evaluate a checkpoint on. A UserError if its classes are others."""
     trained = state["dataset"]
+    if args.dataset == "streets" and args.data_root:
+        args.dataset = trained
     need(args.dataset != "streets" or trained == "streets",
          f"--checkpoint {path}: was trained on {trained}; "
          f"add --dataset {trained} --data-root DIR")
+    if args.dataset == "folder" and args.data_root:
+        return open_test_folder(state, args, path)
     data = open_dataset(args)
-    if list(state["classes"]) == data.names:
-        return data
-    if trained == data.name:
-        raise UserError(f"--checkpoint {path}: was trained on the classes "
-                        f"{', '.join(state['classes'])}, {args.data_root} has "
-                        f"{', '.join(data.names)}; use the same classes.txt")
-    raise UserError(f"--checkpoint {path}: was trained on {trained} with {len(state['classes'])} "
-                    f"classes, --dataset {args.dataset} has {len(data.names)}; "
-                    f"evaluate it with --dataset {trained}")
+    need(list(state["classes"]) == data.names, f"--checkpoint {path}: was trained on {trained} "
+         f"with {len(state['classes'])} classes, --dataset {args.dataset} has {len(data.names)}; "
+         f"evaluate it with --dataset {trained}")
+    return data
+
+
+def open_test_folder(state, args, path):
+    """The Folder of your own pictures to evaluate a checkpoint on, with the checkpoint's classes.
+
+    They are in val_images/, or else those of images/ that the checkpoint has not learned from."""
+    root, problems = Path(args.data_root), []
+    part = "val_images" if (root / "val_images").is_dir() else "images"
+    files = pair_up(root, part, part.replace("images", "masks"), problems)
+    names, colors, _ = read_class_list(root, problems)
+    raise_first(problems)
+    total = len(files)
+    if part == "images":
+        learned = set(state.get("learned", []))
+        files = {id: pair for id, pair in files.items() if file_mark(pair[0]) not in learned}
+    left_out = total - len(files)
+    need(files, f"{root}: no picture with a mask to evaluate on in {part}/ ({left_out} that the "
+         f"checkpoint learned from do not count); it must hold {LAYOUTS['folder']}")
+    classes = {name: tuple(color) for name, color in state["classes"].items()}
+    need(not names or list(names) == list(classes), f"--checkpoint {path}: was trained on the "
+         f"classes {', '.join(classes)}, {root} has {', '.join(names)}; use the same classes.txt")
+    say(f"val       {len(files)} pictures of {root / part}"
+        + (f", without {left_out} that the checkpoint learned from" if left_out else ""))
+    colors = colors or {color: k for k, color in enumerate(classes.values())}
+    return Folder("folder", classes, [], list(files), files, class_ids(len(classes)), args.size,
+                  Path(args.cache, "folder"), mask_colors=colors)
 
 
 def predict_pictures(network, state, args, device):
@@ -3346,10 +3569,9 @@ def plan_predictions(source, out, dataset):
     need(source.exists(), f"--predict {source}: no such picture or folder")
     paths = [source]
     if source.is_dir():
-        files = sorted(path for path in source.rglob("*") if path.is_file())
-        paths = [path for path in files if path.suffix.lower() in (".png", ".jpg", ".jpeg")]
-        others = {path.name for path in set(files) - set(paths)}
-        warn_of_others(source, sorted(name for name in others if not name.startswith(".")))
+        files = [path for path in found_in(source, "**/*") if not path.is_dir()]
+        paths = [path for path in files if path.suffix.lower() in SUFFIXES]
+        warn_of_others(source, sorted({path.name for path in set(files) - set(paths)}))
     need(paths, f"--predict {source}: no .png, .jpg or .jpeg in this folder")
     need(out.resolve() not in {path.parent.resolve() for path in paths},
          f"--out {out}: is the folder of the pictures themselves, which would be overwritten; "
@@ -3421,7 +3643,7 @@ def predict_tiled(network, picture, size, args, device, tile=1024, margin=128, b
 def draw_prediction(picture, label, confidence, colors, label_ids):
     """PIL pictures: the class ids (or Cityscapes' label ids), color, overlay and confidence."""
     color = Image.fromarray(colorize(label, colors))
-    palette = colors
+    palette = colorize(np.arange(256), colors)  # with fewer entries PIL writes fewer than 8 bits
     if label_ids:
         label = np.array(CITYSCAPES_IDS, np.uint8)[label]
         palette = np.zeros((256, 3), np.uint8)

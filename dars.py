@@ -595,7 +595,7 @@ def main():
     for number, iterations, alpha, (low, high) in rounds:
         common.say(f"round {number}   {iterations} iterations, alpha {alpha}, "
                    f"scale {low:.2f} to {high:.2f}")
-    student = common.build_network(args, data, device)
+    student = common.build_network(args, data, device, aux=True)
     teacher = copy.deepcopy(student).requires_grad_(False).eval()
     method = "dars-supervised" if args.supervised else "dars"
     stages = {number: iterations for number, iterations, *_ in rounds}

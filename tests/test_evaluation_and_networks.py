@@ -851,7 +851,7 @@ def bad_file(path, kind):
     elif kind == "empty":
         path.write_bytes(b"")
     elif kind == "an unknown layout":
-        torch.save({"encoder.stem.weight": torch.zeros(3), "decoder.bias": torch.zeros(3)}, path)
+        torch.save({"blocks.0.weight": torch.zeros(3), "decoder.bias": torch.zeros(3)}, path)
     elif kind == "MS-DeepLab's layout":
         torch.save(with_prefix("Scale.", hung_layout()), path)
     elif kind == "kazuto1011's layout":
@@ -902,7 +902,7 @@ def test_a_bad_weights_file_is_named(kind, slim, tmp_path):
     if "backbone" in kind:
         assert "--backbone resnet50" in str(error.value)
     if kind == "an unknown layout":
-        assert "encoder.stem.weight" in str(error.value)
+        assert "blocks.0.weight" in str(error.value)
 
 
 @pytest.mark.parametrize("zipped", [True, False])

@@ -1,0 +1,345 @@
+"""What people do to a run: processes, folders, sizes and streams that nobody planned for."""
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from PIL import Image
+
+import common
+import dars
+import guidedmix
+import mkd
+import rml
+import three_stage
+from helpers import run_on_few_streets, two_processes
+
+ROOT = Path(__file__).parent.parent
+# A supervised run of two steps.
+SHORT = "--supervised --labels 4 --stage0-iterations 2 --iterations 0 --batch-size 2 --crop 32 32"
+SHORT = SHORT.split()
+
+
+def start(*argv):
+    run_on_few_streets(rml, *SHORT, *argv)
+
+
+# ---- processes -----------------------------------------------------------------------------------
+
+TORCHRUN = {
+    "RANK": "0",
+    "WORLD_SIZE": "2",
+    "LOCAL_RANK": "0",
+    "MASTER_ADDR": "127.0.0.1",
+    "MASTER_PORT": "29500",
+}
+
+
+def test_slurm_tasks_without_ranks_do_not_train_alone(error, monkeypatch):
+    monkeypatch.setenv("SLURM_NTASKS", "4")
+    message = error()
+    assert "SLURM_NTASKS" in message and "4 tasks" in message
+    assert "srun --ntasks=1 torchrun --nproc_per_node=4" in message
+
+
+def test_one_slurm_task_is_a_run(main, monkeypatch):
+    monkeypatch.setenv("SLURM_NTASKS", "1")
+    main("--out", "run")
+    assert Path("run/result.json").exists()
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"WORLD_SIZE": None}, ["WORLD_SIZE", "torchrun"]),
+        ({"RANK": None}, ["RANK", "torchrun"]),
+        ({"MASTER_ADDR": None}, ["MASTER_ADDR", "torchrun"]),
+        ({"RANK": "5"}, ["RANK=5", "WORLD_SIZE=2"]),
+        ({"RANK": "one"}, ["RANK=one"]),
+        ({"MASTER_PORT": "abc"}, ["MASTER_PORT=abc", "cannot meet"]),
+        ({"MASTER_PORT": "22222222"}, ["MASTER_PORT=22222222", "cannot meet"]),
+    ],
+)
+def test_an_environment_that_torchrun_never_makes(error, monkeypatch, changes, words):
+    for name, value in (TORCHRUN | changes).items():
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    message = error()
+    assert all(word in message for word in words)
+
+
+# ---- two runs in one folder ----------------------------------------------------------------------
+
+
+def test_a_folder_that_another_process_writes_into(error, main):
+    """The line names the process, nothing changes; and when it is killed its lock is free."""
+    code = "import common, sys, pathlib; lock = common.lock(pathlib.Path('run')); input()"
+    Path("run").mkdir()
+    other = subprocess.Popen(
+        [sys.executable, "-c", f"{code}"],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdin=subprocess.PIPE,
+    )
+    try:
+        while not Path("run/lock").exists() or not Path("run/lock").read_text():
+            assert other.poll() is None
+        for more in ([], ["--overwrite"]):
+            message = error("--out", "run", *more)
+            assert f"process {other.pid} on " in message and "--out" in message
+        assert [path.name for path in Path("run").iterdir()] == ["lock"]
+    finally:
+        other.kill()
+        other.wait()
+    main("--out", "run")
+    assert Path("run/result.json").exists()
+    assert Path("run/lock").read_text().startswith(f"process {os.getpid()} on ")
+
+
+def test_a_file_system_without_locks_is_no_obstacle(main, monkeypatch):
+    def unsupported(*_):
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(common.fcntl, "lockf", unsupported)
+    main("--out", "run")
+    assert Path("run/result.json").exists()
+
+
+# ---- every network of every script on several processes ------------------------------------------
+
+SCRIPTS = [rml, three_stage, mkd, dars, guidedmix]
+# A step of each loop of a script.
+ONE_STEP = {
+    rml: "--stage0-iterations 1 --iterations 1 --stages 1",
+    three_stage: "--stage1-iterations 1 --iterations 1 --stages 2 --stage1-batch-size 2 "
+    "--labeled-batch-size 2",
+    mkd: "--warmup 1 --iterations 2 --head bottleneck",
+    dars: "--round0-iterations 1 --iterations 1 --rounds 1 --round0-batch-size 2",
+    guidedmix: "--warmup 1 --iterations 2",
+}
+
+
+def choices(script, name):
+    """What --network or --backbone may be."""
+    action = script.get_parser()._option_string_actions[name]
+    if name == "--backbone":
+        return [choice for choice in BACKBONES if choice in (action.choices or BACKBONES)]
+    return action.choices or action.help.split("; two")[0].split(", ")
+
+
+BACKBONES = ["tiny", "resnet50", "vit_b_16"]  # the larger ones have the same parts
+
+
+@pytest.fixture
+def shallow(monkeypatch):
+    """Real backbones, of one block a layer and narrow: what a network is made of stays."""
+
+    class Narrow(common.ResNet):
+        def __init__(self, block, depths, norm, slim=1, *more, **options):
+            super().__init__(block, depths, norm, 8, *more, **options)
+
+    monkeypatch.setattr(common, "ResNet", Narrow)
+    monkeypatch.setitem(common.RESNETS, "resnet50", (1, 1, 1, 1))
+    monkeypatch.setitem(common.VITS, "vit_b_16", (16, 1, 4, 64))
+
+
+PAIRS = []
+for script in SCRIPTS:
+    for network in choices(script, "--network"):
+        for backbone in choices(script, "--backbone"):
+            PAIRS.append((script, network, backbone))
+PAIRS.append((rml, "pspnet,setr", "tiny"))
+
+
+@pytest.mark.parametrize(
+    "script, network, backbone", PAIRS, ids=lambda value: getattr(value, "__name__", value)
+)
+def test_all_that_is_trained_gets_a_gradient(
+    main, shallow, monkeypatch, script, network, backbone
+):
+    """As DistributedDataParallel demands of each network in it; or the pair is refused."""
+    networks, steps = [], []
+    real = torch.amp.GradScaler.step
+
+    def parallel(network, device):
+        networks.append(network)
+        return network
+
+    def step(scaler, optimizer):
+        for network in networks:
+            names = [n for n, p in network.named_parameters() if p.requires_grad and p.grad is None]
+            assert not names
+        steps.append(networks)
+        return real(scaler, optimizer)
+
+    monkeypatch.setattr(common, "parallel", parallel)
+    monkeypatch.setattr(common, "evaluate", lambda networks, *_: dict.fromkeys(networks, TABLE))
+    monkeypatch.setattr(common.Run, "picture", lambda *_: None)
+    monkeypatch.setattr(common.Run, "draw_predictions", lambda *_: None)
+    monkeypatch.setattr(torch.amp.GradScaler, "step", step)
+    pair = f"--network {network} --backbone {backbone} --weights none --batch-norm train"
+    argv = f"{ONE_STEP[script]} {pair} --labels 4 --batch-size 2 --crop 32 32 --log-every 9"
+    try:
+        run_on_few_streets(script, *argv.split())
+    except common.UserError as error:
+        assert "sits on one of" in str(error)
+    else:
+        assert len(steps) >= 2
+
+
+TABLE = torch.eye(10, dtype=torch.int64)
+
+
+def test_pspnet_on_two_processes(main):
+    argv = f"{ONE_STEP[rml]} --labels 4 --batch-size 2 --network pspnet,deeplabv2".split()
+    processes = two_processes(rml, Path(), *argv)
+    outputs = [process.communicate(timeout=100)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+
+
+# ---- checkpoints of others, and broken ones of our own -------------------------------------------
+
+
+class Pickled(torch.nn.Module):
+    """A whole network in a file, as torch.save(model) writes it."""
+
+    def __init__(self):
+        super().__init__()
+        self.backbone = common.make_backbone("tiny")
+
+
+def tiny_weights(prefix=""):
+    return {prefix + key: value for key, value in common.make_backbone("tiny").state_dict().items()}
+
+
+OTHERS = {
+    "a numpy number": lambda: {"state_dict": tiny_weights(), "miou": np.float64(71.2)},
+    "a Namespace": lambda: {"model": tiny_weights(), "args": argparse.Namespace(lr=0.1)},
+    "a numpy number among tensors": lambda: tiny_weights() | {"best": np.float64(3)},
+    "a network": Pickled,
+    "a network in a dict": lambda: {"model": Pickled(), "epoch": 3},
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_a_checkpoint_with_more_than_tensors_and_the_command_that_saves_it_again(main, kind):
+    torch.save(OTHERS[kind](), "other.pth")
+    with pytest.raises(common.UserError) as error:
+        common.load_torch("other.pth")
+    message = str(error.value)
+    assert "\n" not in message and "other.pth" in message and "download" not in message
+    assert re.search(r"holds (numpy|argparse.Namespace|test_robust.Pickled)", message)
+    code = re.search(r'python -c "(.+)"$', message)[1]
+    exec(code, {})
+    args = common.parse_args(
+        rml.get_parser(), rml.PAPER, ["--backbone", "tiny", "--weights", "weights.pth"]
+    )
+    weights, _, _ = common.read_weights(args)
+    assert {f"backbone.{key}" for key in tiny_weights()} <= weights.keys()
+
+
+def test_torchscript_and_safetensors_are_named(main):
+    torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), "script.pt")
+    Path("x.safetensors").write_bytes(b"\x50\0\0\0\0\0\0\0{}")
+    for name, word in (("script.pt", "TorchScript"), ("x.safetensors", "safetensors")):
+        with pytest.raises(common.UserError, match=word):
+            common.load_torch(name)
+
+
+@pytest.mark.parametrize(
+    "prefix", ["", "backbone.", "encoder.", "module.model.", "_orig_mod.module.", "model.backbone."]
+)
+def test_prefixes_of_a_backbone_are_dropped(prefix):
+    state = tiny_weights(prefix) | {"decode_head.conv_seg.weight": torch.zeros(2)}
+    weights, _ = common.convert_weights(state)
+    assert {key for key in weights if not key.startswith("skipped.")} == set(
+        tiny_weights("backbone.")
+    )
+
+
+def test_torchvisions_segmentation_networks_and_vits_load():
+    whole = torchvision.models.segmentation.deeplabv3_resnet50(
+        weights=None, weights_backbone=None
+    ).state_dict()
+    weights, style = common.convert_weights(whole)
+    network = SimpleNamespace(state_dict=lambda: {}, spec={"backbone": "resnet50"})
+    ours = common.make_backbone("resnet50").state_dict()
+    network.state_dict = lambda: {f"backbone.{key}": value for key, value in ours.items()}
+    network.load_state_dict = lambda fits, strict: fits
+    assert "missing 0" in common.load_weights(network, weights, "file") and style == "torchvision"
+    vit = common.ViT(*common.VITS["tiny"]).state_dict()
+    for prefix in ("", "module.", "encoder.", "backbone.encoder."):
+        found, _ = common.convert_weights({prefix + key: value for key, value in vit.items()})
+        assert found.keys() == {f"backbone.{key}" for key in vit}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """The run folder of a run that was killed after its first step of two."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        start("--out", "run")
+    state = torch.load(folder / "run/last.pt", weights_only=True)
+    torch.save(state | {"step": 1, "iteration": 1}, folder / "run/last.pt")
+    (folder / "run/result.json").unlink()
+    return folder / "run"
+
+
+ENTRIES = """method headline dataset stage iteration step seconds peak_memory_mb classes models
+networks size crop base_size flip student_1 optimizer_1 scaler""".split()
+USES = ["", "--evaluate --checkpoint run", "--predict picture.png --checkpoint run"]
+USES.append("--weights run/last.pt --out new")
+
+
+@pytest.mark.parametrize("use", USES)
+def test_our_own_checkpoint_without_an_entry(main, checkpoint, monkeypatch, use):
+    """Either it is not needed, or one line names the file."""
+    monkeypatch.setattr(common, "evaluate", lambda networks, *_: dict.fromkeys(networks, TABLE))
+    monkeypatch.setattr(common.Run, "picture", lambda *_: None)
+    monkeypatch.setattr(common.Run, "draw_predictions", lambda *_: None)
+    Image.new("RGB", (32, 32)).save("picture.png")
+    for entry in ["models", "networks", "headline"] if "--weights" in use else ENTRIES:
+        wrong = entry in ("models", "networks", "classes", "size", "step")
+        for value in (None, "lost") if wrong else (None,):
+            shutil.rmtree("run", ignore_errors=True)
+            shutil.rmtree("new", ignore_errors=True)
+            shutil.copytree(checkpoint, "run")
+            state = torch.load("run/last.pt", weights_only=True)
+            parts = [state]
+            if entry == "student_1":
+                parts = [state["models"], state["networks"]]
+            for part in parts:
+                del part[entry]
+                if value:
+                    part[entry] = value
+            torch.save(state, "run/last.pt")
+            try:
+                main(*(use.split() or ["--out", "run"]))
+            except common.UserError as error:
+                assert "run/last.pt" in str(error) and "\n" not in str(error)
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"method": "dars"}, ["dars", "rml-supervised", "--overwrite"]),
+        ({"stage": 7}, ["another run", "--overwrite"]),
+        ({"models": {"student_1": {"x": torch.zeros(1)}}}, ["something else", "--overwrite"]),
+    ],
+)
+def test_the_checkpoint_of_another_script_in_a_run_folder(error, checkpoint, changes, words):
+    shutil.copytree(checkpoint, "run")
+    (Path("run") / "args.json").unlink()
+    state = torch.load("run/last.pt", weights_only=True)
+    torch.save(state | changes, "run/last.pt")
+    message = error("--out", "run")
+    assert all(word in message for word in ["run/last.pt", *words])
