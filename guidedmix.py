@@ -76,7 +76,7 @@ PAPER["camvid-gpu"] = PAPER["cityscapes"] | dict(
 PAPER["folder-tiny"] = PAPER["camvid-tiny"] | common.FOLDER["tiny"]
 PAPER["folder-cpu"] = PAPER["camvid-cpu"] | common.FOLDER["cpu"]
 PAPER["folder-gpu"] = PAPER["camvid-gpu"] | common.FOLDER["gpu"] | dict(
-    iterations=10_000, warmup=500)
+    crop=(321, 321), iterations=10_000, warmup=500)
 
 # Rows: dataset, fixed arguments, one more argument, and the paper's mIoU for each of its values.
 VOC_TRAIN = dict(backbone="resnet50", labels=1464)
@@ -298,11 +298,10 @@ class GuidedMixNet(common.SegmentationNetwork):
              f"{spec['network']}; use the script that trained it")
         need(spec.get("output_stride", 16) == 16, "--output-stride 32: here the encoder has 16")
         caffe = common.STYLES[spec["style"]]["caffe"]
-        light = spec["backbone"] == "efficientnet_lite0"
-        backbone = common.make_backbone(
-            spec["backbone"], spec["batch_norm"], caffe, spec["deep_stem"], 16 if light else 8)
+        backbone = common.make_backbone(spec["backbone"], spec["batch_norm"], caffe,
+                                        spec["deep_stem"], spec.get("output_stride", 8))
         super().__init__(backbone, spec["style"])
-        self.light = light
+        self.light = isinstance(backbone, common.EfficientNetLite0)
         self.stride = 2
         width = {"tiny": 64, "efficientnet_lite0": 128}.get(spec["backbone"], 512)
         norm = nn.BatchNorm2d if width == 512 else common.group_norm
@@ -310,7 +309,7 @@ class GuidedMixNet(common.SegmentationNetwork):
             backbone.maxpool = nn.MaxPool2d(3, 2, 1)  # stride 8, as in the others
         self.psp = common.PyramidPooling(backbone.widths[-1], width, norm)
         # Open: stride and skips; 8 (dilated) as PSPNet, layer1 and stem: so masks are at stride 2
-        skips = (40, 24) if light else (backbone.widths[0], backbone.stem or 64)
+        skips = (40, 24) if self.light else (backbone.widths[0], backbone.stem or 64)
         self.step1 = MITrans(width, skips[0], width // 2, norm, spec["mitrans"])
         self.step2 = MITrans(width // 2, skips[1], width // 4, norm, spec["mitrans"])
         self.last = nn.Conv2d(width // 4, spec["classes"], 1)
@@ -388,14 +387,12 @@ def decoupling_loss(args, learner, labeled, M_l, features, guides, iteration):
 
 def update(args, keep, loss, iteration):
     """A step of the optimizer, with polynomial decay (Sect. 4.2). Returns the learning rate."""
-    optimizer = keep["optimizer"]
-    scaler = keep["scaler"]
     decay = (1 - iteration / args.iterations) ** 0.9
-    common.decay_lr(optimizer, decay)
-    optimizer.zero_grad()
-    scaler.scale(loss).backward()
-    scaler.step(optimizer)
-    scaler.update()
+    common.decay_lr(keep["optimizer"], decay)
+    keep["optimizer"].zero_grad()
+    keep["scaler"].scale(loss).backward()
+    keep["scaler"].step(keep["optimizer"])
+    keep["scaler"].update()
     common.average_buffers([keep["student"]])
     return args.lr * decay
 
@@ -569,8 +566,8 @@ def main():
     optimizer = common.make_optimizer(args, args.lr, student)
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
     method = "guidedmix-supervised" if args.supervised else "guidedmix"
-    stages = {1: args.iterations}
-    run = common.Run(method, args, data, labeled, unlabeled, device, stages, "student")
+    run = common.Run(
+        method, args, data, labeled, unlabeled, device, {1: args.iterations}, "student")
     keep = {"student": student, "optimizer": optimizer, "scaler": scaler}
     begin = run.restore(keep)
     warmup = args.iterations if args.supervised else min(args.warmup, args.iterations)

@@ -66,11 +66,9 @@ for labels in ("1/2", "1448", "1488"):  # Sect. IV-A says 1448, Table II says 14
 PAPER["vocaug"] = PAPER["cityscapes"] | dict(
     labels="1/50", size=None, crop=(321, 321), scale=(0.5, 1.5),
     batch_size=9, labeled_batch_size=1, stage1_batch_size=10, lambda1=0.25, lambda2=0.25)
-for labels in ("1/20", "529"):
-    PAPER[f"vocaug/{labels}"] = PAPER["vocaug"] | dict(lambda1=1.25, lambda2=1.25)
-for labels in ("1/8", "1323"):
-    PAPER[f"vocaug/{labels}"] = PAPER["vocaug"] | dict(
-        batch_size=8, labeled_batch_size=2, lambda1=0.625, lambda2=0.625)
+PAPER["vocaug/1/20"] = PAPER["vocaug/529"] = PAPER["vocaug"] | dict(lambda1=1.25, lambda2=1.25)
+PAPER["vocaug/1/8"] = PAPER["vocaug/1323"] = PAPER["vocaug"] | dict(
+    batch_size=8, labeled_batch_size=2, lambda1=0.625, lambda2=0.625)
 PAPER["streets"] = PAPER["cityscapes"] | dict(  # drawn scenes, a small network from scratch
     labels="8", size=(64, 128), crop=(64, 128), workers=0,
     batch_size=4, labeled_batch_size=2, stage1_batch_size=4,

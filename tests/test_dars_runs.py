@@ -382,7 +382,7 @@ def camvid(tmp_path_factory):
                     write(folder / name / f"{part}annot" / f"{i:03d}.png", label)
     (folder / "list.txt").write_text("".join(f"{i:03d}\n" for i in range(4)))
     for name in ("all", "few"):
-        flags = "--dataset camvid --preset cpu --size 64 128 --round0-iterations 10 --iterations 2"
+        flags = "--dataset camvid --preset tiny --size 64 128 --round0-iterations 10 --iterations 2"
         places = ["--data-root", folder / name, "--split", folder / "list.txt"]
         places += ["--out", folder / f"run_{name}", "--cache", folder / "cache"]
         start(*flags.split(), *places, *ONCE)

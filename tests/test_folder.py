@@ -72,6 +72,8 @@ def main(tmp_path, monkeypatch):
                 "folder",
                 "--data-root",
                 str(tmp_path / "own"),
+                "--preset",
+                "tiny",
                 *map(str, argv),
             ],
         )
@@ -649,8 +651,6 @@ def test_from_photos_to_overlays(own, main, script, tmp_path, capsys):
     (own / "classes.txt").write_text("road 1 2 3\nsky 4 5 6\ntree 7 8 9\n")
     main(
         *SHORT[script],
-        "--preset",
-        "cpu",
         "--batch-size",
         "2",
         "--size",

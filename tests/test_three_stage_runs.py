@@ -469,12 +469,11 @@ def test_pseudo_masks_of_the_student(main, tmp_path):
 
 
 def test_a_backbone_with_hardly_any_learning_rate_stays(main, tmp_path):
-    saved = recorded(tmp_path / "run", "--lr", "1e-20", "--head-lr", "1e17")
+    saved = recorded(tmp_path / "run", "--lr", "1e-11", "--head-lr", "2e8")
     for stage in (1, 2, 3):
         for key, value in saved[stage, 4]["student"].items():
-            assert torch.equal(value, saved[stage, 0]["student"][key]) == key.startswith(
-                "backbone."
-            )
+            moved = (value - saved[stage, 0]["student"][key]).abs().max()
+            assert (moved < 1e-8) == key.startswith("backbone.")
         assert not any(
             torch.equal(value, saved[stage, 0]["branch"][key])
             for key, value in saved[stage, 4]["branch"].items()
