@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 import common
 
@@ -26,6 +26,8 @@ READING = {  # operations whose result, or its size, depends on values: the host
     aten._local_scalar_dense, aten.bincount, aten.equal, aten.masked_select, aten.nonzero,
     aten._unique2, aten.unique_consecutive, aten.unique_dim,
 }  # fmt: skip
+
+COPYING = {aten.cat, aten.clone, aten._to_copy}  # they compute nothing
 
 
 class Sync(Exception):
@@ -41,7 +43,7 @@ class FakeCuda(FakeTensorMode):
 
     avoid_device_init = True  # whatever torch.cuda.is_available() says
     strict = False
-    watch = None  # watch(operation, arguments, result) sees each operation on fake tensors
+    watch = None  # watch(operation, result) sees each operation on fake tensors
 
     def __deepcopy__(self, memo):
         return self  # a copied tensor has the same mode
@@ -70,7 +72,7 @@ class FakeCuda(FakeTensorMode):
             return self.read(operation, args, kwargs)
         result = super().__torch_dispatch__(func, types, args, kwargs)
         if self.watch:
-            self.watch(operation, args, result)
+            self.watch(func, result)
         return result
 
     def wait(self, what):
@@ -166,14 +168,17 @@ def gpus(processes=1, rank=0):
     """Fake GPUs, and this process as one of several. Yields what is seen:
 
     mode: the FakeCuda.  steps: {stage: the number of steps}.  quiet: the steps without a log.
-    losses: the types of all loss terms.  collectives: what this process asks of the others, a list
+    losses: the types of all loss terms.  rough: operations in bf16 or fp16 outside of the passes
+    of networks, but for views.  collectives: what this process asks of the others, a list
     of (name, type, shape), and of names alone.  students: what common.parallel() returns."""
     mode = FakeCuda(allow_non_fake_inputs=True)
     seen = SimpleNamespace(
-        mode=mode, steps=Counter(), quiet=0, losses=set(), collectives=[], students=[])
+        mode=mode, steps=Counter(), quiet=0, losses=set(), rough=set(), collectives=[],
+        students=[])
     with pytest.MonkeyPatch.context() as patch, mode:
         fake_gpus(patch, processes)
         watch_steps(patch, seen)
+        watch_precision(patch, seen)
         if processes > 1:
             fake_processes(patch, seen, processes, rank)
         yield seen
@@ -242,6 +247,30 @@ def watch_steps(patch, seen):
     patch.setattr(common.Run, "step", watched_step)
     patch.setattr(common.Run, "_log", relaxed_log)
     patch.setattr(common.Stream, "__getitem__", black_sample)
+
+
+def watch_precision(patch, seen):
+    enter = torch.autocast.__enter__
+    leave = torch.autocast.__exit__
+    passes = []
+
+    def enter_pass(context):
+        passes.append(context)
+        return enter(context)
+
+    def leave_pass(context, *error):
+        passes.pop()
+        return leave(context, *error)
+
+    def watch(func, result):
+        dtypes = {tensor.dtype for tensor in tree_leaves(result) if torch.is_tensor(tensor)}
+        rough = dtypes & {torch.bfloat16, torch.float16}
+        if rough and not passes and not func.is_view and func.overloadpacket not in COPYING:
+            seen.rough.add(str(func))
+
+    patch.setattr(torch.autocast, "__enter__", enter_pass)
+    patch.setattr(torch.autocast, "__exit__", leave_pass)
+    seen.mode.watch = watch
 
 
 def fake_processes(patch, seen, processes, rank):
