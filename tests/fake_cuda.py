@@ -26,8 +26,10 @@ READING = {  # operations whose result, or its size, depends on values: the host
     aten._local_scalar_dense, aten.bincount, aten.equal, aten.masked_select, aten.nonzero,
     aten._unique2, aten.unique_consecutive, aten.unique_dim,
 }  # fmt: skip
-
-COPYING = {aten.cat, aten.clone, aten._to_copy}  # they compute nothing
+COPYING = {  # operations that compute nothing
+    aten._to_copy, aten.cat, aten.clone, aten.empty_strided, aten.max,
+    torch.ops.prims.convert_element_type,
+}  # fmt: skip
 
 
 class Sync(Exception):

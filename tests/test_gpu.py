@@ -26,7 +26,7 @@ needs_gpu = [
 # Two steps of each kind without random noise in the networks, whose draws differ between devices.
 RUNS = {
     rml: "--stage0-iterations 2 --iterations 2 --stages 1 --labels 3 --dropout 0 --drop-path 0",
-    three_stage: "--iterations 2 --stages 2 --labels 3",
+    three_stage: "--stage1-iterations 2 --iterations 2 --stages 2 --labels 3",
     mkd: "--iterations 4 --warmup 2 --labels 3 --cutmix",
     dars: "--iterations 2 --round0-iterations 2 --rounds 1 --alpha .5 --beta-min 0 --beta-max 0 "
     "--labels 3",

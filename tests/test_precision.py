@@ -27,7 +27,7 @@ pytestmark = [
 # Two steps of each kind, and the optimizers of a step.
 RUNS = {
     rml: ("--stage0-iterations 2 --iterations 2 --stages 1", 2),
-    three_stage: ("--iterations 2 --stages 2", 1),
+    three_stage: ("--stage1-iterations 2 --iterations 2 --stages 2", 1),
     mkd: ("--iterations 4 --warmup 2", 1),
     dars: (
         "--iterations 2 --round0-iterations 2 --rounds 1 --alpha .5 --beta-min 0 --beta-max 0",
