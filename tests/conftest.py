@@ -10,6 +10,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import common  # noqa: E402
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "cuda: needs a GPU; tests/gpu_day.sh runs these")
+
+
 @pytest.fixture(scope="module")
 def one_thread():
     """One thread: the bits of runs started with one thread, and faster for small tensors."""
