@@ -1663,7 +1663,8 @@ class ResNet(resnet.ResNet):
         self.slim, self.stem = slim, 128 if deep_stem is True else deep_stem
         super().__init__(block, depths, norm_layer=norm)
         del self.avgpool, self.fc
-        self.widths = [width * block.expansion // slim for width in (64, 128, 256, 512)]
+        self.widths = [self.stem or 64]
+        self.widths += [width * block.expansion // slim for width in (64, 128, 256, 512)]
         self.stride = output_stride
         if deep_stem:
             conv, width = partial(ConvNormReLU, norm_layer=norm), self.stem // 2
@@ -1695,11 +1696,12 @@ class ResNet(resnet.ResNet):
                         conv.dilation = conv.padding = (rate, rate)
 
     def layers(self, x):
-        """The outputs of layer1, layer2, layer3 and layer4: a list of (B, C, h, w)."""
-        outputs = [self.maxpool(self.relu(self.bn1(self.conv1(x))))]
-        for layer in (self.layer1, self.layer2, self.layer3, self.layer4):
-            outputs.append(layer(outputs[-1]))
-        return outputs[1:]
+        """The outputs of the stem, layer1, layer2, layer3 and layer4: a list of (B, C, h, w)."""
+        stem = self.relu(self.bn1(self.conv1(x)))
+        layer1 = self.layer1(self.maxpool(stem))
+        layer2 = self.layer2(layer1)
+        layer3 = self.layer3(layer2)
+        return [stem, layer1, layer2, layer3, self.layer4(layer3)]
 
     def forward(self, x):
         """(B, 3, H, W), normalized -> (B, .widths[-1], h, w) at .stride."""
@@ -1730,14 +1732,14 @@ class EfficientNetLite0(nn.Module):
         for module in list(self.modules()):
             if isinstance(module, ConvNormReLU) and len(module) == 3:
                 module[2] = nn.ReLU6(inplace=True)
-        self.widths, self.stride = [24, 40, 112, 320], output_stride
+        self.widths, self.stride = [16, 24, 40, 112, 320], output_stride
 
     def layers(self, x):
-        """The outputs of layer1, layer2, layer3 and layer4: a list of (B, C, h, w)."""
+        """The outputs of the stem, layer1, layer2, layer3 and layer4: a list of (B, C, h, w)."""
         outputs = [self.stem(x)]
         for layer in (self.layer1, self.layer2, self.layer3, self.layer4):
             outputs.append(layer(outputs[-1]))
-        return outputs[1:]
+        return outputs
 
     def forward(self, x):
         """(B, 3, H, W), normalized -> (B, 320, h, w) at .stride."""
@@ -1902,12 +1904,12 @@ class DeepLabV3Plus(SegmentationNetwork):
         branches = [conv(channels, width, 1), *(separable(channels, rate) for rate in rates)]
         self.branches = nn.ModuleList(branches)
         self.bottleneck = conv(width * (len(branches) + 1), width)
-        self.low = conv(backbone.widths[0], low_width, 1)
+        self.low = conv(backbone.widths[1], low_width, 1)
         self.decoder = nn.Sequential(separable(width + low_width), separable(width))
         self.last = last_conv(width, classes)
 
     def decode(self, layers):
-        layer1, _, _, layer4 = layers
+        _, layer1, _, _, layer4 = layers
         context = self.pool(layer4).expand(-1, -1, *layer4.shape[2:])
         x = torch.cat([context, *(branch(layer4) for branch in self.branches)], 1)
         x = upsample(self.bottleneck(x), layer1.shape[2:], self.ratio)
@@ -1939,6 +1941,26 @@ class PyramidPooling(nn.Module):
         return self.bottleneck(torch.cat([x, *(resize(level(x)) for level in self.levels)], 1))
 
 
+class CopiedBranch(nn.Module):
+    """A second branch for another network: a copy's head behind the layers that both share.
+
+    conv6: has layer4 of the copy too, in place of the network's; else only the head."""
+
+    def __init__(self, copy, conv6):
+        super().__init__()
+        for name, _ in list(copy.backbone.named_children()):
+            if name != "layer4" or not conv6:
+                setattr(copy.backbone, name, None)
+        self.copy = copy
+
+    def forward(self, layers):
+        """layers() of the network's backbone -> logits (B, K, h, w)."""
+        layer4 = self.copy.backbone.layer4
+        if layer4:
+            layers = [*layers[:-1], layer4(layers[-2])]
+        return self.copy.classifier(self.copy.decode(layers))
+
+
 class PSPNet(SegmentationNetwork):
     """PSPNet as in semseg: pyramid pooling to width (the features), dropout and a 1x1 conv.
 
@@ -1950,7 +1972,7 @@ class PSPNet(SegmentationNetwork):
         self.dropout = nn.Dropout2d(0.1)
         self.last = nn.Conv2d(width, classes, 1)
         half = width // 2
-        conv = ConvNormReLU(backbone.widths[2], half, norm_layer=norm)
+        conv = ConvNormReLU(backbone.widths[3], half, norm_layer=norm)
         self.auxiliary = nn.Sequential(*conv, nn.Dropout2d(0.1), nn.Conv2d(half, classes, 1))
 
     def decode(self, layers):
@@ -1958,7 +1980,7 @@ class PSPNet(SegmentationNetwork):
 
     def forward(self, image, aux=False):
         """image -> logits, or with aux=True (logits, logits of the auxiliary head)."""
-        layer3, layer4 = self.backbone.layers(self.normalize(image))[2:]
+        layer3, layer4 = self.backbone.layers(self.normalize(image))[3:]
         logits = self.classifier(self.pyramid(layer4))
         return (logits, self.auxiliary(layer3)) if aux else logits
 
@@ -2460,7 +2482,7 @@ def check_shared_arguments(args):
     check_range(args, 1, 2**16, "size", "crop")
     check_range(args, 0, 2**16, "base_size")
     check_range(args, 0, math.inf, "iterations", "weight_decay")
-    check_range(args, 0, 1000, "workers", *({"stages", "rounds"} & vars(args).keys()))
+    check_range(args, 0, 1000, "workers")
     check_range(args, 0, 2**32 - 1, "seed", "split_seed")
     check_range(args, 0.05, 8, "scale", "scales")
     check_range(args, 1e-12, math.inf, "lr", "head_lr")

@@ -225,7 +225,7 @@ def predict_picture(teacher, image, args):
         code = (1 / (1 + others)).half().view(torch.int16)  # max of softmax
     else:
         code = CODES - 1 - (others / (1 + others)).half().view(torch.int16)
-    return label.to(torch.uint8), code
+    return label.byte(), code
 
 
 def confidence_values(args):
@@ -280,7 +280,6 @@ def align(table, labels, alpha, method):
 
 def select(label, code, threshold, kept, wanted, generator):
     """Algorithm 1, lines 3 to 6: the pseudo-label of one picture, in numpy.
-
     label: argmax p (H, W) uint8; code (H, W) int16; threshold: t_j, kept: n~_j, wanted: n_j, from
     align() -> y~ (H, W) uint8, 255 where ignored."""
     pseudo_label = np.where(code >= threshold[label], label, np.uint8(IGNORE))  # line 3
@@ -326,7 +325,8 @@ def make_pseudo_labels(folder, teacher, data, unlabeled, labels, alpha, number, 
             label, code = predict_picture(teacher, image, args)
             write = partial(np.savez, label=label.cpu(), code=code.cpu())
             common.write_file(drafts / f"{id}.npz", write)
-        label, code = (to_tensor(x).to(run.device).flatten() for x in read_draft(drafts, id))
+        draft = read_draft(drafts, id)
+        label, code = (to_tensor(x).to(run.device).flatten() for x in draft)
         table += torch.bincount(label * CODES + code, minlength=classes * CODES)
         common.progress(f"round {number}, predictions", done, len(share))
     table = all_reduce(table).view(classes, CODES).cpu()
@@ -361,7 +361,7 @@ def make_pseudo_labels(folder, teacher, data, unlabeled, labels, alpha, number, 
     }  # fmt: skip
     if is_main():
         run.write_json(files[0].relative_to(run.folder), report)
-    absent = [data.names[j] for j in range(classes) if counts[j] == 0]
+    absent = [name for name, count in zip(data.names, counts) if count == 0]
     if absent:
         common.warn(f"round {number}: no pseudo-label has {', '.join(absent)}")
     common.say(f"round {number}: D_KL {report['d_kl']:.4f} (ST: {expected['st']['d_kl']:.4f})")
@@ -546,6 +546,7 @@ def check(args):
     check_range(args, 1e-12, 1, "alpha")
     check_range(args, 0, 0.99, "beta_min")
     check_range(args, 0, 4, "beta_max")
+    check_range(args, 0, 1000, "rounds")
     check_range(args, 0, math.inf, "round0_iterations")
     check_range(args, 1, math.inf, "epochs", "round0_batch_size")
     check_range(args, 1e-12, math.inf, "temperature")
@@ -599,7 +600,7 @@ def main():
     student = common.build_network(args, data, device, aux=True)
     teacher = copy.deepcopy(student).requires_grad_(False).eval()
     method = "dars-supervised" if args.supervised else "dars"
-    stages = {number: iterations for number, iterations, *_ in rounds}
+    stages = {row[0]: row[1] for row in rounds}
     run = common.Run(method, args, data, labeled, unlabeled, device, stages, "student", "round")
     learner = common.parallel(student, device)  # the student, over all processes
     labels = count_pixels(data, labeled, device)

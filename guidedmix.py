@@ -301,7 +301,7 @@ class GuidedMixNet(common.SegmentationNetwork):
         backbone = common.make_backbone(spec["backbone"], spec["batch_norm"], caffe,
                                         spec["deep_stem"], spec.get("output_stride", 8))
         super().__init__(backbone, spec["style"])
-        self.light = isinstance(backbone, common.EfficientNetLite0)
+        self.first = int(spec["backbone"] == "efficientnet_lite0")  # its strides are twice as large
         self.stride = 2
         width = {"tiny": 64, "efficientnet_lite0": 128}.get(spec["backbone"], 512)
         norm = nn.BatchNorm2d if width == 512 else common.group_norm
@@ -309,28 +309,23 @@ class GuidedMixNet(common.SegmentationNetwork):
             backbone.maxpool = nn.MaxPool2d(3, 2, 1)  # stride 8, as in the others
         self.psp = common.PyramidPooling(backbone.widths[-1], width, norm)
         # Open: stride and skips; 8 (dilated) as PSPNet, layer1 and stem: so masks are at stride 2
-        skips = (40, 24) if self.light else (backbone.widths[0], backbone.stem or 64)
-        self.step1 = MITrans(width, skips[0], width // 2, norm, spec["mitrans"])
-        self.step2 = MITrans(width // 2, skips[1], width // 4, norm, spec["mitrans"])
+        fine, middle = backbone.widths[self.first :][:2]
+        self.step1 = MITrans(width, middle, width // 2, norm, spec["mitrans"])
+        self.step2 = MITrans(width // 2, fine, width // 4, norm, spec["mitrans"])
         self.last = nn.Conv2d(width // 4, spec["classes"], 1)
         self.presence = nn.Linear(width, spec["present"]) if spec["present"] else None
 
     def forward(self, image, aux=False):
         """(B, 3, H, W) in [0, 1] -> logits (B, K, H/2, W/2); aux: Gamma_enc and L_cla's logits."""
-        net = self.backbone
-        image = self.normalize(image)
-        if self.light:  # all strides are twice those below
-            fine, middle, _, coarse = net.layers(image)
-        else:
-            fine = net.relu(net.bn1(net.conv1(image)))  # (B, 64, H/2, W/2)
-            middle = net.layer1(net.maxpool(fine))  # (B, 256, H/4, W/4)
-            coarse = net.layer4(net.layer3(net.layer2(middle)))  # (B, 2048, H/8, W/8)
-        v = self.psp(coarse)  # Eq. 4: Gamma_enc (B, 512, H/8, W/8)
+        layers = self.backbone.layers(self.normalize(image))
+        stem, layer1, *_, layer4 = layers[self.first :]
+        v = self.psp(layer4)  # Eq. 4: Gamma_enc (B, 512, H/8, W/8)
         present = self.presence(v.mean((2, 3))) if aux and self.presence else None
-        features = self.step2(self.step1(v, middle), fine)  # (B, 128, H/2, W/2)
+        features = self.step1(v, layer1)  # (B, 256, H/4, W/4)
+        features = self.step2(features, stem)  # (B, 128, H/2, W/2)
         logits = self.last(features)
-        if self.light:
-            logits = common.upsample(logits, image[:, :, ::2, ::2].shape[2:], 2)
+        if self.first:
+            logits = common.upsample(logits, layers[0].shape[2:], 2)
         return (logits, v, present) if aux else logits
 
 
@@ -388,11 +383,12 @@ def decoupling_loss(args, learner, labeled, M_l, features, guides, iteration):
 def update(args, keep, loss, iteration):
     """A step of the optimizer, with polynomial decay (Sect. 4.2). Returns the learning rate."""
     decay = (1 - iteration / args.iterations) ** 0.9
-    common.decay_lr(keep["optimizer"], decay)
-    keep["optimizer"].zero_grad()
-    keep["scaler"].scale(loss).backward()
-    keep["scaler"].step(keep["optimizer"])
-    keep["scaler"].update()
+    optimizer, scaler = keep["optimizer"], keep["scaler"]
+    common.decay_lr(optimizer, decay)
+    optimizer.zero_grad()
+    scaler.scale(loss).backward()
+    scaler.step(optimizer)
+    scaler.update()
     common.average_buffers([keep["student"]])
     return args.lr * decay
 
@@ -483,8 +479,12 @@ def train(args, run, learner, keep, streams, warmup, begin):
 
         # 5 EMA: none
         # 6 log, evaluate, save
-        losses = {"loss_labeled": loss_labeled, "loss_cla": loss_cla}
-        losses |= {"loss_dec": loss_dec, "loss_usup": loss_usup}
+        losses = {
+            "loss_labeled": loss_labeled,
+            "loss_cla": loss_cla,
+            "loss_dec": loss_dec,
+            "loss_usup": loss_usup,
+        }
         losses = {name: term for name, term in losses.items() if torch.is_tensor(term)}
         numbers = {"lr": lr}
         pseudo_labels = {}
@@ -517,7 +517,7 @@ def draw(run, valid, columns):
         if cells.is_floating_point():  # masks
             label = cells.max(1).indices.repeat_interleave(2, 1).repeat_interleave(2, 2)
             columns[title] = label[:, :H, :W].masked_fill(~valid, IGNORE)
-    run.panel(f"batch_{run.mark}", {title: cells[:4] for title, cells in columns.items()})
+    run.panel(f"batch_{run.mark}", columns, rows=4)
 
 
 # ---- main ----------------------------------------------------------------------------------------

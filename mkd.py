@@ -556,7 +556,8 @@ def main():
     method = "mkd-supervised" if args.supervised else "mkd"
     run = common.Run(method, args, data, labeled, unlabeled, device, {1: args.iterations},
                      "student_1")
-    networks = numbered("student", students) | numbered("teacher", teachers)
+    networks = numbered("student", students)
+    networks |= numbered("teacher", teachers)
     keep = networks | {"statistics": statistics, "optimizer": optimizer, "scaler": scaler}
     begin = run.restore(keep)
     streams = [

@@ -588,6 +588,7 @@ def main():
         return common.check_data(args)
     if args.evaluate or args.predict:
         return common.use_checkpoint(args, device)
+    common.check_range(args, 0, 1000, "stages")
     common.check_range(args, 0, math.inf, "stage0_iterations")
     common.check_range(args, 1e-12, math.inf, "stage0_lr", "stage0_head_lr", "setr_lr")
     common.check_range(args, 1, math.inf, "prototype_min_cells")

@@ -36,7 +36,8 @@ from torch import nn
 from torchvision.transforms.v2 import functional as V
 
 import common
-from common import IGNORE, Stream, autocast, check_range, rng, to_float, to_tensor, upsample
+from common import IGNORE, Stream, all_reduce, autocast, build_network, check_range
+from common import rng, to_float, to_tensor, truth_for_the_log, upsample
 
 # ---- arguments -----------------------------------------------------------------------------------
 
@@ -65,22 +66,27 @@ for labels in ("1/2", "1448", "1488"):  # Sect. IV-A says 1448, Table II says 14
 # Code: has scales .5, .6 .. 1.5 and pads on all sides; here any scale, and padding right and below
 PAPER["vocaug"] = PAPER["cityscapes"] | dict(
     labels="1/50", size=None, crop=(321, 321), scale=(0.5, 1.5),
-    batch_size=9, labeled_batch_size=1, stage1_batch_size=10, lambda1=0.25, lambda2=0.25)
-PAPER["vocaug/1/20"] = PAPER["vocaug/529"] = PAPER["vocaug"] | dict(lambda1=1.25, lambda2=1.25)
-PAPER["vocaug/1/8"] = PAPER["vocaug/1323"] = PAPER["vocaug"] | dict(
-    batch_size=8, labeled_batch_size=2, lambda1=0.625, lambda2=0.625)
+    batch_size=9, labeled_batch_size=1, stage1_batch_size=10,
+    lambda1=0.25, lambda2=0.25)
+PAPER["vocaug/529"] = PAPER["vocaug/1/20"] = PAPER["vocaug"] | dict(
+    lambda1=1.25, lambda2=1.25)
+PAPER["vocaug/1323"] = PAPER["vocaug/1/8"] = PAPER["vocaug"] | dict(
+    batch_size=8, labeled_batch_size=2,
+    lambda1=0.625, lambda2=0.625)
 PAPER["streets"] = PAPER["cityscapes"] | dict(  # drawn scenes, a small network from scratch
-    labels="8", size=(64, 128), crop=(64, 128), workers=0,
-    batch_size=4, labeled_batch_size=2, stage1_batch_size=4,
-    backbone="tiny", weights="none", lr=2e-3, iterations=1900, stage1_iterations=700,
+    labels="8", size=(64, 128), crop=(64, 128),
+    workers=0, batch_size=4, labeled_batch_size=2, stage1_batch_size=4,
+    backbone="tiny", weights="none",
+    lr=2e-3, iterations=1900, stage1_iterations=700,
     ema_decay=(0.98, 0.99, 0.99, 0.995), cutout=8, eval_every=500, save_every=100)
 PAPER["camvid-tiny"] = PAPER["streets"] | dict(
-    labels="1/8", size=(180, 240), crop=(96, 128), iterations=2000, stage1_iterations=2000,
-    cutout=12)
+    labels="1/8", size=(180, 240), crop=(96, 128),
+    iterations=2000, stage1_iterations=2000, cutout=12)
 PAPER["camvid-cpu"] = PAPER["streets"] | common.CPU_PRESET | dict(
     labeled_batch_size=4, iterations=900, stage1_iterations=900, cutout=24)
 PAPER["camvid-gpu"] = PAPER["cityscapes"] | dict(
-    labels="1/8", size=(360, 480), crop=(256, 352), iterations=20_000, eval_every=2000)
+    labels="1/8", size=(360, 480), crop=(256, 352),
+    iterations=20_000, eval_every=2000)
 PAPER["folder-tiny"] = PAPER["camvid-tiny"] | common.FOLDER["tiny"] | dict(cutout=16)
 PAPER["folder-cpu"] = PAPER["camvid-cpu"] | common.FOLDER["cpu"]
 PAPER["folder-gpu"] = PAPER["camvid-gpu"] | common.FOLDER["gpu"] | dict(iterations=10_000)
@@ -171,7 +177,8 @@ def affine(a=1, b=0, c=0, d=0, e=1, f=0):
 def rotate(level, height, width):
     """A rotation by 3 degrees times the level about the center."""
     angle = math.radians(3 * level)
-    turn = affine(math.cos(angle), math.sin(angle), 0, -math.sin(angle), math.cos(angle))
+    cos, sin = math.cos(angle), math.sin(angle)
+    turn = affine(cos, sin, 0, -sin, cos)
     center = affine(c=width / 2, f=height / 2)
     return center @ turn @ np.linalg.inv(center)
 
@@ -217,7 +224,6 @@ def cutout(image, side, generator):
 
 def strong_view(images, labels, inside, generators, side):
     """A and B of Eqs. 1 and 3: RandAugment, then Cutout with squares of this side in the pictures.
-
     images (N, 3, H, W) uint8; labels (N, M, H, W) uint8, 255 beyond a moved picture's border;
     inside: top, bottom, left, right of each picture in its padding; generators: one a picture."""
     images, labels = images.clone(), labels.clone()
@@ -263,9 +269,8 @@ def decay_at(progress, decays):
 @torch.no_grad()
 def make_pseudo_masks(args, run, keep, data, labeled, unlabeled, stage):
     """y_i = arg max f(x_i), i in L u U: a PNG of each in pseudo_labels/stage_<stage>/.
-
-    stage: whose f, theta' or theta (--pseudo-masks-of). keep["pseudo_miou"] gets their mIoU on
-    unlabeled pictures (truth for the log alone). Each process takes its share; masks stay."""
+    stage: whose f (--pseudo-masks-of). keep["pseudo_miou"] gets their mIoU on unlabeled pictures,
+    whose truth is for the log alone. Each process takes its share; existing masks stay."""
     folder = run.folder / f"pseudo_labels/stage_{stage}"
     run.claim(folder)
     network = keep[folder.name].eval()
@@ -283,10 +288,10 @@ def make_pseudo_masks(args, run, keep, data, labeled, unlabeled, stage):
             common.write_pseudo_label(folder, id, label, data.colors)
         if id not in labeled:
             label = to_tensor(common.read_pseudo_label(folder, id))
-            truth = to_tensor(common.truth_for_the_log(data, id, label.shape))
+            truth = to_tensor(truth_for_the_log(data, id, label.shape))
             table += common.confusion_matrix(truth, label, classes)
         common.progress(f"stage {stage}, pseudo-masks", number, len(ids))
-    miou = common.mean_iou(common.all_reduce(table.to(run.device)))
+    miou = common.mean_iou(all_reduce(table.to(run.device)))
     common.say(f"stage {stage}   pseudo-masks: mIoU {miou:.1f} on unlabeled pictures (for the log)")
     keep["pseudo_miou"][folder.name] = miou if math.isfinite(miou) else None
     common.barrier()
@@ -296,7 +301,6 @@ def make_pseudo_masks(args, run, keep, data, labeled, unlabeled, stage):
 
 class SecondBranch(nn.Module):
     """The blocks of g-hat or g-tilde that f does not share (Table VII): logits (B, K, h, w).
-
     g-hat: conv4 -> conv6 (conv5 at half the width) -> ASPP_2. g-tilde: conv5 -> ASPP_3."""
 
     def __init__(self, network, classes, kind):
@@ -328,23 +332,6 @@ class SecondBranch(nn.Module):
         return sum(conv(x) for conv in self.aspp)
 
 
-class CopiedBranch(nn.Module):
-    """The same for other networks than the paper's, with blocks of another one whose head is new:
-    conv6 is conv5 with its ImageNet weights, since frozen batch norm normalizes no new ones."""
-
-    def __init__(self, other, kind):
-        super().__init__()
-        for name, _ in list(other.backbone.named_children()):
-            if name != "layer4" or kind == "g-tilde":
-                setattr(other.backbone, name, None)  # f's serve both
-        self.other = other
-
-    def forward(self, layers):
-        if conv6 := self.other.backbone.layer4:
-            layers = [*layers[:-1], conv6(layers[-2])]
-        return self.other.classifier(self.other.decode(layers))
-
-
 class TwoBranches(nn.Module):
     """f and g in one pass: (B, 3, H, W) float -> logits of both, (B, K, h, w); g may be None."""
 
@@ -366,7 +353,7 @@ def cross_entropy(logits, label):
     """d_s and d_c: the mean of -log softmax(logits)_label over all pixels with a label, or 0.
     Each process returns its share times the number of processes, since gradients are averaged."""
     # Open: Eqs. 1 to 3 are sums, Sect. IV-B averages; means over known pixels of the step
-    count = common.all_reduce((label != IGNORE).sum())
+    count = all_reduce((label != IGNORE).sum())
     total = F.cross_entropy(logits, label, ignore_index=IGNORE, reduction="sum")
     return total * common.world_size() / count.clamp(min=1)
 
@@ -376,7 +363,7 @@ def cross_entropy(logits, label):
 def start_stage(args, data, device, stage, before):
     """What a stage trains and keeps, for Run.restore(). before: what the stage before has kept."""
     # Open: layers that are not pretrained (the others: Sect. IV-B); new in each stage   --weights
-    student = common.build_network(args, data, device, stage - 1)
+    student = build_network(args, data, device, stage - 1)
     teacher = copy.deepcopy(student).requires_grad_(False).eval()
     keep = {"student": student, "teacher": teacher, "results": before["results"],
             "pseudo_miou": before["pseudo_miou"]}
@@ -388,8 +375,8 @@ def start_stage(args, data, device, stage, before):
         if args.network == "deeplabv2" and isinstance(student.backbone, common.ResNet):
             branch = SecondBranch(student, len(data.names), kind)
         else:
-            other = common.build_network(args, data, device, args.stages + stage)
-            branch = CopiedBranch(other, kind)
+            other = build_network(args, data, device, args.stages + stage)
+            branch = common.CopiedBranch(other, kind == "g-hat")
         keep["branch"] = branch.to(device, memory_format=torch.channels_last)
     trained = [keep[name] for name in ("student", "branch") if name in keep]
     keep["optimizer"] = common.make_optimizer(args, args.lr, *trained)
@@ -399,10 +386,12 @@ def start_stage(args, data, device, stage, before):
 
 def update_student(keep, learner, loss):
     """A step of the optimizer at a constant rate (Sect. IV-B)."""
-    keep["optimizer"].zero_grad()
-    keep["scaler"].scale(loss).backward()
-    keep["scaler"].step(keep["optimizer"])
-    keep["scaler"].update()
+    optimizer = keep["optimizer"]
+    scaler = keep["scaler"]
+    optimizer.zero_grad()
+    scaler.scale(loss).backward()
+    scaler.step(optimizer)
+    scaler.update()
     common.average_buffers([learner])
 
 
@@ -442,7 +431,6 @@ def train_supervised(args, run, keep, data, labeled_ids, begin):
 
 def train(args, run, keep, data, labeled_ids, all_ids, begin):
     """Stages 2, 3, ..: learn both tasks.
-
         L = L_seg + lambda_1 L_con + lambda_2 L_pl                      Eqs. 4, 5
         L_seg = sum over L of d_s(f_theta(x), y)                        Eq. 2
         L_con = sum over L u U of d_c(f_theta(A x), B f_theta'(x))      Eq. 1
@@ -464,8 +452,9 @@ def train(args, run, keep, data, labeled_ids, all_ids, begin):
     sizes = [args.labeled_batch_size, args.labeled_batch_size, args.batch_size]
     run.images = args.labeled_batch_size + args.batch_size
     stop = run.stages[run.stage]
-    batches = [common.batches(stream, args, run.device, begin, stop, size)
-               for stream, size in zip(streams, sizes)]
+    batches = []
+    for stream, size in zip(streams, sizes):
+        batches.append(common.batches(stream, args, run.device, begin, stop, size))
     for iteration, (labeled, labeled_masks, union) in enumerate(zip(*batches), begin):
         # 1 batch: Sub-batch 2 (N_l pictures of L), then Sub-batch 1 (N pictures of L u U)
         N_l = len(labeled["image"])
@@ -514,7 +503,8 @@ def train(args, run, keep, data, labeled_ids, all_ids, begin):
 
         # 6 log, evaluate, save
         moved = {name: target[N_l:] for name, target in targets.items()}
-        run.step(iteration, losses, moved, lr=args.lr, pseudo_miou=keep["pseudo_miou"].get(before))
+        miou = keep["pseudo_miou"].get(before)
+        run.step(iteration, losses, moved, lr=args.lr, pseudo_miou=miou)
         if run.due():
             keep["results"][run.stage] = run.evaluate({"student": student, "teacher": teacher})
             columns = {"picture of L or U": union["image"], "strong view": view[N_l:]}
@@ -528,7 +518,7 @@ def show_stages(run, teacher, data, ids):
     images = [to_tensor(data.image(id)) for id in ids]
     columns = {"unlabeled picture": images}
     columns["truth (not used)"] = [
-        to_tensor(common.truth_for_the_log(data, id, image.shape[1:]))
+        to_tensor(truth_for_the_log(data, id, image.shape[1:]))
         for id, image in zip(ids, images)]
     for folder in sorted((run.folder / "pseudo_labels").glob("stage_*")):
         columns[f"pseudo-mask of {folder.name}"] = [
@@ -545,7 +535,8 @@ def main():
         return common.check_data(args)
     if args.evaluate or args.predict:
         return common.use_checkpoint(args, device)
-    check_range(args, 1, math.inf, "stages", "iterations", "stage1_iterations", "cutout",
+    check_range(args, 1, 1000, "stages")
+    check_range(args, 1, math.inf, "iterations", "stage1_iterations", "cutout",
                 "labeled_batch_size", "stage1_batch_size")
     check_range(args, 0, math.inf, "lambda1", "lambda2")
     check_range(args, 0, 1, "ema_decay")
@@ -558,18 +549,16 @@ def main():
 
     stages = dict.fromkeys(range(1, args.stages + 1), args.iterations)  # stage: iterations
     stages[1] = args.stage1_iterations or args.iterations
-    method = "three-stage"
+    method = "three-stage-supervised" if args.supervised else "three-stage"
     if args.supervised:
         # Open: the length of the baseline; as many steps as all stages together   --supervised
         stages = {1: sum(stages.values())}
-        method = "three-stage-supervised"
     common.say(f"stages    {stages} (stage: iterations)")
     # Open: last or best step; the last, of theta' as in the authors' code (Algorithm 1, 13: theta)
     run = common.Run(method, args, data, labeled, unlabeled, device, stages, "teacher")
 
-    # Algorithm 1, with its line numbers
     keep = {"results": {}, "pseudo_miou": {}}
-    for stage in stages:
+    for stage in stages:  # Algorithm 1, with its line numbers
         if not run.enter(stage):
             continue
         keep = start_stage(args, data, device, stage, keep)  # 3, 7, 11

@@ -891,7 +891,7 @@ def test_pspnets_halves_make_the_whole():
         network(image), logits
     )
     assert logits.shape == auxiliary.shape == (2, K, 8, 16)
-    layer3 = network.backbone.layers(network.normalize(image))[2]
+    layer3 = network.backbone.layers(network.normalize(image))[3]
     assert torch.equal(network.auxiliary(layer3), auxiliary)
     network.train()
     assert not torch.equal(network(image), network(image))  # dropout

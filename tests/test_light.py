@@ -97,7 +97,7 @@ def test_the_backbone_is_the_stack_of_its_layers(output_stride):
     backbone = with_statistics(common.make_backbone(LITE, output_stride=output_stride))
     image = torch.randn(2, 3, 70, 97)
     with torch.no_grad():
-        maps = backbone.layers(image)
+        stem, *maps = backbone.layers(image)
         expected = layers_one_by_one(backbone.state_dict(), image, output_stride)
         torch.testing.assert_close(backbone(image), maps[-1])
     for ours, naive in zip(maps, expected, strict=True):
@@ -105,8 +105,9 @@ def test_the_backbone_is_the_stack_of_its_layers(output_stride):
     strides = (4, 8, 16, output_stride)
     assert [m.shape[1:] for m in maps] == [
         (width, -(-70 // stride), -(-97 // stride))
-        for width, stride in zip(backbone.widths, strides)
+        for width, stride in zip(backbone.widths[1:], strides)
     ]
+    assert stem.shape[1:] == (backbone.widths[0], 35, 49)
     assert backbone.stride == output_stride
     assert sum(p.numel() for p in backbone.parameters()) == 2_958_848  # the paper: 4.7 M, with head
     assert not any(isinstance(m, (nn.SiLU, nn.Sigmoid)) for m in backbone.modules())
@@ -208,7 +209,7 @@ def test_without_the_package_one_line_says_what_to_install(monkeypatch, capsys):
 def test_the_branch_of_three_stage_shares_what_the_papers_branch_shares(kind):
     net, other = build(), build(member=3)
     own = copy.deepcopy(other.state_dict())
-    branch = three_stage.CopiedBranch(other, kind)
+    branch = common.CopiedBranch(other, kind == "g-hat")
     image = torch.rand(2, 3, 64, 96)
     f, g = three_stage.TwoBranches(net, branch)(image)
     assert torch.equal(f, net(image)) and g.shape == f.shape and not torch.equal(f, g)
@@ -217,7 +218,7 @@ def test_the_branch_of_three_stage_shares_what_the_papers_branch_shares(kind):
     shared = {"stem", "layer1", "layer2", "layer3"}
     assert moved == (shared if kind == "g-hat" else shared | {"layer4"})
     assert all(p.grad is not None for p in branch.parameters() if p.requires_grad)
-    kept = {name.removeprefix("other.") for name in branch.state_dict()}
+    kept = {name.removeprefix("copy.") for name in branch.state_dict()}
     gone = tuple(f"backbone.{name}." for name in moved)
     assert kept == {name for name in own if not name.startswith(gone)}
     args = SimpleNamespace(optimizer="adamw", weight_decay=0.0, head_lr=10.0)

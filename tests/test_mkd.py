@@ -1229,7 +1229,7 @@ def test_deeplabv3plus_of_odd_and_even_sizes(deeplab, size, low, high):
         and deeplab.feature_channels == 256
         and deeplab.stride == 4
     )
-    assert layers[0].shape[2:] == low and layers[3].shape[2:] == high
+    assert layers[1].shape[2:] == low and layers[4].shape[2:] == high
 
 
 def test_the_backbone_of_deeplabv3plus_halves_four_times_and_dilates_its_last_layer(deeplab):
