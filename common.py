@@ -246,7 +246,9 @@ class Dataset:
             name = hashlib.sha256(key.encode()).hexdigest()[:24]
             kept = Path(self.cache, folder, f"{name}.png")
             with Image.open(kept) as picture:
-                return np.array(picture)
+                array = np.array(picture)
+            if self._is_whole(array, path, kind):
+                return array
         array = read(path)
         height, width = self._fit(*array.shape[:2])
         if array.shape[:2] == (height, width):
@@ -257,9 +259,24 @@ class Dataset:
                 write_atomically(kept, partial(small.save, format="PNG", compress_level=1))
         return np.array(small)
 
+    def _is_whole(self, array, path, kind):
+        """Is this array from the cache what _resized() would make of the file at path?"""
+        if array.shape[:2] != self._fit(*self.header(path).shape):
+            return False
+        if kind == "picture":
+            return array.ndim == 3
+        return array.ndim == 2 and bool(((array < len(self.names)) | (array == IGNORE)).all())
+
+
+def need_file(path):
+    """A UserError unless path is a file, or missing. A pipe would make the run wait for ever."""
+    need(Path(path).is_file() or not Path(path).exists(),
+         f"{path}: is a folder, a pipe or a device; expected a file here")
+
 
 def open_picture(path, load=True):
     """The PIL picture at path, decoded. A UserError names a file that is missing or no picture."""
+    need_file(path)
     try:
         picture = Image.open(path)
         if load:
@@ -305,11 +322,18 @@ def files_by_stem(folder, suffixes=SUFFIXES):
 
 
 def read_lines(path, advice):
-    """The lines of a text file. A UserError ends with this advice."""
+    """The lines of a text file, in UTF-8 or Windows' UTF-16. A UserError ends with this advice."""
+    need_file(path)
     try:
-        return Path(path).read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as a text list ({error}); {advice}") from None
+        content = Path(path).read_bytes()
+        is_utf16 = content.startswith((b"\xff\xfe", b"\xfe\xff"))
+        text = content.decode("utf-16" if is_utf16 else "utf-8-sig")
+        if "\0" in text:
+            raise ValueError("it holds zero bytes")
+        return text.splitlines()
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as a text list in UTF-8 ({error}); "
+                        f"{advice}") from None
 
 
 def hash_order(seed, ids):
@@ -813,6 +837,10 @@ def pictures_in(folder, problems):
             problems.append(f"{path}: pictures in a sub-folder are not read; move them to {folder}")
         elif path.suffix.lower() not in SUFFIXES:
             others.append(path.name)
+        elif not path.is_file():
+            problems.append(f"{path}: is no file (a pipe, or a link to nothing); remove it")
+        elif str(path) != str(path).encode(errors="ignore").decode():
+            problems.append(f"{str(path)!a}: its name is not in UTF-8; rename it")
         elif found.setdefault(path.stem, path) != path:
             problems.append(f"{path}: has the name of {found[path.stem].name}, and one mask cannot "
                             "belong to both; rename or remove one")
@@ -940,6 +968,8 @@ def split(args, data, read=True):
     named = set(labeled + unlabeled)
     unlabeled = unlabeled + [id for id in data.extra if id not in named]
     args.labels = len(labeled)
+    largest = max(64, len(labeled) + len(unlabeled))
+    check_range(args, 1, largest, *(name for name in vars(args) if name.endswith("batch_size")))
     need(unlabeled or args.supervised, f"all {len(labeled)} training pictures are labeled, so no "
          "unlabeled ones are left; use fewer --labels, or --supervised, or add unlabeled ones "
          "(--extra on cityscapes and voc; the folder unlabeled/ of your own pictures)")
@@ -981,16 +1011,20 @@ def split_order(args, data, count):
     return official + hash_order(seed, set(ids) - set(official))
 
 
+SPLIT_ADVICE = "--split takes lists of names, one on each line, saved as UTF-8"
+
+
 def read_split(paths, data):
-    """Ids from one list (labeled) or two (labeled, unlabeled), by picture_name() of column 1."""
+    """Ids from one list (labeled) or two (labeled, unlabeled): a picture_name() in each line."""
     need(len(paths) <= 2, f"--split takes one list (labeled) or two (unlabeled), not {len(paths)}")
     known = {picture_name(id, data): id for id in data.train + data.extra}
     lists = []
     for path in paths:
         ids = {}  # {id: number of its line}
-        for number, line in enumerate(read_lines(path, "--split takes lists of names"), 1):
+        for number, line in enumerate(read_lines(path, SPLIT_ADVICE), 1):
             if line.strip():
-                name = picture_name(line.split()[0], data)
+                name = picture_name(line.strip(), data)  # which can have spaces in it
+                name = name if name in known else picture_name(line.split()[0], data)
                 need(name in known, f"{path}:{number}: {name} is not among the {len(known)} "
                      f"training pictures of {data.name} (vocaug, or --extra all, has more of voc)")
                 first = ids.setdefault(known[name], number)
@@ -1020,6 +1054,7 @@ class NumbersOnly(pickle.Unpickler):
 
 def read_order(paths, data):
     """The training ids in the order of a pickled permutation (split_0.pkl of Mittal et al.)."""
+    need_file(paths[0])
     try:
         with warnings.catch_warnings(), open(paths[0], "rb") as file:  # numpy renamed its modules
             warnings.simplefilter("ignore", DeprecationWarning)
@@ -2123,6 +2158,7 @@ torch.save({{k: v for k, v in x.items() if torch.is_tensor(v)}}, 'weights.pth')\
 
 def load_torch(path, advice="download or copy it again"):
     """The dict in a file of tensors and plain values. A UserError names any other file."""
+    need_file(path)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # it raises ten kinds of them, as a truncated file happens to end
@@ -2414,17 +2450,20 @@ def find_row(args, paper):
     labels = args.labels
     lists = [] if is_order(args) else args.split or []
     if lists and labels is None and Path(lists[0]).is_file():
-        lines = Path(args.split[0]).read_bytes().splitlines()
-        labels = sum(bool(line.strip()) for line in lines)
+        labels = sum(bool(line.strip()) for line in read_lines(lists[0], SPLIT_ADVICE))
     return paper.get(f"{key}/{labels}") or paper[key], preset
 
 
 def check_shared_arguments(args):
     """Raise a UserError for a value out of range, or arguments that exclude each other."""
     check_range(args, 1, math.inf, "batch_size", "log_every", "eval_every", "save_every")
-    check_range(args, 1, math.inf, "size", "crop")
-    check_range(args, 0, math.inf, "workers", "seed", "iterations", "weight_decay", "base_size")
-    check_range(args, 1e-12, math.inf, "lr", "head_lr", "scale", "scales")
+    check_range(args, 1, 2**16, "size", "crop")
+    check_range(args, 0, 2**16, "base_size")
+    check_range(args, 0, math.inf, "iterations", "weight_decay")
+    check_range(args, 0, 1000, "workers", *({"stages", "rounds"} & vars(args).keys()))
+    check_range(args, 0, 2**32 - 1, "seed", "split_seed")
+    check_range(args, 0.05, 8, "scale", "scales")
+    check_range(args, 1e-12, math.inf, "lr", "head_lr")
     size = " ".join(map(str, args.size or ()))
     need(args.size is None or len(args.size) <= 2,
          f"--size {size}: expected height and width, or the longer side alone")
@@ -2438,16 +2477,38 @@ def check_shared_arguments(args):
 
 
 def check_range(args, low, high, *names):
-    """Raise a UserError for the first of these arguments that lies outside low..high."""
-    if low == 1e-12:
-        bound = "above 0" if high == math.inf else f"above 0 and at most {high}"
-    else:
-        bound = f"{low} or more" if high == math.inf else f"from {low} to {high}"
+    """Raise a UserError for the first of these arguments that lies outside low..high.
+
+    Infinity as high stands for a billion, or for a number with a fraction for 1e30."""
+    begin = "above 0 and at most" if low == 1e-12 else f"from {low} to"
     for name in names:
         values = getattr(args, name)
         for value in values if isinstance(values, (list, tuple)) else [values]:
-            need(value is None or low <= value <= high,
-                 f"--{name.replace('_', '-')} {value}: must be {bound}")
+            top = min(high, 10**9 if isinstance(value, int) else 1e30)
+            need(value is None or low <= value <= top,
+                 f"--{name.replace('_', '-')} {value}: must be {begin} {top}")
+
+
+def check_memory(args, device):
+    """A UserError for sizes that cannot fit into the memory, by the least that a step takes."""
+    if device.type == "cuda":
+        memory = torch.cuda.get_device_properties(device).total_memory
+    elif hasattr(os, "sysconf"):
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    else:
+        return  # Windows
+    size = args.size or args.crop
+    area = size[0] * size[-1]
+    windows = args.base_size**2 or area
+    for names, pixels, of_pixel in (  # bytes for each pixel
+            ("batch_size crop", args.batch_size // world_size() * math.prod(args.crop), 500),
+            ("size scale", area * args.scale[1] ** 2, 20),
+            ("size base_size scales", windows * max(args.scales) ** 2, 200)):
+        given = [(name, getattr(args, name)) for name in names.split()]
+        text = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in given if value)
+        text = re.sub(r"[\[\](),]", "", text)
+        need(pixels * of_pixel < memory, f"{text}: {pixels / 1e6:,.0f} million pixels at once do "
+             f"not fit into a memory of {memory / 2**30:.0f} GB; use smaller numbers")
 
 
 # ---- processes -----------------------------------------------------------------------------------
@@ -2469,6 +2530,7 @@ def setup(args, uneven=False):
         torch.backends.cudnn.benchmark = True
     if "RANK" in os.environ:
         join_processes(device)
+    check_memory(args, device)
     need(uneven or args.batch_size % world_size() == 0, f"--batch-size {args.batch_size} is not "
          f"divisible by the {world_size()} processes")
     return device
@@ -2631,13 +2693,16 @@ def run_main(main):
         return
     except UserError as error:  # a loader process puts its traceback before the message
         message = str(error).rsplit("UserError: ", 1)[-1].strip()
-    except torch.cuda.OutOfMemoryError:
-        message = ("the GPU's memory is full; use a smaller --batch-size or --crop, or "
+    except (torch.cuda.OutOfMemoryError, MemoryError):
+        message = ("the memory is full; use a smaller --batch-size or --crop, or "
                    "--precision bf16")
     except RuntimeError as error:
-        if world_size() == 1 or "closed by peer" not in str(error):
+        if "can't allocate memory" in str(error):
+            message = "the memory is full; use a smaller --batch-size, --crop or --size"
+        elif world_size() > 1 and "closed by peer" in str(error):
+            message = "another process ended first and printed the reason"
+        else:
             raise
-        message = "another process ended first and printed the reason"
     except ValueError as error:
         if "more than 1 value per channel" not in str(error):
             raise
@@ -3377,7 +3442,8 @@ def draw_cell(cell, colors):
         array = array.transpose(1, 2, 0)
     height, width = array.shape[:2]
     zoom = max(1, round(240 / width)) if width <= 480 else 480 / width
-    size = round(width * zoom), round(height * zoom)
+    zoom = min(zoom, 2000 / height)
+    size = max(1, round(width * zoom)), max(1, round(height * zoom))
     return Image.fromarray(array).resize(size, Image.Resampling.NEAREST)
 
 
@@ -3447,7 +3513,8 @@ def use_checkpoint(args, device, make=make_network):
         for name in ("size", "crop", "base_size", "flip"):
             if name not in args.given:
                 setattr(args, name, state[name])
-        check_range(args, 0, math.inf, "size", "crop", "base_size")
+        check_shared_arguments(args)
+        check_memory(args, device)
         say(f"checkpoint {path}: {state['method']} on {state['dataset']}, with "
             f"{len(state['classes'].values())} classes, after {state['step']} iterations")
         for name in state["models"] if args.evaluate else [state["headline"]]:
@@ -3542,7 +3609,7 @@ def predict_pictures(network, state, args, device):
         for file, result in zip(files, drawn):
             result.save(file)
         if len(rows) < 5:
-            side = 480, max(1, round(480 * picture.height / picture.width))
+            side = 480, max(1, min(960, round(480 * picture.height / picture.width)))
             small = [each.convert("RGB").resize(side) for each in (picture, *drawn[1:])]
             rows.append([to_tensor(np.asarray(each)) for each in small])
     if rows:
@@ -3600,9 +3667,10 @@ def plan_predictions(source, out, dataset):
 def shown_size(size, base_size, picture):
     """(H, W) at which a network sees a PIL picture, which keeps its proportions.
 
-    The height of size (H, W); or a longer side of at most size (N,) or base_size."""
+    The height of size (H, W), if that makes it no wider than 4 W (or than it is); or a longer side
+    of at most size (N,) or base_size."""
     if size and len(size) == 2:
-        factor = size[0] / picture.height
+        factor = min(size[0] / picture.height, max(1, 4 * size[1] / picture.width))
     else:
         longest = size[0] if size else base_size or math.inf
         factor = min(1, longest / max(picture.size))
@@ -3619,7 +3687,10 @@ def predict_tiled(network, picture, size, args, device, tile=1024, margin=128, b
     full = np.array([picture.height, picture.width])
     label, confidence = np.zeros((2, *full), np.uint8)
     window = size
-    if math.prod(size) > 2**21 and not args.base_size:  # base_size: predict() walks over windows
+    zoom = max(1, max(args.scales) / 2)
+    # With base_size predict() walks over windows itself.
+    if math.prod(size) * zoom**2 > 2**21 and not args.base_size:
+        tile /= zoom
         window = [math.ceil(side / math.ceil(side / tile)) for side in size]  # tiles of one size
     for box in windows(size, window, window):
         inner = np.reshape(box, (2, 2))  # top, left; bottom, right

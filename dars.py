@@ -545,7 +545,8 @@ def check(args):
     """A UserError for values out of range, and for values that do not fit each other."""
     check_range(args, 1e-12, 1, "alpha")
     check_range(args, 0, 0.99, "beta_min")
-    check_range(args, 0, math.inf, "beta_max", "rounds", "round0_iterations")
+    check_range(args, 0, 4, "beta_max")
+    check_range(args, 0, math.inf, "round0_iterations")
     check_range(args, 1, math.inf, "epochs", "round0_batch_size")
     check_range(args, 1e-12, math.inf, "temperature")
     for name in ("alpha", "beta_min", "beta_max"):

@@ -588,7 +588,7 @@ def main():
         return common.check_data(args)
     if args.evaluate or args.predict:
         return common.use_checkpoint(args, device)
-    common.check_range(args, 0, math.inf, "stages", "stage0_iterations")
+    common.check_range(args, 0, math.inf, "stage0_iterations")
     common.check_range(args, 1e-12, math.inf, "stage0_lr", "stage0_head_lr", "setr_lr")
     common.check_range(args, 1, math.inf, "prototype_min_cells")
     common.check_range(args, 0, 1, "dropout", "drop_path", "threshold", "ema_decay")

@@ -374,7 +374,7 @@ def test_each_kind_of_bad_file_stops_a_run_before_it_begins(own, main):
             lambda own: (own / "classes.txt").write_text("road 300 0 0\nb\nc\n"),
             ("classes.txt", "'road 300 0 0'", "up to 255"),
         ),
-        (lambda own: (own / "classes.txt").write_bytes(b"\xff\xfe\x00r"), ("classes.txt", "text")),
+        (lambda own: (own / "classes.txt").write_bytes(b"stra\xdfe"), ("classes.txt", "UTF-8")),
         (
             lambda own: (own / "classes.txt").write_text("road\n"),
             ("masks/photo", "[1, 2]", "1 classes"),

@@ -343,3 +343,59 @@ def test_the_checkpoint_of_another_script_in_a_run_folder(error, checkpoint, cha
     torch.save(state | changes, "run/last.pt")
     message = error("--out", "run")
     assert all(word in message for word in ["run/last.pt", *words])
+
+
+# ---- sizes ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "argv",
+    """--scale inf inf;--scale 0.001 1;--scale 1 1e30;--scale nan 1;--scales 1e-9;--scales 200;
+    --scales inf;--base-size 100000000000000000000;--size 99999999 99999999;--crop 70000 1;
+    --batch-size 5000;--batch-size 100000000000000000000;--seed 100000000000000000000;
+    --split-seed -1;--iterations 100000000000000000000;--workers 100000;--lr inf;--lr nan;
+    --weight-decay inf;--stages 100000000000000000000;--stages 5000;--save-every 1e9;
+    --log-every 100000000000000000000;--dropout nan;--stage0-lr inf;
+    --stage0-iterations 100000000000000000000""".split(";"),
+)
+def test_a_number_that_nobody_can_mean(error, argv):
+    flag = argv.split()[0]
+    assert flag in error(*argv.split())
+
+
+def test_a_range_of_scales_that_a_round_makes(main):
+    with pytest.raises(common.UserError, match="--beta-max inf"):
+        run_on_few_streets(dars, "--beta-max", "inf", "0.1", "--labels", "4")
+
+
+@pytest.mark.parametrize(
+    "argv, flags",
+    [
+        ("--size 60000 60000 --batch-size 2", "--size 60000"),
+        ("--batch-size 60 --size 30000 30000 --crop 30000 30000", "--batch-size 60 --crop"),
+        ("--size 4000 4000 --scales 8 8 --base-size 60000", "--base-size 60000"),
+    ],
+)
+def test_what_cannot_fit_into_the_memory_is_not_tried(monkeypatch, argv, flags):
+    monkeypatch.setattr(common.os, "sysconf", lambda name: 2**18, raising=False)  # 64 GB
+    args = common.parse_args(rml.get_parser(), rml.PAPER, argv.split())
+    with pytest.raises(common.UserError, match=re.escape(flags)):
+        common.check_memory(args, torch.device("cpu"))
+
+
+def test_every_row_of_the_tables_fits_into_a_small_machine(monkeypatch):
+    monkeypatch.setattr(common.os, "sysconf", lambda name: 2**17, raising=False)  # 16 GB
+    for script in SCRIPTS:
+        for name in script.PAPER:
+            dataset, _, preset = name.split("/")[0].partition("-")
+            argv = ["--dataset", dataset, *(["--preset", preset] if preset else [])]
+            args = common.parse_args(script.get_parser(), script.PAPER, argv)
+            common.check_memory(args, torch.device("cpu"))
+
+
+def test_predict_of_a_strip(main, checkpoint):
+    """At the height of the training pictures it would be a million pixels wide."""
+    for width, height in ((20000, 1), (1, 20000)):
+        Image.new("RGB", (width, height)).save("strip.png")
+        run_on_few_streets(rml, "--predict", "strip.png", "--checkpoint", str(checkpoint))
+        assert Image.open("predictions/strip.png").size == (width, height)

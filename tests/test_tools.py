@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import shutil
 import sys
 from types import SimpleNamespace
@@ -17,7 +18,8 @@ import results_table
 import rml
 from helpers import strict
 from test_data import make_camvid, make_cityscapes
-from test_folder import SHORT, main, mask, noise, own, save  # noqa: F401, two are fixtures
+from test_folder import SHORT, Pointwise, mask, noise, save
+from test_folder import main, own  # noqa: F401, fixtures
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -325,3 +327,90 @@ def test_the_report_marks_classes_that_val_does_not_have(capsys):
     table = torch.diag(torch.tensor([1, 1, 1]))
     common.report({"student": table}, "student", data, args)
     assert "*" not in capsys.readouterr().out
+
+
+# ---- files that are none -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["images/photo 0.png", "masks/photo 0.png", "classes.txt"])
+def test_a_pipe_does_not_make_a_run_wait(own, main, name):
+    (own / name).unlink(missing_ok=True)
+    os.mkfifo(own / name)
+    with pytest.raises(common.UserError, match=f"{name}: is "):
+        main("--iterations", "1")
+    with pytest.raises(common.UserError, match="named above"):
+        main("--check-data")
+
+
+def test_other_files_that_are_pipes_or_folders(own, main, tmp_path):
+    for name in ("pipe.txt", "pipe.pkl", "pipe.pt"):
+        os.mkfifo(tmp_path / name)
+    for name in ("folder.txt", "folder.pkl"):
+        (tmp_path / name).mkdir()
+    for name in ("pipe.txt", "pipe.pkl", "folder.txt", "folder.pkl"):
+        with pytest.raises(common.UserError, match=f"{name}: is a folder, a pipe"):
+            main("--iterations", "1", "--split", tmp_path / name)
+    for read in (common.load_torch, common.open_picture):
+        with pytest.raises(common.UserError, match="pipe.pt: is a folder, a pipe"):
+            read(tmp_path / "pipe.pt")
+    os.mkfifo(own / "unlabeled/pipe.jpg")
+    jobs = common.plan_predictions(own / "unlabeled", tmp_path / "out", "folder")
+    assert "pipe.jpg" in {path.name for path, *_ in jobs}  # it is named among the unreadable ones
+
+
+def test_lists_in_encodings_of_windows(own, tmp_path):
+    data = common.open_folder(own, None, None)
+    names = [id.removeprefix("images/") for id in data.train[:2]]
+    path = tmp_path / "list.txt"
+    for encoding in ("utf-8", "utf-8-sig", "utf-16"):
+        path.write_text("\n".join(names), encoding=encoding)  # with spaces in the names
+        assert common.read_split([path], data)[0] == data.train[:2]
+    for content in ("photo 0".encode("utf-16-le"), b"ph\xf6to 0"):
+        path.write_bytes(content)
+        with pytest.raises(common.UserError, match="list.txt: cannot be read .* saved as UTF-8"):
+            common.read_split([path], data)
+
+
+def test_a_name_that_is_not_in_utf8_is_named(own, main):
+    os.rename(own / "unlabeled/photo 4.png", os.fsencode(own / "unlabeled") + b"/ph\xf6.png")
+    words = r"ph\\udcf6.png': its name is not in UTF-8"
+    with pytest.raises(common.UserError, match=words) as error:
+        main("--iterations", "1")
+    str(error.value).encode()  # can be printed
+
+
+def test_a_spoiled_cache_is_made_again(own, tmp_path):
+    save(own / "images/photo 0.png", noise(0, 120, 200))
+    save(own / "masks/photo 0.png", mask(0, 120, 200))
+    data = common.open_folder(own, (100,), tmp_path / "cache")
+    read = (data.image, data.label)
+    expected = [load("images/photo 0") for load in read]
+    for spoiled in (noise(1, 60, 100), noise(1, 60, 100, 1), noise(1, 30, 100), noise(1, 9, 9, 1)):
+        for path in (tmp_path / "cache").rglob("*.png"):
+            save(path, spoiled)
+        for load, array in zip(read, expected):
+            if load == data.image and spoiled.shape == array.shape:
+                continue  # no one can tell
+            assert np.array_equal(load("images/photo 0"), array)
+
+
+def test_a_picture_of_one_row_is_predicted_at_a_sane_size():
+    for picture in (Image.new("RGB", (20000, 1)), Image.new("RGB", (1, 20000))):
+        for size, base_size in (((64, 128), 0), ((640,), 0), (None, 0), ((64, 128), 2048)):
+            height, width = common.shown_size(size, base_size, picture)
+            assert height * width <= 8 * 20000
+    assert common.shown_size((64, 128), 0, Image.new("RGB", (400, 100))) == (64, 256)
+    cell = torch.zeros(3, 20000, 1, dtype=torch.uint8)
+    assert np.prod(common.draw_cell(cell, noise(0, 1, 3)[0]).size) < 10**6
+
+
+def test_a_picture_of_one_column_is_predicted(own, main, tmp_path):
+    """Its row in overview.jpg has no million pixels either."""
+    state = {"classes": {"a": (0, 0, 0), "b": (9, 9, 9)}, "dataset": "folder"}
+    args = SimpleNamespace(predict=own / "thin", out=tmp_path / "out", size=(640,), base_size=0)
+    args.__dict__.update(scales=[1.0], flip=False, precision="fp32", crop=(64, 64))
+    save(own / "thin/a.png", noise(0, 20000, 1))
+    save(own / "thin/b.png", noise(0, 1, 20000))
+    common.predict_pictures(Pointwise(), state, args, torch.device("cpu"))
+    assert Image.open(tmp_path / "out/b.png").size == (20000, 1)
+    assert np.prod(Image.open(tmp_path / "out/overview.jpg").size) < 10**7
