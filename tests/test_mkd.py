@@ -1321,7 +1321,8 @@ def test_weights_of_mmsegmentations_v1c_load_whole(wrapped, tmp_path, monkeypatc
     torch.save(
         {"meta": {"epoch": 1}, "state_dict": state} if wrapped else state, tmp_path / "v1c.pth"
     )
-    args = SimpleNamespace(**spec(), weights=str(tmp_path / "v1c.pth"), input_style=None, seed=0)
+    more = dict(output_stride=None, input_style=None, seed=0)
+    args = SimpleNamespace(**spec(), **more, weights=str(tmp_path / "v1c.pth"))
     network = common.build_network(args, SimpleNamespace(names=range(21)), CPU)
     loaded = network.backbone.state_dict()
     assert (
