@@ -3382,6 +3382,7 @@ def report(tables, headline, data, args, paper=None):
 def progress(text, done, total, printed=[0.]):
     """Show how far a pass other than training is: a live line, or a line every 15 seconds."""
     terminal = sys.stdout.isatty()
+    text = text.encode(errors="backslashreplace").decode()  # a file name may not be in UTF-8
     if is_main() and (terminal or done == total or time.time() - printed[0] > 15):
         printed[0] = time.time()
         text = f"\r{text}: {done}/{total}\x1b[K" if terminal else f"{text}: {done}/{total}"

@@ -89,6 +89,7 @@ def count(script, row, precision, batch_size=None):
         "style": "torchvision",
         "classes": classes,
         "deep_stem": False,
+        "output_stride": 32 if "plus" in values["network"] else 16,
         "mitrans": True,
         "present": 0,
     }

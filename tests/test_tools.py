@@ -404,13 +404,25 @@ def test_a_picture_of_one_row_is_predicted_at_a_sane_size():
     assert np.prod(common.draw_cell(cell, noise(0, 1, 3)[0]).size) < 10**6
 
 
-def test_a_picture_of_one_column_is_predicted(own, main, tmp_path):
-    """Its row in overview.jpg has no million pixels either."""
+def predict_with_pointwise(folder, out):
     state = {"classes": {"a": (0, 0, 0), "b": (9, 9, 9)}, "dataset": "folder"}
-    args = SimpleNamespace(predict=own / "thin", out=tmp_path / "out", size=(640,), base_size=0)
+    args = SimpleNamespace(predict=folder, out=out, size=(640,), base_size=0)
     args.__dict__.update(scales=[1.0], flip=False, precision="fp32", crop=(64, 64))
-    save(own / "thin/a.png", noise(0, 20000, 1))
-    save(own / "thin/b.png", noise(0, 1, 20000))
     common.predict_pictures(Pointwise(), state, args, torch.device("cpu"))
+
+
+def test_a_picture_of_one_column_is_predicted(tmp_path):
+    """Its row in overview.jpg has no million pixels either."""
+    save(tmp_path / "thin/a.png", noise(0, 20000, 1))
+    save(tmp_path / "thin/b.png", noise(0, 1, 20000))
+    predict_with_pointwise(tmp_path / "thin", tmp_path / "out")
     assert Image.open(tmp_path / "out/b.png").size == (20000, 1)
     assert np.prod(Image.open(tmp_path / "out/overview.jpg").size) < 10**7
+
+
+def test_a_picture_whose_name_is_not_in_utf8_is_predicted(tmp_path, capsys):
+    save(tmp_path / "photos/a.png", noise(0))
+    os.rename(tmp_path / "photos/a.png", os.fsencode(tmp_path / "photos") + b"/ph\xf6.png")
+    predict_with_pointwise(tmp_path / "photos", tmp_path / "out")
+    capsys.readouterr().out.encode()  # can be printed
+    assert os.path.exists(os.fsencode(tmp_path / "out") + b"/ph\xf6_overlay.png")
