@@ -2449,8 +2449,33 @@ def warn(text):
         print("warning: " + text, file=sys.stderr, flush=True)
 
 
+class Output:
+    """A stream that loses text, instead of ending the run, once its reader or its disk is gone."""
+
+    def __init__(self, stream):
+        self.stream = stream or open(os.devnull, "w")  # None: it was closed before the start
+        self.stream.reconfigure(errors="backslashreplace")  # names of classes in any alphabet
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        self._try(self.stream.write, text)
+        return len(text)
+
+    def flush(self):
+        self._try(self.stream.flush)
+
+    def _try(self, call, *text):
+        try:
+            call(*text)
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+
 def run_main(main):
     """Run a script's main(). A UserError becomes one line on stderr and exit status 2."""
+    sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr)
     try:
         main()
         if dist.is_initialized():

@@ -115,7 +115,7 @@ TEACHERS = {"none": (), "own": (0, 1), "mutual": (1, 0)}  # of students 1 and 2;
 
 def get_parser():
     parser = argparse.ArgumentParser(
-        allow_abbrev=False, description=__doc__.split("\n\n")[1],
+        allow_abbrev=False, description=(__doc__ or "\n\n").split("\n\n")[1],
         epilog="Defaults are in the table PAPER in mkd.py; a run writes all values to args.json.")
     add = parser.add_argument_group("mutual knowledge distillation").add_argument
     number = dict(type=float, metavar="X")

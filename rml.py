@@ -123,7 +123,7 @@ MUTUAL = {
 
 def get_parser():
     parser = argparse.ArgumentParser(
-        allow_abbrev=False, description=__doc__.split("\n\n")[1],
+        allow_abbrev=False, description=(__doc__ or "\n\n").split("\n\n")[1],
         epilog="Defaults are in the table PAPER in rml.py; a run writes all values to args.json.")
     switch = argparse.BooleanOptionalAction
     add = parser.add_argument_group("robust mutual learning").add_argument

@@ -399,3 +399,39 @@ def test_predict_of_a_strip(main, checkpoint):
         Image.new("RGB", (width, height)).save("strip.png")
         run_on_few_streets(rml, "--predict", "strip.png", "--checkpoint", str(checkpoint))
         assert Image.open("predictions/strip.png").size == (width, height)
+
+
+# ---- streams -------------------------------------------------------------------------------------
+
+CODE = """import common, helpers, rml
+common.Streets = helpers.FewStreets
+real = common.Dataset.__post_init__
+def rename(data):
+    real(data)
+    data.names[0] = chr(0x9053) + chr(0x8def)
+common.Dataset.__post_init__ = rename
+common.run_main(rml.main)
+"""
+
+
+@pytest.mark.parametrize("redirect", ["> /dev/full", "| head -1", ">&- 2>&-", "> out.txt"])
+def test_a_run_whose_output_goes_nowhere_is_a_run(main, redirect):
+    """And ASCII can be no obstacle for the names of classes."""
+    argv = f"{' '.join(SHORT)} --out run"
+    Path("script.py").write_text(CODE)
+    command = f"set -o pipefail; {sys.executable} script.py {argv} {redirect}"
+    paths = f"{ROOT}{os.pathsep}{ROOT / 'tests'}"
+    env = os.environ | {"PYTHONPATH": paths, "PYTHONIOENCODING": "ascii", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(["bash", "-c", command], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "Error" not in done.stderr and "Exception" not in done.stderr
+    assert Path("run/result.json").exists()
+    if "out.txt" in redirect:
+        assert "\\u9053\\u8def" in Path("out.txt").read_text()
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
+def test_help_needs_no_docstring(script, monkeypatch):
+    """python -OO drops it."""
+    monkeypatch.setattr(script, "__doc__", None)
+    assert "--dataset" in script.get_parser().format_help()
