@@ -433,7 +433,7 @@ def train(args, run, streams, students, learners, teachers, keep, begin):
         valid = cutmix(valid, small_mask, L)  # (L + B, h, w), False on padding
         # Open: the course of lambda; half a cosine, as in the code, after the warm-up   --lambda0
         progress = (iteration + 1 - args.warmup) / (args.iterations - args.warmup)
-        strength = args.lambda0 * (1 - math.cos(math.pi * progress)) / 2
+        strength = args.lambda0 * (1 - math.cos(math.pi * progress)) / 2 if statistics else 0.0
 
         # 2 pseudo-labels: of both teachers on weak views; their logits are mixed like the pictures
         pseudo_labels = []
