@@ -2076,7 +2076,7 @@ def build_network(args, data, device, member=0, make=make_network, aux=False, **
     lite = args.backbone == "efficientnet_lite0"
     need(lite or not args.output_stride,
          f"--output-stride {args.output_stride}: is for --backbone efficientnet_lite0")
-    weights, style, source = read_weights(args)
+    weights, style, source = read_weights(args, member)
     same = ("network", "backbone", "head", "aspp_branches", "batch_norm")
     spec = {name: getattr(args, name) for name in same} | more
     if lite:
@@ -2111,9 +2111,10 @@ def build_network(args, data, device, member=0, make=make_network, aux=False, **
 COCO_URL = "http://vllab1.ucmerced.edu/~whung/adv-semi-seg/resnet101COCO-41f33a49.pth"
 
 
-def read_weights(args):
+def read_weights(args, member=0):
     """The state dict of --weights in our names (empty for none), its style, and its file.
 
+    member: of an ensemble in a last.pt.
     A UserError names a file that is missing, broken or of an unknown layout."""
     if args.weights == "none":
         return {}, "torchvision", None
@@ -2126,7 +2127,7 @@ def read_weights(args):
     state = load_torch(path)
     if {"models", "networks"} & state.keys():  # a last.pt of this project
         with complete(path):
-            name = state["headline"]
+            name = re.sub(r"\d+$", str(member + 1), state["headline"])
             return dict(state["models"][name]), state["networks"][name]["style"], path
     for key in ("state_dict", "model", "model_state"):
         if isinstance(state.get(key), dict):
@@ -2337,6 +2338,11 @@ def add_arguments(parser, networks=NETWORKS, several=False):
     add_run_arguments(parser)
 
 
+def idea(docstring):
+    """The second paragraph of a script's docstring, for --help; nothing under python -OO."""
+    return (docstring or "\n\n").split("\n\n")[1]
+
+
 def one_or_two_of(names):
     """An argparse type: one of the names, or two divided by a comma."""
     def check(text):
@@ -2413,6 +2419,16 @@ def add_run_arguments(parser):
     add("--checkpoint", metavar="FILE", help="a last.pt, for --evaluate and --predict")
 
 
+class Arguments(argparse.Namespace):
+    """Arguments of a command line that know which of them nothing has read: .unread."""
+
+    unread = set()
+
+    def __getattribute__(self, name):
+        Arguments.unread.discard(name)
+        return super().__getattribute__(name)
+
+
 def parse_args(parser, paper, argv=None):
     """Parse the arguments, and fill those left out from a row of the method's table PAPER.
 
@@ -2423,8 +2439,11 @@ def parse_args(parser, paper, argv=None):
         raise UserError(f"{message}; --help lists the arguments")
 
     parser.error = complain
-    args = parser.parse_args(argv)
+    args = parser.parse_args(argv, Arguments())
     given = {name: value for name, value in vars(args).items() if value is not None}
+    if argv is None:
+        typed = {name for name, value in given.items() if value != parser.get_default(name)}
+        Arguments.unread = typed - HARMLESS
     row, preset = find_row(args, paper)
     args.table_preset = preset
     args.preset = args.preset or ("gpu" if torch.cuda.is_available() else "cpu")
@@ -2441,7 +2460,7 @@ def parse_args(parser, paper, argv=None):
 
     for name, value in row.items():
         listed = name == "labels" and args.split and not is_order(args)  # the list decides
-        if getattr(args, name) is None and not listed:
+        if vars(args)[name] is None and not listed:
             setattr(args, name, value)
     args.flip = args.flip or False
     args.base_size = args.base_size or 0
@@ -2504,7 +2523,7 @@ def check_range(args, low, high, *names):
     Infinity as high stands for a billion, or for a number with a fraction for 1e30."""
     begin = "above 0 and at most" if low == 1e-12 else f"from {low} to"
     for name in names:
-        values = getattr(args, name)
+        values = vars(args)[name]
         for value in values if isinstance(values, (list, tuple)) else [values]:
             top = min(high, 10**9 if isinstance(value, int) else 1e30)
             need(value is None or low <= value <= top,
@@ -2555,6 +2574,7 @@ def setup(args, uneven=False):
     check_memory(args, device)
     need(uneven or args.batch_size % world_size() == 0, f"--batch-size {args.batch_size} is not "
          f"divisible by the {world_size()} processes")
+    say(f"device    {device_name(device)}")
     return device
 
 
@@ -2706,8 +2726,45 @@ def warn(text):
         print("warning: " + text, file=sys.stderr, flush=True)
 
 
+EXPLAINED = {  # what errors of torch contain: what a user can do
+    "out of memory|can't allocate memory": "the memory is full; use a smaller --batch-size, --crop "
+    "or --size, or on a GPU --precision bf16",
+    "closed by peer": "another process ended first and printed the reason",
+    "more than 1 value per channel": "batch norm in training needs two pictures or more in each "
+    "process; use a larger --batch-size, or --batch-norm sync on several GPUs",
+    "DataLoader worker|shared memory|ancdata|Too many open files": "a loader process ended, or "
+    "could not hand over its pictures; use --workers 0, or give more shared memory (docker run "
+    "--shm-size 8g), memory, or open files (ulimit -n 4096)",
+}
+
+
+class Output:
+    """A stream that loses text, instead of ending the run, once its reader or its disk is gone."""
+
+    def __init__(self, stream):
+        self.stream = stream or open(os.devnull, "w")  # None: it was closed before the start
+        self.stream.reconfigure(errors="backslashreplace")  # names of classes in any alphabet
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        self._try(self.stream.write, text)
+        return len(text)
+
+    def flush(self):
+        self._try(self.stream.flush)
+
+    def _try(self, call, *text):
+        try:
+            call(*text)
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+
 def run_main(main):
     """Run a script's main(). A UserError becomes one line on stderr and exit status 2."""
+    sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr)
     try:
         main()
         if dist.is_initialized():
@@ -2715,21 +2772,13 @@ def run_main(main):
         return
     except UserError as error:  # a loader process puts its traceback before the message
         message = str(error).rsplit("UserError: ", 1)[-1].strip()
-    except (torch.cuda.OutOfMemoryError, MemoryError):
-        message = ("the memory is full; use a smaller --batch-size or --crop, or "
-                   "--precision bf16")
-    except RuntimeError as error:
-        if "can't allocate memory" in str(error):
-            message = "the memory is full; use a smaller --batch-size, --crop or --size"
-        elif world_size() > 1 and "closed by peer" in str(error):
-            message = "another process ended first and printed the reason"
-        else:
+    except (MemoryError, OSError, RuntimeError, ValueError) as error:
+        reason = str(error).split("\n")[0]
+        message = next((text for words, text in EXPLAINED.items() if re.search(words, str(error))),
+                       "the memory is full" if isinstance(error, MemoryError) else None)
+        if message is None:
             raise
-    except ValueError as error:
-        if "more than 1 value per channel" not in str(error):
-            raise
-        message = ("batch norm in training needs two pictures or more in each process; use a "
-                   "larger --batch-size, or --batch-norm sync on several GPUs")
+        message = f"{message} ({reason})"
     except KeyboardInterrupt:
         message = "interrupted; the same command goes on from the last checkpoint"
     if not is_main():
@@ -2756,17 +2805,17 @@ def write_atomically(path, write):
         temporary.unlink(missing_ok=True)
 
 
-def write_file(path, write):
-    """write_atomically(). A UserError names a file that cannot be written."""
+def write_file(path, write, after="the last checkpoint is intact. Free some space, then the same "
+               "command goes on"):
+    """write_atomically(). A UserError names a file that cannot be written, and what comes after."""
     try:
         write_atomically(path, write)
     except (OSError, RuntimeError) as error:  # torch.save turns a full disk into the latter
         place = next(folder for folder in Path(path).absolute().parents if folder.is_dir())
         free = shutil.disk_usage(place).free / 2 ** 30
         reason = str(error).splitlines()[0]
-        raise UserError(f"{path}: cannot be written ({reason}; {free:.1f} GB free); the last "
-                        "checkpoint is intact. Free some space, then the same command goes "
-                        "on") from None
+        raise UserError(f"{path}: cannot be written ({reason}; {free:.1f} GB free); "
+                        f"{after}") from None
 
 
 def lock(folder):
@@ -2815,6 +2864,7 @@ class Run:
     FILES = ["args.json", "log.jsonl", "last.pt", "result.json"]
     LABELS = ["soft_labels", "pseudo_labels", "predictions"]
 
+    advice = "choose another --out, or --overwrite to begin anew"
     phase = None  # a word for the progress line during a warm-up
     stage = None
     done = 0  # iterations of this stage
@@ -2853,7 +2903,7 @@ class Run:
             say(f"run       {self.folder} was finished before torchrun started this process again")
             raise SystemExit(0)
         if is_main():
-            self._prepare_folder()
+            self._prepare_folder(labeled, unlabeled)
             self.write_json("args.json", {
                 "method": method, "arguments": vars(args), "fixed": fixed, "command": sys.argv,
                 "device": device_name(device), "commit": git_commit(), "versions": versions(),
@@ -2861,7 +2911,6 @@ class Run:
         barrier()
 
         path = self.folder / "last.pt"
-        self.advice = "choose another --out, or --overwrite to begin anew"
         self.state = load_torch(path, self.advice) if path.exists() else None
         if self.state:
             with complete(path, self.advice):
@@ -2889,7 +2938,7 @@ class Run:
 
     # ---- the folder, when a run begins or goes on
 
-    def _prepare_folder(self):
+    def _prepare_folder(self, labeled, unlabeled):
         folder = self.folder
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -2902,22 +2951,30 @@ class Run:
                     (folder / name).unlink(missing_ok=True)
                 shutil.rmtree(folder / "pictures", ignore_errors=True)
             need(not (folder / "result.json").exists(), f"{folder} holds a finished run; choose "
-                 "another --out, or --overwrite to begin anew")
+                 "another --out, or --overwrite to begin anew; to train longer, begin a new run "
+                 f"with its weights: --out NEW --weights {folder}/last.pt")
             if not (folder / "last.pt").exists():  # labels that lie there are those of another run
                 for name in self.LABELS:
                     shutil.rmtree(folder / name, ignore_errors=True)
             elif (folder / "args.json").exists():
-                self._compare_arguments()
+                self._compare_arguments(labeled, unlabeled)
         except OSError as error:
             raise UserError(f"{folder}: cannot be written ({error.strerror}); choose another "
                             "--out") from None
 
-    def _compare_arguments(self):
+    def _compare_arguments(self, labeled, unlabeled):
         try:
-            before = json.loads((self.folder / "args.json").read_text())["fixed"]
-        except (ValueError, KeyError):
+            record = json.loads((self.folder / "args.json").read_text())
+            before = record["fixed"]
+            new = set(labeled + unlabeled) - set(record["labeled"] + record["unlabeled"])
+            gone = set(record["labeled"] + record["unlabeled"]) - set(labeled + unlabeled)
+        except (ValueError, KeyError, TypeError):
             raise UserError(f"{self.folder}/args.json cannot be read; choose another --out, or "
                             "--overwrite to begin anew") from None
+        for names, what, way in ((new, "new", "remove it"), (gone, "missing", "copy it back")):
+            need(not names, f"{self.folder} holds an unfinished run, and since then {len(names)} "
+                 f"training pictures are {what}, as {min(names, default='')}; {way} to go on, or "
+                 f"{self.advice}")
         for name in sorted(before.keys() | self.fixed.keys()):
             old, new = before.get(name), self.fixed.get(name)
             need(old == new, f"{self.folder} holds an unfinished run with {name} = {old}, now it "
@@ -3155,6 +3212,9 @@ class Run:
         shown: the networks to draw, if others. note(tables): a dict of more numbers for the record.
         Returns {name: confusion matrix (K, K)}."""
         self.tables = evaluate(networks, self.data, self.args, self.device)
+        if self.steps == self.total and Arguments.unread:
+            flags = [f"--{name.replace('_', '-')}" for name in sorted(Arguments.unread)]
+            warn(f"{', '.join(flags)}: had no effect in this setting")
         self._watch_health(self.tables)
         record = {"val": {name: mean_iou(table) for name, table in self.tables.items()}}
         self._write_record(record | (note(self.tables) if note else {}))
@@ -3630,7 +3690,10 @@ def predict_pictures(network, state, args, device):
         label, confidence = predict_tiled(network, picture, size, args, device)
         drawn = draw_prediction(picture, label, confidence, colors, label_ids)
         for file, result in zip(files, drawn):
-            result.save(file)
+            kind = "JPEG" if file.suffix == ".jpg" else "PNG"
+            write_file(file, partial(result.save, format=kind), f"{number - 1} of {len(jobs)} "
+                       f"pictures are complete, the results of {path} and the pictures after it "
+                       "are missing; free some space and predict again")
         if len(rows) < 5:
             side = 480, max(1, min(960, round(480 * picture.height / picture.width)))
             small = [each.convert("RGB").resize(side) for each in (picture, *drawn[1:])]

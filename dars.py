@@ -133,7 +133,7 @@ def paper_miou(args):
 
 def get_parser():
     parser = argparse.ArgumentParser(
-        allow_abbrev=False, description=__doc__.split("\n\n")[1],
+        allow_abbrev=False, description=common.idea(__doc__),
         epilog="Defaults: the table PAPER in dars.py, by dataset, preset (cityscapes: 713, "
         "deeplabv2) and labels; a run writes all values to args.json.")
     add = parser.add_argument_group("distribution alignment and random sampling").add_argument

@@ -113,7 +113,7 @@ def paper_miou(args):
 
 def get_parser():
     parser = argparse.ArgumentParser(
-        allow_abbrev=False, description=__doc__.split("\n\n")[1],
+        allow_abbrev=False, description=common.idea(__doc__),
         epilog="Arguments that are not given have the values of the table PAPER in guidedmix.py.")
     add = parser.add_argument_group("GuidedMix-Net").add_argument
     number = dict(type=float, metavar="X")

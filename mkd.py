@@ -114,7 +114,7 @@ TEACHERS = {"none": (), "own": (0, 1), "mutual": (1, 0)}  # of students 1 and 2;
 
 def get_parser():
     parser = argparse.ArgumentParser(
-        allow_abbrev=False, description=__doc__.split("\n\n")[1],
+        allow_abbrev=False, description=common.idea(__doc__),
         epilog="Defaults are in the table PAPER in mkd.py; a run writes all values to args.json.")
     add = parser.add_argument_group("mutual knowledge distillation").add_argument
     number = dict(type=float, metavar="X")
@@ -432,7 +432,7 @@ def train(args, run, streams, students, learners, teachers, keep, begin):
         valid = cutmix(valid, small_mask, L)  # (L + B, h, w), False on padding
         # Open: lambda; half a cosine up to 1.5 after the warm-up, as in the code   --lambda0
         progress = (iteration + 1 - args.warmup) / (args.iterations - args.warmup)
-        strength = args.lambda0 * (1 - math.cos(math.pi * progress)) / 2
+        strength = args.lambda0 * (1 - math.cos(math.pi * progress)) / 2 if statistics else 0.0
 
         # 2 pseudo-labels: of both teachers on weak views; their logits are mixed like the pictures
         pseudo_labels = []

@@ -124,7 +124,7 @@ MUTUAL = {
 
 def get_parser():
     parser = argparse.ArgumentParser(
-        allow_abbrev=False, description=__doc__.split("\n\n")[1],
+        allow_abbrev=False, description=common.idea(__doc__),
         epilog="Defaults are in the table PAPER in rml.py; a run writes all values to args.json.")
     switch = argparse.BooleanOptionalAction
     add = parser.add_argument_group("robust mutual learning").add_argument

@@ -119,7 +119,7 @@ for flags, cityscapes, voc in [
 
 def get_parser():
     parser = argparse.ArgumentParser(
-        allow_abbrev=False, description=__doc__.split("\n\n")[1],
+        allow_abbrev=False, description=common.idea(__doc__),
         epilog="Defaults: the table PAPER in three_stage.py; a run writes all values to args.json.")
     switch = dict(action=argparse.BooleanOptionalAction)
     count = dict(type=int, metavar="N")

@@ -1,12 +1,15 @@
 """What people do to a run: processes, folders, sizes and streams that nobody planned for."""
 
 import argparse
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
+from random import Random
 from types import SimpleNamespace
 
 import numpy as np
@@ -399,3 +402,210 @@ def test_predict_of_a_strip(main, checkpoint):
         Image.new("RGB", (width, height)).save("strip.png")
         run_on_few_streets(rml, "--predict", "strip.png", "--checkpoint", str(checkpoint))
         assert Image.open("predictions/strip.png").size == (width, height)
+
+
+# ---- streams -------------------------------------------------------------------------------------
+
+CODE = """import common, helpers, rml
+common.Streets = helpers.FewStreets
+real = common.Dataset.__post_init__
+def rename(data):
+    real(data)
+    data.names[0] = chr(0x9053) + chr(0x8def)
+common.Dataset.__post_init__ = rename
+common.run_main(rml.main)
+"""
+
+
+@pytest.mark.parametrize("redirect", ["> /dev/full", "| head -1", ">&- 2>&-", "> out.txt"])
+def test_a_run_whose_output_goes_nowhere_is_a_run(main, redirect):
+    """And ASCII can be no obstacle for the names of classes."""
+    argv = f"{' '.join(SHORT)} --out run"
+    Path("script.py").write_text(CODE)
+    command = f"set -o pipefail; {sys.executable} script.py {argv} {redirect}"
+    paths = f"{ROOT}{os.pathsep}{ROOT / 'tests'}"
+    env = os.environ | {"PYTHONPATH": paths, "PYTHONIOENCODING": "ascii", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(["bash", "-c", command], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "Error" not in done.stderr and "Exception" not in done.stderr
+    assert Path("run/result.json").exists()
+    if "out.txt" in redirect:
+        assert "\\u9053\\u8def" in Path("out.txt").read_text()
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
+def test_help_needs_no_docstring(script, monkeypatch):
+    """python -OO drops it."""
+    monkeypatch.setattr(script, "__doc__", None)
+    assert "--dataset" in script.get_parser().format_help()
+
+
+# ---- flags without an effect ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "script, argv, flag",
+    [
+        (three_stage, "--supervised --lambda1 2", "--lambda1"),
+        (mkd, "--features none --lambda0 2", "--lambda0"),
+        (rml, "--supervised --threshold 0.5", "--threshold"),
+        (guidedmix, "--supervised --omega 2", "--omega"),
+        (dars, "--supervised --temperature 2", "--temperature"),
+    ],
+    ids=lambda value: getattr(value, "__name__", value),
+)
+def test_a_flag_without_effect_is_named(main, capsys, script, argv, flag):
+    base = f"{ONE_STEP[script]} --labels 4 --batch-size 2 --crop 32 32 --lr 0.001"
+    run_on_few_streets(script, *f"{base} {argv} --out run".split())
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "no effect" in line]
+    assert flag in line and "--labels" not in line and "--crop" not in line
+
+
+# ---- loader processes, full disks, and going on --------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "error, word",
+    [
+        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error."), "--shm-size"),
+        (RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly"), "--workers 0"),
+        (RuntimeError("unable to open shared memory object </torch_1> (24)"), "ulimit -n"),
+        (RuntimeError("received 0 items of ancdata"), "--workers 0"),
+        (OSError(24, "Too many open files"), "ulimit -n"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), "--crop"),
+        (torch.cuda.OutOfMemoryError("CUDA out of memory. Tried ..\nmore"), "--precision bf16"),
+        (MemoryError(), "memory is full"),
+    ],
+)
+def test_what_torch_says_becomes_one_line(monkeypatch, capsys, error, word):
+    def fail():
+        raise error
+
+    def leave(status):
+        raise SystemExit(status)
+
+    monkeypatch.setattr(common.os, "_exit", leave)
+    restore_streams(monkeypatch)
+    with pytest.raises(SystemExit) as end:
+        common.run_main(fail)
+    assert end.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and said.count("\n") == 1 and word in said
+
+
+def restore_streams(monkeypatch):
+    """After a test that calls run_main(), which replaces them."""
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, getattr(sys, name))
+
+
+def test_other_errors_keep_their_traceback(monkeypatch):
+    restore_streams(monkeypatch)
+    with pytest.raises(ZeroDivisionError):
+        common.run_main(lambda: 1 / 0)
+    with pytest.raises(RuntimeError, match="a fault of ours"):
+        common.run_main(lambda: (_ for _ in ()).throw(RuntimeError("a fault of ours")))
+
+
+def test_a_full_disk_while_predicting_names_what_is_missing(error, checkpoint, monkeypatch):
+    for name in ("a", "b", "c"):
+        Path("photos").mkdir(exist_ok=True)
+        Image.new("RGB", (32, 32)).save(f"photos/{name}.png")
+    real = common.write_atomically
+
+    def write(path, save):
+        if path.name == "b_overlay.png":
+            raise OSError(28, "No space left on device")
+        real(path, save)
+
+    monkeypatch.setattr(common, "write_atomically", write)
+    message = error("--predict", "photos", "--checkpoint", str(checkpoint))
+    assert "b_overlay.png" in message and "No space left" in message
+    assert "1 of 3" in message and "photos/b.png" in message
+
+
+def test_a_run_says_its_device_first(main, capsys):
+    main("--out", "run")
+    assert capsys.readouterr().out.startswith("device    CPU")
+
+
+def test_a_finished_run_says_how_it_is_lengthened(error, main):
+    main("--out", "run")
+    message = error("--out", "run")
+    assert "--out NEW --weights run/last.pt" in message
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
+def test_a_finished_run_goes_on_in_a_new_one(main, capsys, script):
+    """Each student begins with the weights of its own."""
+    argv = f"{ONE_STEP[script]} --labels 4 --batch-size 2 --crop 32 32".split()
+    run_on_few_streets(script, *argv, "--out", "run")
+    run_on_few_streets(script, *argv, "--out", "new", "--weights", "run/last.pt")
+    assert "missing 0" in capsys.readouterr().out
+
+
+def test_a_picture_that_was_added_or_is_gone_is_named(main, error, checkpoint, monkeypatch):
+    for name, words in (("train_0003", ["new"]), ("train_0009", ["missing", "copy it back"])):
+        shutil.rmtree("run", ignore_errors=True)
+        shutil.copytree(checkpoint, "run")
+        record = json.loads(Path("run/args.json").read_text())
+        if "new" in words:
+            for part in ("labeled", "unlabeled"):
+                record[part] = [id for id in record[part] if id != name]
+        else:
+            record["unlabeled"].append(name)
+        Path("run/args.json").write_text(json.dumps(record))
+        message = error("--out", "run")
+        assert all(word in message for word in [name, "unfinished", "--overwrite", *words])
+
+
+# ---- fuzz ----------------------------------------------------------------------------------------
+
+INTEGERS = ["0", "1", "2", "-1", "1", "2", "100000000000000000000", "1e3", "x", ""]
+NUMBERS = ["0", "0.1", "0.5", "1", "0.9", "2", "-1", "inf", "nan", "1e30", "1e-9", "x", ""]
+TEXTS = ["x", "", "none", "nowhere/x", "/dev/null", "\u9053", "1/2", "2", "\n"]
+LEFT_OUT = {"--download", "--help", "--out", "--data-root", "--cache"}
+
+
+def draw_flags(parser, random):
+    """One to four flags with values that are usual, or absurd."""
+    actions = [a for a in parser._actions if not LEFT_OUT & set(a.option_strings)]
+    argv = []
+    for action in random.sample(actions, random.randint(1, 4)):
+        argv.append(random.choice(action.option_strings))
+        if action.nargs == 0:
+            continue
+        kind = {int: INTEGERS, float: NUMBERS}.get(action.type, TEXTS)
+        if action.choices and random.random() < 0.9:
+            kind = list(map(str, action.choices))
+        if action.dest in ("network", "backbone"):
+            kind = ["setr", "pspnet", "deeplabv3plus", "tiny", "resnet50", "vit_b_16", "x,tiny"]
+        count = action.nargs if isinstance(action.nargs, int) else 1
+        if action.nargs == "+":
+            count = random.randint(1, 3)
+        argv += [random.choice(kind) for _ in range(count)]
+    return argv
+
+
+@pytest.mark.parametrize("number", range(int(os.environ.get("FUZZ", 60))))
+def test_no_command_ends_in_a_traceback(main, shallow, monkeypatch, number):
+    """Exit status 0 or 2, in less than thirty seconds. FUZZ=300 draws more commands."""
+    random = Random(number)
+    script = random.choice(SCRIPTS)
+    argv = f"{ONE_STEP[script]} --labels 4 --batch-size 2 --crop 32 32 --out run".split()
+    argv += draw_flags(script.get_parser(), random)
+    monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
+    monkeypatch.setattr(common.os, "_exit", lambda status: sys.exit(status))
+    restore_streams(monkeypatch)
+    began = time.monotonic()
+    status = 0
+    try:
+        common.run_main(lambda: run_on_few_streets(script, *argv))
+    except SystemExit as end:
+        status = end.code
+    assert status in (0, None, 2), argv
+    assert time.monotonic() - began < 30, argv
+
+
+def no_network(*_, **__):
+    raise OSError("no route to host")
