@@ -50,7 +50,8 @@ PAPER["vocaug"] = dict(
     lambda_cap=0.5, alpha=1.0, pairs="similar", distance="pooled", classifier=True, mitrans=True,
     masks="probabilities", decoupling="soft", labeled_decoupling="hard",
     stop_gradient=True, labeled_stop_gradient=True, omega=1.5, ramp=0.1, dec_weight=1.0,
-    workers=4, log_every=50, eval_every=5000, save_every=1000)
+    workers=4, log_every=50, eval_every=5000, save_every=1000,
+)
 PAPER["voc"] = PAPER["vocaug"]
 # Open: which 500 or 1000 (Table 4); any of all 10,582, as in the authors' lists   --split
 for count in ("500", "1000", "1464"):  # Tables 1 to 4
@@ -66,7 +67,8 @@ PAPER["streets"] = PAPER["vocaug"] | dict(
     labels="8", size=(64, 128), crop=(64, 64), scale=(0.75, 1.5), rotation=0.0, batch_size=4,
     backbone="tiny", weights="none", batch_norm="frozen",
     optimizer="adamw", lr=3e-3, weight_decay=1e-2, iterations=3000, warmup=600,
-    classifier=False, workers=0, eval_every=1000, save_every=100)
+    classifier=False, workers=0, eval_every=1000, save_every=100,
+)
 PAPER["camvid-tiny"] = PAPER["streets"] | dict(
     labels="1/8", size=(180, 240), crop=(96, 128), lr=2e-3, iterations=4000, warmup=800)
 PAPER["camvid-cpu"] = PAPER["streets"] | common.CPU_PRESET | dict(
@@ -460,32 +462,27 @@ def train(args, run, learner, keep, streams, warmup, begin):
                 M_u_dec = decouple(M_mix, M_guide, lam, args.decoupling)  # Eqs. 7, 8
 
         # 3 losses
-        loss_labeled = cross_entropy(logits[:B], labeled["label"])  # Eq. 1
-        loss_cla = loss_dec = loss_usup = 0  # terms that a flag leaves out stay 0
+        losses = {"loss_labeled": cross_entropy(logits[:B], labeled["label"])}  # Eq. 1
         if args.classifier:
-            loss_cla = classifier_loss(present[:B], labeled["label"], logits.shape[1])
+            losses["loss_cla"] = classifier_loss(present[:B], labeled["label"], logits.shape[1])
         if args.dec_weight:
-            loss_dec = decoupling_loss(args, learner, labeled, M_l, features_l, guides, iteration)
+            losses["loss_dec"] = decoupling_loss(
+                args, learner, labeled, M_l, features_l, guides, iteration)
         if args.omega:
-            loss_usup = mask_error(M_u_dec, M_u, valid, args.masks)  # Eq. 10
+            losses["loss_usup"] = mask_error(M_u_dec, M_u, valid, args.masks)  # Eq. 10
         # Open: w, ramp-up; CCT's 30 / K (its mean is our sum; 1.4 on VOC), 10 %   --omega, --ramp
         t = min(1, (iteration - warmup) / max(1, args.ramp * args.iterations))  # after the warm-up
         omega = args.omega * math.exp(-5 * (1 - t) ** 2)
-        loss_sup = loss_labeled + args.dec_weight * loss_dec + loss_cla  # Eq. 11
-        loss = loss_sup + omega * loss_usup  # Eq. 9
+        loss_sup = losses["loss_labeled"]
+        loss_sup = loss_sup + args.dec_weight * losses.get("loss_dec", 0)
+        loss_sup = loss_sup + losses.get("loss_cla", 0)  # Eq. 11
+        loss = loss_sup + omega * losses.get("loss_usup", 0)  # Eq. 9
 
         # 4 backward
         lr = update(args, keep, loss, iteration)
 
         # 5 EMA: none
         # 6 log, evaluate, save
-        losses = {
-            "loss_labeled": loss_labeled,
-            "loss_cla": loss_cla,
-            "loss_dec": loss_dec,
-            "loss_usup": loss_usup,
-        }
-        losses = {name: term for name, term in losses.items() if torch.is_tensor(term)}
         numbers = {"lr": lr}
         pseudo_labels = {}
         if args.omega:
@@ -566,8 +563,8 @@ def main():
     optimizer = common.make_optimizer(args, args.lr, student)
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
     method = "guidedmix-supervised" if args.supervised else "guidedmix"
-    run = common.Run(
-        method, args, data, labeled, unlabeled, device, {1: args.iterations}, "student")
+    stages = {1: args.iterations}
+    run = common.Run(method, args, data, labeled, unlabeled, device, stages, "student")
     keep = {"student": student, "optimizer": optimizer, "scaler": scaler}
     begin = run.restore(keep)
     warmup = args.iterations if args.supervised else min(args.warmup, args.iterations)
