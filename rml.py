@@ -516,7 +516,7 @@ def train(run, stage, students, learners, teachers, data, labeled_ids, unlabeled
             probs.append(prob)
             if args.rectify:
                 p0 = join(unlabeled, f"soft_{i}")  # (2B, K, h, w)
-                eta = prototypes[i].to(run.device)  # from the CPU, if just restored
+                eta = prototypes[i].to(run.device, non_blocking=True)  # after a restart on the CPU
                 prob = rectify(features, p0, eta)  # Eqs. 6, 9
                 # Open: the batch of eta'; unlabeled pictures and partners, not labeled ones
                 known = valid[:, :: args.cell, :: args.cell]

@@ -27,7 +27,7 @@ READING = {  # operations whose result, or its size, depends on values: the host
     aten._unique2, aten.unique_consecutive, aten.unique_dim,
 }  # fmt: skip
 COPYING = {  # operations that compute nothing
-    aten._to_copy, aten.cat, aten.clone, aten.empty_strided, aten.max,
+    aten._to_copy, aten.cat, aten.clone, aten.empty_like, aten.empty_strided, aten.max,
     torch.ops.prims.convert_element_type,
 }  # fmt: skip
 
