@@ -193,6 +193,8 @@ def fake_gpus(patch, count):
     patch.setattr(torch.cuda, "set_device", lambda device: None)
     patch.setattr(torch.cuda, "get_device_name", lambda device: "fake")
     patch.setattr(torch.cuda, "max_memory_allocated", lambda: 0)
+    card = SimpleNamespace(total_memory=80 * 2**30)
+    patch.setattr(torch.cuda, "get_device_properties", lambda device: card)
     patch.setattr(torch.cuda, "Event", Event)
     patch.setattr(torch.backends.cudnn, "benchmark", False)  # setup() sets it
     patch.setattr(torch.Tensor, "backward", lambda loss: None)
