@@ -559,6 +559,20 @@ def test_a_picture_that_was_added_or_is_gone_is_named(main, error, checkpoint, m
         assert all(word in message for word in [name, "unfinished", "--overwrite", *words])
 
 
+@pytest.mark.parametrize("supervised", ["", "--supervised"])
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
+def test_no_iterations_at_all(main, script, supervised):
+    """The networks as they begin are evaluated; or one line says that there must be a step."""
+    argv = re.sub(r"(iterations|warmup) \d", r"\1 0", ONE_STEP[script])
+    argv = f"{argv} {supervised} --labels 4 --batch-size 2 --crop 32 32 --out run".split()
+    try:
+        run_on_few_streets(script, *argv)
+    except common.UserError as error:
+        assert "iterations 0" in str(error)
+    else:
+        assert json.loads(Path("run/result.json").read_text())["iterations"] == 0
+
+
 # ---- fuzz ----------------------------------------------------------------------------------------
 
 INTEGERS = ["0", "1", "2", "-1", "1", "2", "100000000000000000000", "1e3", "x", ""]
