@@ -1528,7 +1528,7 @@ def predict(network, image, args, size, logits=False,
         if base_size:
             scale = scale * base_size / max(image.shape[2:])
         if scale != 1:
-            x = resize(x, [round(side * scale) for side in image.shape[2:]])
+            x = resize(x, [max(1, round(side * scale)) for side in image.shape[2:]])
         if base_size:
             total = total + resize(slide(predict_once, x, args.crop), size)
         else:

@@ -481,11 +481,7 @@ def test_what_torch_says_becomes_one_line(monkeypatch, capsys, error, word):
     def fail():
         raise error
 
-    def leave(status):
-        raise SystemExit(status)
-
-    monkeypatch.setattr(common.os, "_exit", leave)
-    restore_streams(monkeypatch)
+    prepare_run_main(monkeypatch)
     with pytest.raises(SystemExit) as end:
         common.run_main(fail)
     assert end.value.code == 2
@@ -493,14 +489,25 @@ def test_what_torch_says_becomes_one_line(monkeypatch, capsys, error, word):
     assert said.startswith("error: ") and said.count("\n") == 1 and word in said
 
 
-def restore_streams(monkeypatch):
-    """After a test that calls run_main(), which replaces them."""
+class System:
+    """The module os, but run_main() ends the command and not the tests (nor their children)."""
+
+    def __getattr__(self, name):
+        return getattr(os, name)
+
+    def _exit(self, status):
+        sys.exit(status)
+
+
+def prepare_run_main(monkeypatch):
+    """run_main() replaces the streams, and ends the process."""
+    monkeypatch.setattr(common, "os", System())
     for name in ("stdout", "stderr"):
         monkeypatch.setattr(sys, name, getattr(sys, name))
 
 
 def test_other_errors_keep_their_traceback(monkeypatch):
-    restore_streams(monkeypatch)
+    prepare_run_main(monkeypatch)
     with pytest.raises(ZeroDivisionError):
         common.run_main(lambda: 1 / 0)
     with pytest.raises(RuntimeError, match="a fault of ours"):
@@ -559,6 +566,20 @@ def test_a_picture_that_was_added_or_is_gone_is_named(main, error, checkpoint, m
         assert all(word in message for word in [name, "unfinished", "--overwrite", *words])
 
 
+@pytest.mark.parametrize("supervised", ["", "--supervised"])
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
+def test_no_iterations_at_all(main, script, supervised):
+    """The networks as they begin are evaluated; or one line says that there must be a step."""
+    argv = re.sub(r"(iterations|warmup) \d", r"\1 0", ONE_STEP[script])
+    argv = f"{argv} {supervised} --labels 4 --batch-size 2 --crop 32 32 --out run".split()
+    try:
+        run_on_few_streets(script, *argv)
+    except common.UserError as error:
+        assert "iterations 0" in str(error)
+    else:
+        assert json.loads(Path("run/result.json").read_text())["iterations"] == 0
+
+
 # ---- fuzz ----------------------------------------------------------------------------------------
 
 INTEGERS = ["0", "1", "2", "-1", "1", "2", "100000000000000000000", "1e3", "x", ""]
@@ -589,22 +610,21 @@ def draw_flags(parser, random):
 
 @pytest.mark.parametrize("number", range(int(os.environ.get("FUZZ", 60))))
 def test_no_command_ends_in_a_traceback(main, shallow, monkeypatch, number):
-    """Exit status 0 or 2, in less than thirty seconds. FUZZ=300 draws more commands."""
+    """Exit status 0 or 2, in thirty seconds of computing. FUZZ=300 draws more commands."""
     random = Random(number)
     script = random.choice(SCRIPTS)
     argv = f"{ONE_STEP[script]} --labels 4 --batch-size 2 --crop 32 32 --out run".split()
     argv += draw_flags(script.get_parser(), random)
     monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
-    monkeypatch.setattr(common.os, "_exit", lambda status: sys.exit(status))
-    restore_streams(monkeypatch)
-    began = time.monotonic()
+    prepare_run_main(monkeypatch)
+    began = time.process_time()
     status = 0
     try:
         common.run_main(lambda: run_on_few_streets(script, *argv))
     except SystemExit as end:
         status = end.code
     assert status in (0, None, 2), argv
-    assert time.monotonic() - began < 30, argv
+    assert time.process_time() - began < 30, argv
 
 
 def no_network(*_, **__):
