@@ -26,11 +26,12 @@ SHORT = {
     name: passes.arguments.replace("--iterations 40", "")
     for name, passes in benchmark_step.SCRIPTS.items()
 }
-# Calls of CUDA, and operations, that wait for the GPU.
-WAITING = [
-    "cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize",
-    "aten::_local_scalar_dense", "aten::nonzero",
-]  # fmt: skip
+# Calls that wait for the GPU. Each step has one cudaEventSynchronize, for the losses of the step
+# before. On a CPU: operations that would wait if their tensor was on a GPU.
+WAITING = {
+    "cuda": ["cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize"],
+    "cpu": ["aten::_local_scalar_dense", "aten::nonzero"],
+}
 
 
 def get_parser():
@@ -105,9 +106,10 @@ class Day:
     def tests(self):
         command = [sys.executable, "-m", "pytest", "-q", "-m", "cuda", "tests/test_gpu.py"]
         if self.args.cpu:
-            command += ["-k", "rml"]
-        text, _ = self.call("tests", command, 420)
-        self.add("pytest -m cuda", text.strip().splitlines()[-1].strip("= "))
+            command += ["-k", f"{self.args.scripts[0]} and cpu"]
+        text, well = self.call("tests", command, 420)
+        if well:
+            self.add("pytest -m cuda", text.strip().splitlines()[-1].strip("= "))
 
     def steps(self, name):
         """Time and memory of a step, against its bare passes."""
@@ -135,14 +137,14 @@ class Day:
         self.add(f"waiting in a step of {name}.py", text.strip().splitlines()[-1])
 
     def processes(self):
-        """torchrun on one GPU (nccl), or on two processes of the CPU (gloo)."""
-        count = 2 if self.args.cpu else 1
-        argv = "rml.py --stage0-iterations 2 --stages 1 --iterations 2 --overwrite --out"
-        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
-        command = [sys.executable, *launcher, *argv.split(), str(self.out / "processes")]
+        """torchrun on one GPU, where processes meet over NCCL."""
+        name = self.args.scripts[0]
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1"]
+        argv = f"{name}.py {SHORT[name]} --iterations 2 --overwrite --out".split()
+        command = [sys.executable, *launcher, *argv, str(self.out / "processes")]
         _, well = self.call("processes", command)
         if well:
-            self.add(f"torchrun, {count} processes", "a run of rml.py ended")
+            self.add("torchrun, one process", f"a run of {name}.py ended")
 
     def camvid(self):
         """rml.py with CamVid's GPU preset, until time is up."""
@@ -164,15 +166,21 @@ def profile(name, folder, setting):
 
     The steps are those without a log: there is none before the last one."""
     script = benchmark_step.SCRIPTS[name].script
-    steps = 4 if not setting else 8
+    build_network = common.build_network
+    steps = 8 if setting else 4
     argv = f"--iterations {steps} --eval-every 1000 --log-every 1000 --overwrite --out {folder}"
     activities = [torch.profiler.ProfilerActivity.CPU]
+    waiting = WAITING["cpu"]
     if torch.cuda.is_available():
+        waiting = WAITING["cuda"]
         activities.append(torch.profiler.ProfilerActivity.CUDA)
     profiler = torch.profiler.profile(activities=activities)
     step = common.Run.step
     stage = benchmark_step.SCRIPTS[name].stage
-    profiled = []
+
+    def one_val_picture(args, data, *arguments, **options):
+        data.val = data.val[:1]
+        return build_network(args, data, *arguments, **options)
 
     def step_and_profile(run, iteration, *args, **kwargs):
         """The profile covers the steps from the second to the one before the last."""
@@ -181,14 +189,14 @@ def profile(name, folder, setting):
         step(run, iteration, *args, **kwargs)
         if run.stage == stage and iteration == 1:
             profiler.start()
-        profiled.append(run.stage)
 
+    common.build_network = one_val_picture
     common.Run.step = step_and_profile
     sys.argv = [f"{name}.py", *setting, *SHORT[name].split(), *argv.split()]
     script.main()
     profiler.export_chrome_trace(f"{folder}/trace.json")
     counts = {event.key: event.count for event in profiler.key_averages()}
-    each = [f"{counts[key] / (steps - 2):g} {key}" for key in WAITING if counts.get(key)]
+    each = [f"{counts[key] / (steps - 2):g} {key}" for key in waiting if counts.get(key)]
     print(", ".join(each) or "never")
 
 

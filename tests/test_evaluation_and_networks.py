@@ -265,7 +265,7 @@ def test_maps_of_a_decoder_meet_at_the_same_pixels(size):
     network = common.make_network(spec | {"network": "deeplabv3plus", "aspp_branches": 4})
     pixels = [stride * torch.arange(math.ceil(size / stride)).float() for stride in (4, 16)]
     layer1, layer4 = (row.expand(1, 1, len(row), -1) for row in pixels)
-    network.backbone.layers = lambda x: (layer1, None, None, layer4)
+    network.backbone.layers = lambda x: (None, layer1, None, None, layer4)
     for name in ("bottleneck", "low", "decoder"):
         setattr(network, name, nn.Identity())
     network.branches = nn.ModuleList([nn.Identity()])
