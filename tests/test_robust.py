@@ -139,7 +139,7 @@ def choices(script, name):
     return action.choices or action.help.split("; two")[0].split(", ")
 
 
-BACKBONES = ["tiny", "resnet50", "vit_b_16"]  # the larger ones have the same parts
+BACKBONES = ["tiny", "resnet50", "vit_b_16", "efficientnet_lite0"]  # others have the same parts
 
 
 @pytest.fixture
