@@ -7,6 +7,7 @@ import copy
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -751,7 +752,18 @@ def test_one_picture_a_batch_without_cutmix(main, tmp_path):
         assert result_of(tmp_path / name)["iterations"] == 1
 
 
-def test_two_students_of_the_same_weights_are_refused(error, whole):
+def test_each_student_takes_its_own_weights_of_a_run(whole):
+    args = SimpleNamespace(weights=str(whole / "last.pt"), backbone="tiny", network="deeplabv3plus")
+    models = torch.load(whole / "last.pt", weights_only=True)["models"]
+    for member, name in enumerate(("student_1", "student_2")):
+        weights, _, _ = common.read_weights(args, member)
+        assert weights.keys() == models[name].keys()
+        assert all(torch.equal(weights[key], models[name][key]) for key in weights)
+
+
+def test_two_students_of_the_same_weights_are_refused(error, whole, monkeypatch):
+    read = common.read_weights
+    monkeypatch.setattr(common, "read_weights", lambda args, member=0: read(args))
     assert f"--weights {whole / 'last.pt'}: both students" in error(
         "--weights", whole / "last.pt", "--out", "run"
     )
