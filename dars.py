@@ -30,7 +30,6 @@ import copy
 import json
 import math
 import shutil
-import zipfile
 from fractions import Fraction
 from functools import partial
 
@@ -45,31 +44,26 @@ from common import IGNORE, all_reduce, check_range, is_main, need, rank, to_tens
 # ---- arguments -----------------------------------------------------------------------------------
 
 # By dataset, preset and labels. alpha, beta_min, beta_max: one value for each round after round 0.
-PAPER = {
-    # Open: scales, size of test pictures; .5 to 2 of half size, half size   --scale --base-size
-    "cityscapes": dict(
-        labels="372", size=(1024, 2048), crop=(361, 361), base_size=1024, scale=(0.25, 1.0),
-        network="pspnet", backbone="resnet50", head="plain", weights="imagenet", batch_norm="sync",
-        optimizer="sgd", lr=0.01, head_lr=10.0, weight_decay=1e-4,
-        rounds=2, pseudo="dars", temperature=1.0, confidence="fp16",
-        alpha=(0.2, 0.5), beta_min=(0.0, 0.2), beta_max=(0.0, 0.5),
-        fresh_optimizer=False, restart_schedule=False,
-        batch_size=8, round0_batch_size=16, epochs=200,
-        flip=True, workers=4, log_every=50, eval_every=20_000, save_every=1000,
-    ),
-    # Drawn scenes and a small network from scratch: minutes on a CPU.
-    # Open: alpha for these; larger ones trained better, but left too little to align   --alpha
-    "streets": dict(
-        labels="16", size=(64, 128), crop=(64, 64), base_size=128, scale=(0.5, 1.5),
-        network="pspnet", backbone="tiny", head="plain", weights="none", batch_norm="frozen",
-        optimizer="adamw", lr=3e-3, head_lr=1.0, weight_decay=1e-2,
-        rounds=2, pseudo="dars", temperature=1.0, confidence="fp16",
-        alpha=(0.5, 0.8), beta_min=(0.2, 0.2), beta_max=(0.2, 0.4),
-        fresh_optimizer=False, restart_schedule=False,
-        batch_size=4, round0_batch_size=8, iterations=3000, round0_iterations=3000,
-        flip=True, workers=0, log_every=50, eval_every=1000, save_every=100,
-    ),
-}  # fmt: skip
+PAPER = {}
+# Open: scales, size of test pictures; .5 to 2 of half size, half size   --scale --base-size
+PAPER["cityscapes"] = dict(
+    labels="372", size=(1024, 2048), crop=(361, 361), base_size=1024, scale=(0.25, 1.0),
+    network="pspnet", backbone="resnet50", head="plain", weights="imagenet", batch_norm="sync",
+    optimizer="sgd", lr=0.01, head_lr=10.0, weight_decay=1e-4,
+    rounds=2, pseudo="dars", temperature=1.0, confidence="fp16",
+    alpha=(0.2, 0.5), beta_min=(0.0, 0.2), beta_max=(0.0, 0.5),
+    fresh_optimizer=False, restart_schedule=False, two_passes=False,
+    batch_size=8, round0_batch_size=16, epochs=200,
+    flip=True, workers=4, log_every=50, eval_every=20_000, save_every=1000)
+# Drawn scenes and a small network from scratch: minutes on a CPU.
+# Open: alpha for these; larger ones trained better, but left too little to align   --alpha
+PAPER["streets"] = PAPER["cityscapes"] | dict(
+    labels="16", size=(64, 128), crop=(64, 64), base_size=128, scale=(0.5, 1.5),
+    backbone="tiny", weights="none", batch_norm="frozen",
+    optimizer="adamw", lr=3e-3, head_lr=1.0, weight_decay=1e-2,
+    alpha=(0.5, 0.8), beta_min=(0.2, 0.2), beta_max=(0.2, 0.4),
+    batch_size=4, round0_batch_size=8, iterations=3000, round0_iterations=3000,
+    workers=0, eval_every=1000, save_every=100)
 # Open: alpha and beta where Table 6 has none; those of the authors' code. Other numbers of labels
 # than 372 and 744 have the values of 372   --alpha, --beta-min, --beta-max
 PAPER["cityscapes/744"] = PAPER["cityscapes"] | dict(labels="744", alpha=(0.4, 0.6))
@@ -80,50 +74,68 @@ PAPER["cityscapes-713"] = PAPER["cityscapes"] | dict(
 PAPER["cityscapes-713/744"] = PAPER["cityscapes-713"] | dict(
     labels="744", beta_min=(0.0, 0.2), beta_max=(0.0, 0.25))
 PAPER["cityscapes-713/1/4"] = PAPER["cityscapes-713/744"]
-# Code: its round 0 passes over a list of 2,603 lines; batch norm's statistics move
+# Code: its round 0 passes over a list of 2,603 lines
 PAPER["cityscapes-deeplabv2"] = PAPER["cityscapes"] | dict(
-    network="deeplabv2", backbone="resnet101", batch_norm="frozen", lr=0.002,
+    network="deeplabv2", backbone="resnet101", batch_norm="affine-frozen", lr=0.002,
     alpha=(0.2, 0.45), beta_min=(0.0, 0.0), beta_max=(0.0, 0.0),
     batch_size=4, round0_iterations=32_537)
 PAPER["vocaug"] = PAPER["cityscapes"] | dict(
     labels="1464", size=None, crop=(321, 321), base_size=400, scale=(0.5, 1.5),
     alpha=(0.4, 0.5), beta_min=(0.0, 0.0), beta_max=(0.0, 1 / 3), epochs=50)
 PAPER["voc"] = PAPER["vocaug"] | dict(labels="1/8")
-PAPER["camvid-cpu"] = PAPER["streets"] | dict(
+PAPER["camvid-tiny"] = PAPER["streets"] | dict(
     labels="1/8", size=(180, 240), crop=(96, 128), base_size=240,
     lr=2e-3, iterations=1000, round0_iterations=2000)
+PAPER["camvid-cpu"] = PAPER["streets"] | common.CPU_PRESET | dict(
+    base_size=0, flip=False, round0_batch_size=4, iterations=600, round0_iterations=900)
 PAPER["camvid-gpu"] = PAPER["cityscapes"] | dict(
     labels="1/8", size=(360, 480), crop=(241, 321), base_size=480, scale=(0.5, 2.0))
-# Pictures of a user: no larger than size, square crops; all of images/ is labeled.
-PAPER["folder-cpu"] = PAPER["camvid-cpu"] | dict(
-    labels="1/1", size=(256,), crop=(128, 128), base_size=256)
-PAPER["folder-gpu"] = PAPER["camvid-gpu"] | dict(
-    labels="1/1", size=(640,), crop=(321, 321), base_size=640)
+PAPER["folder-tiny"] = PAPER["camvid-tiny"] | common.FOLDER["tiny"] | dict(base_size=256)
+PAPER["folder-cpu"] = PAPER["camvid-cpu"] | common.FOLDER["cpu"]
+PAPER["folder-gpu"] = PAPER["camvid-gpu"] | common.FOLDER["gpu"] | dict(
+    crop=(321, 321), base_size=640)
 
-# By dataset and preset, and labels: mIoU of DARS, and of the baseline (2975: the oracle).
+# The paper's mIoU by flags and labels. Its baseline is round 0 alone; 2975 labels: its oracle.
 PAPER_MIOU = {
-    ("cityscapes", None): {372: (69.64, 60.75), 744: (71.30, 66.54), 2975: (None, 73.80)},
-    ("cityscapes", "713"): {372: (72.78, 65.54), 744: (74.32, 69.22), 2975: (None, 76.60)},
-    ("cityscapes", "deeplabv2"): {372: (64.20, 56.2), 2975: (None, 66.9)},
-    ("vocaug", None): {1464: (73.89, None)},
+    "cityscapes": {372: 69.64, 744: 71.30},  # Table 1
+    "cityscapes --supervised --rounds 0": {372: 60.75, 744: 66.54, 2975: 73.80},
+    "cityscapes --preset 713": {372: 72.78, 744: 74.32},
+    "cityscapes --preset 713 --supervised --rounds 0": {372: 65.54, 744: 69.22, 2975: 76.60},
+    "cityscapes --preset deeplabv2": {372: 64.20},  # Table 2
+    "cityscapes --preset deeplabv2 --supervised --rounds 0": {372: 56.2, 2975: 66.9},
+    "vocaug": {1464: 73.89},  # Table 3
 }
 METHODS = "st", "cbst", "da", "dars"  # Table 4
+for flags, miou in {
+    "--pseudo st --rounds 1": 65.70, "--pseudo st": 66.59,  # one round; IT
+    "--pseudo cbst --rounds 1": 66.29, "--pseudo cbst": 67.20, "--rounds 1": 68.01,
+    "--pseudo st --rounds 1 --temperature 1.27": 65.89,  # TS
+    "--pseudo cbst --rounds 1 --temperature 1.27": 66.61,
+    "--pseudo da --rounds 1 --temperature 1.27": 67.31,
+    "--rounds 1 --beta-min 0.2 --beta-max 0.5": 67.54,  # Table 6
+    "--alpha 0.2 0.2 --beta-min 0 0 --beta-max 0 0": 68.27,
+    "--beta-min 0 0 --beta-max 0 0": 68.93,
+}.items():
+    PAPER_MIOU[f"cityscapes {flags}"] = {372: miou}
+for extra, miou in (3000, 78.43), (6000, 78.64), (9000, 78.70):  # Table 8
+    flags = f"--preset 713 --extra {extra} --iterations 75000 --round0-iterations 37187"
+    PAPER_MIOU[f"cityscapes {flags}"] = {2975: miou}
 
 
 def paper_miou(args):
-    """The mIoU that the paper reports for these arguments; None if it reports none."""
-    table = PAPER_MIOU.get((args.dataset, args.table_preset), {})
-    dars, baseline = table.get(args.labels, (None, None))
-    if args.supervised:  # the paper's baseline is round 0 alone
-        return baseline if args.rounds == 0 and args.changed == ["rounds"] else None
-    return None if args.changed else dars
+    """The paper's mIoU of the setting that these arguments make, or None."""
+    for flags, values in PAPER_MIOU.items():
+        row = common.parse_args(get_parser(), PAPER, f"--dataset {flags}".split())
+        names = {"dataset", "supervised", "table_preset", *args.changed, *row.changed}
+        if all(getattr(args, name) == getattr(row, name) for name in names):
+            return values.get(args.labels)
 
 
 def get_parser():
     parser = argparse.ArgumentParser(
-        allow_abbrev=False, description=__doc__.split("\n\n")[1],
-        epilog="Arguments that are not given come from the table PAPER in dars.py, by dataset, "
-        "preset (cityscapes: 713, deeplabv2) and labels; a run writes all of them to args.json.")
+        allow_abbrev=False, description=common.idea(__doc__),
+        epilog="Defaults: the table PAPER in dars.py, by dataset, preset (cityscapes: 713, "
+        "deeplabv2) and labels; a run writes all values to args.json.")
     add = parser.add_argument_group("distribution alignment and random sampling").add_argument
     switch = dict(action=argparse.BooleanOptionalAction)
     add("--pseudo", choices=METHODS, help="st: one threshold; cbst: the same share "
@@ -145,9 +157,9 @@ def get_parser():
     add("--round0-iterations", type=int, metavar="N",
         help="iterations of round 0 (default: from the table, or from --iterations or --epochs)")
     add("--round0-batch-size", type=int, metavar="N", help="labeled pictures a step in round 0")
-    add("--head-lr", type=float, metavar="X", help="learning rate of the heads, times --lr")
     add("--restart-schedule", **switch, help="each round starts at the full --lr")
     add("--fresh-optimizer", **switch, help="each round starts without momentum")
+    add("--two-passes", **switch, help="labeled and unlabeled pictures pass the network apart")
     common.add_arguments(parser)
     return parser
 
@@ -156,7 +168,7 @@ def get_parser():
 
 # OpenCV's 5 x 5 kernel, as the authors' code; PIL needs 1/8 of torchvision's time.
 BINOMIAL = [1, 4, 6, 4, 1]
-BLUR = ImageFilter.Kernel((5, 5), [y * x for y in BINOMIAL for x in BINOMIAL])
+BLUR = ImageFilter.Kernel((5, 5), np.outer(BINOMIAL, BINOMIAL).flatten().tolist())
 
 
 def rotate_and_blur(image, label, top, left, crop, generator):
@@ -167,11 +179,9 @@ def rotate_and_blur(image, label, top, left, crop, generator):
     # Open: order and strength; scale, then blur and rotation with probability .5 each, crop and
     # flip, for labeled and unlabeled pictures (authors' code, but for the blur's place)   --scale
     rotate = generator.uniform() < 0.5
-    angle = math.radians(generator.uniform(-10, 10))
+    angle = rotate * math.radians(generator.uniform(-10, 10))
     blur = generator.uniform() < 0.5
-    cos, sin = 1.0, 0.0
-    if rotate:
-        cos, sin = math.cos(angle), math.sin(angle)
+    cos, sin = math.cos(angle), math.sin(angle)
     rotation = np.array([[cos, -sin], [sin, cos]])
     center = np.array(label.shape[::-1]) / 2  # x, y
     corner = np.array([left, top]) - center  # of the crop
@@ -215,7 +225,7 @@ def predict_picture(teacher, image, args):
         code = (1 / (1 + others)).half().view(torch.int16)  # max of softmax
     else:
         code = CODES - 1 - (others / (1 + others)).half().view(torch.int16)
-    return label.to(torch.uint8), code
+    return label.byte(), code
 
 
 def confidence_values(args):
@@ -270,18 +280,16 @@ def align(table, labels, alpha, method):
 
 def select(label, code, threshold, kept, wanted, generator):
     """Algorithm 1, lines 3 to 6: the pseudo-label of one picture, in numpy.
-
     label: argmax p (H, W) uint8; code (H, W) int16; threshold: t_j, kept: n~_j, wanted: n_j, from
     align() -> y~ (H, W) uint8, 255 where ignored."""
-    pseudo_label = np.where(code >= threshold[label], label, IGNORE).astype(np.uint8)  # line 3
+    pseudo_label = np.where(code >= threshold[label], label, np.uint8(IGNORE))  # line 3
     # Open: what is sampled; of each picture we ignore the share 1 - s_j of the pixels kept for j,
     # drawn from all of them, not only from those with confidence t_j (authors' code)
     for j in np.flatnonzero(wanted < kept):
         sampling_ratio = Fraction(int(wanted[j]), int(kept[j]))  # line 5: s_j = n_j / n~_j
         pixels = np.flatnonzero(pseudo_label == j)
         ignored = int((1 - sampling_ratio) * len(pixels))
-        pixels = generator.choice(pixels, ignored, replace=False)
-        pseudo_label.flat[pixels] = IGNORE  # line 6
+        pseudo_label.flat[generator.choice(pixels, ignored, replace=False)] = IGNORE  # line 6
     return pseudo_label
 
 
@@ -312,12 +320,13 @@ def make_pseudo_labels(folder, teacher, data, unlabeled, labels, alpha, number, 
     classes = len(data.names)
     table = torch.zeros(classes * CODES, dtype=torch.int64, device=run.device)
     for done, id in enumerate(share, 1):
-        draft = read_draft(drafts, id)  # of a pass that was interrupted after this picture
-        if draft is None:
+        if not (drafts / f"{id}.npz").exists():  # it does after an interrupted pass
             image = to_tensor(data.image(id)).to(run.device)
-            draft = [x.cpu().numpy() for x in predict_picture(teacher, image, args)]
-            write_draft(drafts, id, *draft)
-        label, code = (torch.from_numpy(x).to(run.device).long().flatten() for x in draft)
+            label, code = predict_picture(teacher, image, args)
+            write = partial(np.savez, label=label.cpu(), code=code.cpu())
+            common.write_file(drafts / f"{id}.npz", write)
+        draft = read_draft(drafts, id)
+        label, code = (to_tensor(x).to(run.device).flatten() for x in draft)
         table += torch.bincount(label * CODES + code, minlength=classes * CODES)
         common.progress(f"round {number}, predictions", done, len(share))
     table = all_reduce(table).view(classes, CODES).cpu()
@@ -340,9 +349,8 @@ def make_pseudo_labels(folder, teacher, data, unlabeled, labels, alpha, number, 
 
     pixels = int(table.sum())
     confidences = [*confidence_values(args), None]  # None: no pixel is kept
-    expected = {}  # of each method, from the same predictions (Tables 4, 5)
-    for method in METHODS:
-        expected[method] = summarize(align(table, labels, alpha, method)[2], labels, pixels)
+    expected = {method: summarize(align(table, labels, alpha, method)[2], labels, pixels)
+                for method in METHODS}  # from the same predictions (Tables 4, 5)
     report = {
         "round": number, "alpha": alpha, "pixels": pixels, "expected": expected,
         "labeled_share": distribution(labels).tolist(),
@@ -353,7 +361,7 @@ def make_pseudo_labels(folder, teacher, data, unlabeled, labels, alpha, number, 
     }  # fmt: skip
     if is_main():
         run.write_json(files[0].relative_to(run.folder), report)
-    absent = [data.names[j] for j in range(classes) if counts[j] == 0]
+    absent = [name for name, count in zip(data.names, counts) if count == 0]
     if absent:
         common.warn(f"round {number}: no pseudo-label has {', '.join(absent)}")
     common.say(f"round {number}: D_KL {report['d_kl']:.4f} (ST: {expected['st']['d_kl']:.4f})")
@@ -367,19 +375,10 @@ def summarize(counts, labels, pixels):
     return {"share": share.tolist(), "d_kl": d_kl, "coverage": int(counts.sum()) / pixels}
 
 
-def write_draft(folder, id, label, code):
-    """Predicted class (H, W) uint8 and code (H, W) int16 to disk. A UserError on a full disk."""
-    write = partial(np.savez, label=label, code=code)
-    common.write_file(folder / f"{id}.npz", write)
-
-
 def read_draft(folder, id):
-    """The arrays of write_draft(); None if they are missing or broken."""
-    try:
-        with np.load(folder / f"{id}.npz") as draft:
-            return draft["label"], draft["code"]
-    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):
-        return None
+    """What predict_picture() said of this picture, from disk, as arrays."""
+    with np.load(folder / f"{id}.npz") as draft:
+        return draft["label"], draft["code"]
 
 
 # ---- losses --------------------------------------------------------------------------------------
@@ -407,8 +406,7 @@ def set_learning_rate(optimizer, progress, number, args):
     decay = 1 - progress
     if not args.restart_schedule:
         decay = decay / (number + 1)
-    for group, multiple in zip(optimizer.param_groups, (1, args.head_lr)):
-        group["lr"] = args.lr * multiple * decay**0.9
+    common.decay_lr(optimizer, decay**0.9)
 
 
 def train_supervised(args, iterations, scale, data, labeled_ids, keep, learner, run, note):
@@ -481,7 +479,6 @@ def train(args, number, iterations, alpha, scale, data, labeled_ids, unlabeled_i
 
     for iteration, (labeled, unlabeled) in enumerate(zip(*batches), begin):
         # 1 batch: labeled pictures, and as many unlabeled ones
-        # Code: one pass for each half, with batch statistics of this half; here one for both
         image = torch.cat([labeled["image"], unlabeled["image"]])  # (2B, 3, H, W)
         label = labeled["label"]  # (B, H, W)
 
@@ -490,8 +487,11 @@ def train(args, number, iterations, alpha, scale, data, labeled_ids, unlabeled_i
 
         # 3 losses
         common.seed_torch(args.seed, "noise", number, iteration, rank())  # dropout
+        # Code: a pass for each half, with batch statistics of this half; here one   --two-passes
+        parts = image.chunk(2) if args.two_passes else [image]
         with common.autocast(args, run.device):
-            outputs = learner(common.to_float(image), aux=True)  # (2B, K, h, w) of each head
+            outputs = [learner(common.to_float(part), aux=True) for part in parts]
+        outputs = [torch.cat(logits) for logits in zip(*outputs)]  # (2B, K, h, w) of each head
         losses = {}
         for (head, weight), logits in zip(HEADS.items(), outputs):
             logits = common.upsample(logits, args.crop, student.stride)  # (2B, K, H, W)
@@ -545,15 +545,16 @@ def check(args):
     """A UserError for values out of range, and for values that do not fit each other."""
     check_range(args, 1e-12, 1, "alpha")
     check_range(args, 0, 0.99, "beta_min")
-    check_range(args, 0, math.inf, "beta_max", "rounds", "round0_iterations")
+    check_range(args, 0, 4, "beta_max")
+    check_range(args, 0, 1000, "rounds")
+    check_range(args, 0, math.inf, "round0_iterations")
     check_range(args, 1, math.inf, "epochs", "round0_batch_size")
-    check_range(args, 1e-12, math.inf, "temperature", "head_lr")
+    check_range(args, 1e-12, math.inf, "temperature")
     for name in ("alpha", "beta_min", "beta_max"):
         count = len(getattr(args, name))
-        flag = name.replace("_", "-")
         enough = count == args.rounds or (count > args.rounds and name not in args.given)
-        need(enough, f"--{flag} has {count} values, but there are --rounds {args.rounds}: "
-             "give one for each")
+        need(enough, f"--{name.replace('_', '-')} has {count} values, but there are --rounds "
+             f"{args.rounds}: give one for each")
     need(args.round0_batch_size % world_size() == 0, f"--round0-batch-size "
          f"{args.round0_batch_size} is not divisible by the {world_size()} processes")
 
@@ -596,7 +597,7 @@ def main():
     for number, iterations, alpha, (low, high) in rounds:
         common.say(f"round {number}   {iterations} iterations, alpha {alpha}, "
                    f"scale {low:.2f} to {high:.2f}")
-    student = common.build_network(args, data, device)
+    student = common.build_network(args, data, device, aux=True)
     teacher = copy.deepcopy(student).requires_grad_(False).eval()
     method = "dars-supervised" if args.supervised else "dars"
     stages = {row[0]: row[1] for row in rounds}
@@ -608,8 +609,7 @@ def main():
     def note(tables):  # for the log, beside the mIoU of an evaluation
         return {"tail_miou": tail_miou(tables["student"], tail)}
 
-    groups = list(student.backbone.parameters()), student.head_parameters()
-    optimizer = common.make_optimizer(args, args.lr, *groups)
+    optimizer = common.make_optimizer(args, args.lr, student)
     results = {}  # of each round: the confusion matrix on val
     reports = {}  # and what its pseudo-labels are
     for number, iterations, alpha, scale in rounds:
@@ -617,7 +617,7 @@ def main():
             continue
         # Open: momentum; carried over rounds, as in the authors' code   --fresh-optimizer
         if args.fresh_optimizer:
-            optimizer = common.make_optimizer(args, args.lr, *groups)
+            optimizer = common.make_optimizer(args, args.lr, student)
         scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
         keep = {"student": student, "teacher": teacher, "optimizer": optimizer, "scaler": scaler}
         keep |= {"results": results, "reports": reports}

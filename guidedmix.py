@@ -2,26 +2,26 @@
 Peng Tu, Yawen Huang, Rongrong Ji, Feng Zheng, Ling Shao. arXiv 2106.15064
 
 Labeled pictures guide the learning from unlabeled pictures. Each unlabeled picture is blended with
-the most similar labeled picture of the batch, and the network segments the blend. The mask of the
-labeled picture is subtracted from the mask of the blend: the rest is the pseudo-mask, from which
-the network's direct prediction of the unlabeled picture learns. Two labeled pictures are blended in
-the same way (L_dec), so that the network learns to segment blends. The decoder (MITrans) has
-non-local blocks, through which each position uses similar positions of both pictures.
+the most similar labeled picture of the batch, and the network predicts a mask for the blend. The
+mask that it predicts for the labeled picture, times lambda, is subtracted: the rest is the target
+(pseudo-mask) of its direct prediction for the unlabeled picture. Two labeled pictures are blended
+in the same way, and there the rest is compared with the prediction for the second one (L_dec). The
+decoder (MITrans) has non-local blocks: each position of the blend uses similar positions in it.
 
     python guidedmix.py                                     drawn streets, on a CPU, in minutes
     torchrun --nproc_per_node=4 guidedmix.py --dataset vocaug --data-root DIR --labels 1/8
 
-paper -> code
+paper -> code   (the authors' repository holds another method; choices: grep "# Open:" guidedmix.py)
     Eq. 1      L_ce                  cross_entropy()
     Eqs. 2, 6  lambda, x_mix, M_mix  sample_lambda(), blend(); --lambda-cap (Tables 1, 6, 8)
     Eq. 3      similar pairs         distances(), pair(); --pairs (Table 2)
     Eqs. 4, 5  MITrans, Figs. 2, 4   NonLocal, MITrans, GuidedMixNet; --no-mitrans (Table 2)
     Eqs. 7, 8  M_u-dec               decouple(); --decoupling (Table 2)
-    Eqs. 9-11  L, L_usup, L_sup      train(), step 3; mask_error(); --omega, --classifier
+    Eqs. 9-11  L, L_usup, L_sup      train(), step 3; mask_error(), classifier_loss(); --omega
     Eq. 12     L_dec                 decoupling_loss(); --dec-weight
-    Tables     3; 4, 5, 7, 9; 10     result.json; --labels; --crop 512 512, --scales .. --flip
+    Tables     3; 4, 5, 7, 9; 10     per_class in result.json; --labels; --crop, --scales, --flip
     Figs.      1, 5; 6, 7            draw(): batch_*.png; val_*.png. Fig. 3 is not drawn
-    Code       (none)                the authors' public repository holds another method
+    Sects.     3.2; 4.1; 4.2         train_supervised(), --warmup; rotate(), --scale; update()
 """
 
 import argparse
@@ -39,10 +39,10 @@ from common import IGNORE, all_reduce, autocast, check_range, need, rank, rng, t
 
 # ---- arguments -----------------------------------------------------------------------------------
 
-# By dataset, preset and labels: data, network, optimizer, method, run (Sects. 4.1, 4.2).
+# Rows: DATASET-PRESET/LABELS. Lines: data, network, optimizer, method, run (Sects. 4.1, 4.2).
 PAPER = {}
-# Open: batch and batch norm; 12 labeled, 12 unlabeled; over all GPUs   --batch-size, --batch-norm
-# Open: the length of the training on labels alone (Sect. 3.2); 5 %, on streets 20 %   --warmup
+# Open: 12 of what; 12 labeled and 12 unlabeled; batch norm: all GPUs   --batch-size, --batch-norm
+# Open: how long labels train alone (Sect. 3.2); the first 5 %, in small presets 20 %   --warmup
 PAPER["vocaug"] = dict(
     labels="1/8", size=None, crop=(321, 321), scale=(0.5, 2.0), rotation=10.0, batch_size=12,
     network="guidedmix", head="plain", backbone="resnet101", weights="imagenet", batch_norm="sync",
@@ -53,32 +53,34 @@ PAPER["vocaug"] = dict(
     workers=4, log_every=50, eval_every=5000, save_every=1000,
 )
 PAPER["voc"] = PAPER["vocaug"]
-# Open: Table 4's lists; of all 10,582, as the authors' repository has them   --split
+# Open: which 500 or 1000 (Table 4); any of all 10,582, as in the authors' lists   --split
 for count in ("500", "1000", "1464"):  # Tables 1 to 4
     PAPER[f"vocaug/{count}"] = PAPER["vocaug"] | dict(labels=count, backbone="resnet50")
 # Open: L_cla with random pairs; yes on VOC (Table 2), no on Cityscapes (Sect. 4.4)   --classifier
-# Open: the size of Cityscapes' pictures; the full one, since half of it is below 513   --size
+# Open: the size of Cityscapes' pictures; the full one: half has 512 rows, the crop 513   --size
 PAPER["cityscapes"] = PAPER["vocaug"] | dict(
     size=(1024, 2048), crop=(513, 513), batch_size=8,
     lambda_cap=0.3, pairs="random", classifier=False)
 PAPER["context"] = PAPER["vocaug"] | dict(crop=(480, 480), batch_size=8, lambda_cap=0.4, omega=0.5)
-# Drawn scenes and a small network from scratch: minutes on a CPU.
+# Drawn scenes, a small network from scratch, no classifier (our choice): minutes on a CPU.
 PAPER["streets"] = PAPER["vocaug"] | dict(
     labels="8", size=(64, 128), crop=(64, 64), scale=(0.75, 1.5), rotation=0.0, batch_size=4,
     backbone="tiny", weights="none", batch_norm="frozen",
     optimizer="adamw", lr=3e-3, weight_decay=1e-2, iterations=3000, warmup=600,
     classifier=False, workers=0, eval_every=1000, save_every=100,
 )
-PAPER["camvid-cpu"] = PAPER["streets"] | dict(
+PAPER["camvid-tiny"] = PAPER["streets"] | dict(
     labels="1/8", size=(180, 240), crop=(96, 128), lr=2e-3, iterations=4000, warmup=800)
+PAPER["camvid-cpu"] = PAPER["streets"] | common.CPU_PRESET | dict(
+    network="guidedmix", iterations=1800, warmup=900)
 PAPER["camvid-gpu"] = PAPER["cityscapes"] | dict(
     size=(360, 480), crop=(257, 353), iterations=20_000, warmup=1000, eval_every=2000)
-# Your own pictures: shrunk to size, square crops; all of images/ is labeled.
-PAPER["folder-cpu"] = PAPER["camvid-cpu"] | dict(labels="1/1", size=(256,), crop=(129, 129))
-PAPER["folder-gpu"] = PAPER["camvid-gpu"] | dict(
-    labels="1/1", size=(640,), crop=(321, 321), scale=(0.5, 1.5), iterations=10_000, warmup=500)
+PAPER["folder-tiny"] = PAPER["camvid-tiny"] | common.FOLDER["tiny"]
+PAPER["folder-cpu"] = PAPER["camvid-cpu"] | common.FOLDER["cpu"]
+PAPER["folder-gpu"] = PAPER["camvid-gpu"] | common.FOLDER["gpu"] | dict(
+    crop=(321, 321), iterations=10_000, warmup=500)
 
-# The paper's mIoU: dataset, a setting, one more argument, and the mIoU for its values.
+# Rows: dataset, fixed arguments, one more argument, and the paper's mIoU for each of its values.
 VOC_TRAIN = dict(backbone="resnet50", labels=1464)
 LARGE = dict(crop=[512, 512])
 LARGE_MS = LARGE | dict(scales=[0.5, 0.75, 1.0, 1.25, 1.5, 1.75], flip=True)
@@ -113,7 +115,7 @@ def paper_miou(args):
 
 def get_parser():
     parser = argparse.ArgumentParser(
-        allow_abbrev=False, description=__doc__.split("\n\n")[1],
+        allow_abbrev=False, description=common.idea(__doc__),
         epilog="Arguments that are not given have the values of the table PAPER in guidedmix.py.")
     add = parser.add_argument_group("GuidedMix-Net").add_argument
     number = dict(type=float, metavar="X")
@@ -121,13 +123,13 @@ def get_parser():
     add("--lambda-cap", **number, help="upper limit of lambda, at most 0.5 (Tables 1, 6, 8)")
     add("--alpha", **number, help="lambda is drawn from Beta(X, X)")
     add("--pairs", choices=["similar", "random"], help="labeled pictures to blend with (Table 2)")
-    add("--distance", choices=["pooled", "places"], help="features in Eq. 3: their mean, or all")
+    add("--distance", choices=["pooled", "places"], help="Eq. 3 on means over positions, or on all")
     add("--classifier", **switch, help="image-level classifier on the encoder's features (L_cla)")
     add("--mitrans", **switch, help="non-local blocks in MITrans (Eq. 5; Table 2)")
     add("--decoupling", choices=["soft", "hard"], help="Eq. 8 or Eq. 7 in L_usup (Table 2)")
     add("--labeled-decoupling", choices=["soft", "hard"], help="Eq. 8 or Eq. 7 in L_dec")
     add("--masks", choices=["probabilities", "logits", "softmax"],
-        help="what M holds; softmax: logits are decoupled, and their softmax is compared")
+        help="what M holds; softmax: decouple logits, then compare the softmax of both sides")
     add("--stop-gradient", **switch, help="no gradient into the pseudo-mask of L_usup")
     add("--labeled-stop-gradient", **switch, help="no gradient into M_l and M^_l of L_dec")
     add("--omega", **number, help="weight of L_usup after its ramp-up (Eq. 9)")
@@ -142,7 +144,7 @@ def get_parser():
 # ---- perturbations -------------------------------------------------------------------------------
 
 def rotate(image, label, top, left, crop, generator, degrees):
-    """Take the crop out of a picture (3, H, W) and label (H, W), rotated by up to so many degrees.
+    """Cut the crop out of a picture (3, H, W) and label (H, W), rotated by at most these degrees.
     Returns image (3, h, w), label (h, w), valid (h, w) bool, False beyond the picture."""
     # Open: "slight rotation" (Sect. 4.1); by up to 10 degrees about the center   --rotation
     angle = generator.uniform(-degrees, degrees)
@@ -159,10 +161,10 @@ def rotate(image, label, top, left, crop, generator, degrees):
 
 
 def sample_lambda(alpha, cap, generator):
-    """lambda ~ Beta(alpha, alpha), then lambda <- min(lambda, 1 - lambda), below the cap."""
-    # Open: alpha, and how to stay below the cap; 1, and new draws; one lambda a batch   --alpha
-    # Open: what lambda weights; x_l (Eq. 2), so a low cap hides x_l. Sect. 4.3.1 has it the other
-    # way round, and Tables 1, 6, 8 depend on it   --lambda-cap
+    """lambda ~ Beta(alpha, alpha), then min(lambda, 1 - lambda); drawn anew until below the cap."""
+    # Open: alpha, how to stay below the cap; 1, and drawing again. One lambda a batch   --alpha
+    # Open: what lambda weights; x_l (Eq. 2), so a low cap hides x_l. Sect. 4.3.1 says the opposite,
+    # and then the caps of Tables 1, 6, 8 mean the opposite   --lambda-cap
     for _ in range(100_000):
         lam = generator.beta(alpha, alpha)
         lam = min(lam, 1 - lam)
@@ -173,28 +175,28 @@ def sample_lambda(alpha, cap, generator):
 
 
 def describe(v, distance="pooled"):
-    """What pictures are compared by: Gamma_enc (B, C, h, w) -> (B, C), or (B, C h w)."""
-    # Open: Eq. 3 sums over positions, Sect. 3.1.1 pools features; we pool them   --distance
+    """The features by which pictures are compared: (B, C, h, w) -> (B, C), or (B, C h w)."""
+    # Open: Eq. 3 sums over positions, Sect. 3.1.1 pools; we pool, padding included   --distance
     v = v.detach().float()
     return v.flatten(1) if distance == "places" else v.mean((2, 3))
 
 
 def distances(features, guides):
     """d(x_l, x_u) = sqrt(sum (Gamma_enc(x_l) - Gamma_enc(x_u))^2): (B, D), (n, D) -> (B, n)."""
-    exact = "donot_use_mm_for_euclid_dist"  # the fast mode cancels where pictures are alike
+    exact = "donot_use_mm_for_euclid_dist"  # the fast mode loses digits where pictures are alike
     return torch.cdist(features, guides, compute_mode=exact)  # Eq. 3
 
 
 def pair(args, positions, features, guides, labeled):
-    """The index of each picture's guide: (B,). labeled: pictures are guides, and take another."""
-    # Open: who chooses; x_u its x_l, by Sect. 3.1.1 (in Sect. 4.3.1 x_l its x_u)   --pairs
-    first = rank() * len(positions)  # where labeled pictures of this process begin
+    """The index in guides of each picture's guide: (B,). labeled: none is its own guide."""
+    # Open: which of two chooses the other; x_u (Sect. 3.1.1), in Sect. 4.3.1 x_l   --pairs
+    first = rank() * len(positions)  # the index in guides of this process's first labeled picture
     if args.pairs == "similar":
         distance = distances(features, guides["features"])
         if labeled:
             distance[:, first : first + len(distance)].fill_diagonal_(math.inf)
         return distance.argmin(1)
-    count = len(guides["image"])
+    count = len(guides["image"])  # below: shift 0 is the picture itself, so labeled begins at 1
     shifts = [rng(args.seed, "pair", labeled, p).randint(labeled, count) for p in positions]
     partners = [(i + shift) % count for i, shift in enumerate(shifts, first)]
     return torch.tensor(partners).to(features.device, non_blocking=True)
@@ -218,16 +220,16 @@ class Gather(torch.autograd.Function):
 
 def to_mask(logits, masks):
     """The mask M that is decoupled, of logits (B, K, h, w)."""
-    # Open: what M holds; probabilities, as Eq. 11 puts M_l into Eq. 1   --masks
+    # Open: what M holds; probabilities, for Eq. 11. So M_mix sums to 1, not 2 as in Eq. 6   --masks
     return logits.float().softmax(1) if masks == "probabilities" else logits.float()
 
 
 def blend(args, learner, guide, image, *key):
-    """lambda, x_mix = lambda x_l + (1 - lambda) x_u, and M_mix = Gamma(x_mix), about M_l + M_u.
-    guide: x_l, image: x_u (B, 3, H, W) uint8; key: of the random lambda."""
+    """lambda, x_mix = lambda x_l + (1 - lambda) x_u, M_mix = Gamma(x_mix) (Eq. 6: about M_l + M_u).
+    guide: x_l, image: x_u (B, 3, H, W) uint8; key: seeds the draw of lambda."""
     lam = sample_lambda(args.alpha, args.lambda_cap, rng(args.seed, *key))
     x_mix = lam * to_float(guide) + (1 - lam) * to_float(image)  # Eq. 2
-    # Open: batch norm of blends; by their batch, running statistics by pictures   --batch-norm
+    # Open: batch norm of blends; by their own batch, running statistics stay   --batch-norm
     norms = [module for module in learner.modules() if hasattr(module, "track_running_stats")]
     for norm in norms:
         norm.track_running_stats = False
@@ -261,7 +263,7 @@ class NonLocal(nn.Module):
 
     def forward(self, v):
         B, C, h, w = v.shape
-        # Two heads share Q and K: attention without a (hw, hw) map wants values as wide as queries.
+        # Attention without a (hw, hw) map needs V as wide as Q: two heads halve V, and share Q, K.
         maps = self.query(v), self.key(v)  # (B, C/2, h, w) each
         maps = [x.flatten(2).mT.contiguous() for x in maps]  # (B, hw, C/2) each
         query, key = [x[:, None].expand(-1, 2, -1, -1) for x in maps]  # (B, 2, hw, C/2) each
@@ -276,7 +278,7 @@ class MITrans(nn.Module):
 
     def __init__(self, channels, skip, width, norm, non_local=True):
         super().__init__()
-        # Open: the convs beside PixelShuffle; a 1x1 conv before, two 3x3 convs after the skip
+        # Open: the convs; 1x1 before PixelShuffle, two 3x3 after the skip. --no-mitrans keeps them
         self.non_local = NonLocal(channels) if non_local else nn.Identity()
         self.shuffle = nn.Sequential(nn.Conv2d(channels, 4 * width, 1), nn.PixelShuffle(2))
         conv = partial(common.ConvNormReLU, norm_layer=norm)  # 3x3
@@ -285,7 +287,7 @@ class MITrans(nn.Module):
     def forward(self, v, skip):
         h, w = skip.shape[2:]
         v = self.shuffle(self.non_local(v))
-        v = v[:, :, :h, :w]  # 41 -> 82, cut to a skip of 81: strided convs begin at the corner
+        v = v[:, :, :h, :w]  # 41 -> 82, the skip has 81: drop the last; cell i is at one pixel
         return self.fuse(torch.cat([v, skip], 1))
 
 
@@ -296,34 +298,36 @@ class GuidedMixNet(common.SegmentationNetwork):
     def __init__(self, spec):
         need(spec["network"] == "guidedmix", "this checkpoint's network is "
              f"{spec['network']}; use the script that trained it")
+        need(spec.get("output_stride", 16) == 16, "--output-stride 32: here the encoder has 16")
         caffe = common.STYLES[spec["style"]]["caffe"]
-        backbone = common.make_backbone(
-            spec["backbone"], spec["batch_norm"], caffe, spec["deep_stem"])
+        backbone = common.make_backbone(spec["backbone"], spec["batch_norm"], caffe,
+                                        spec["deep_stem"], spec.get("output_stride", 8))
         super().__init__(backbone, spec["style"])
+        self.first = int(spec["backbone"] == "efficientnet_lite0")  # its strides are twice as large
         self.stride = 2
-        width = 512
-        norm = nn.BatchNorm2d
+        width = {"tiny": 64, "efficientnet_lite0": 128}.get(spec["backbone"], 512)
+        norm = nn.BatchNorm2d if width == 512 else common.group_norm
         if spec["backbone"] == "tiny":
-            width = 64
-            norm = common.group_norm
             backbone.maxpool = nn.MaxPool2d(3, 2, 1)  # stride 8, as in the others
-        self.psp = common.PyramidPooling(backbone.channels, width, norm)
-        # Open: where the skips come from; layer1 and the stem
-        self.step1 = MITrans(width, backbone.channels // 8, width // 2, norm, spec["mitrans"])
-        self.step2 = MITrans(width // 2, backbone.stem or 64, width // 4, norm, spec["mitrans"])
+        self.psp = common.PyramidPooling(backbone.widths[-1], width, norm)
+        # Open: stride and skips; 8 (dilated) as PSPNet, layer1 and stem: so masks are at stride 2
+        fine, middle = backbone.widths[self.first :][:2]
+        self.step1 = MITrans(width, middle, width // 2, norm, spec["mitrans"])
+        self.step2 = MITrans(width // 2, fine, width // 4, norm, spec["mitrans"])
         self.last = nn.Conv2d(width // 4, spec["classes"], 1)
         self.presence = nn.Linear(width, spec["present"]) if spec["present"] else None
 
     def forward(self, image, aux=False):
         """(B, 3, H, W) in [0, 1] -> logits (B, K, H/2, W/2); aux: Gamma_enc and L_cla's logits."""
-        net = self.backbone
-        stem = net.relu(net.bn1(net.conv1(self.normalize(image))))  # (B, 64, H/2, W/2)
-        layer1 = net.layer1(net.maxpool(stem))  # (B, 256, H/4, W/4)
-        layer4 = net.layer4(net.layer3(net.layer2(layer1)))  # (B, 2048, H/8, W/8)
-        v = self.psp(layer4)  # Gamma_enc (B, 512, H/8, W/8), which is v_j of Eq. 4
+        layers = self.backbone.layers(self.normalize(image))
+        stem, layer1, *_, layer4 = layers[self.first :]
+        v = self.psp(layer4)  # Eq. 4: Gamma_enc (B, 512, H/8, W/8)
         present = self.presence(v.mean((2, 3))) if aux and self.presence else None
-        features = self.step2(self.step1(v, layer1), stem)  # (B, 128, H/2, W/2)
+        features = self.step1(v, layer1)  # (B, 256, H/4, W/4)
+        features = self.step2(features, stem)  # (B, 128, H/2, W/2)
         logits = self.last(features)
+        if self.first:
+            logits = common.upsample(logits, layers[0].shape[2:], 2)
         return (logits, v, present) if aux else logits
 
 
@@ -353,7 +357,7 @@ def mask_error(M_dec, M, valid, masks="logits"):
     if masks == "softmax":
         M_dec = M_dec.softmax(1)
         M = M.softmax(1)
-    valid = valid[:, ::2, ::2]  # at the cells of the masks
+    valid = valid[:, ::2, ::2]  # Open: what sums and H W cover; all classes, valid cells of M
     count = all_reduce(valid.sum())
     total = ((M_dec - M).square() * valid[:, None]).sum()
     return total * world_size() / count.clamp(min=1)  # Eqs. 10, 12
@@ -361,16 +365,16 @@ def mask_error(M_dec, M, valid, masks="logits"):
 
 def decoupling_loss(args, learner, labeled, M_l, features, guides, iteration):
     """L_dec = 1 / (H W) sum sum (M_dec - M^_l)^2, with M_dec = M_mix - M_l, of a labeled batch with
-    masks M_l and features. x^_l, M^_l: other labeled pictures, and their masks."""
+    masks M_l and features. x^_l, M^_l: other labeled pictures, and their predicted masks."""
     partner = pair(args, labeled["position"], features, guides, labeled=True)  # Eq. 3
     image = guides["image"][partner]  # x^_l
     M_partner = guides["mask"][partner]  # M^_l
     lam, _, M_mix = blend(args, learner, labeled["image"], image, "lambda labeled", iteration)
-    # Open: what L_dec trains; M_mix alone. All masks sum to 1, so a hard L_dec is lower where M_l
-    # and M^_l are flat, and would make them so   --labeled-stop-gradient
+    # Open: what L_dec trains; M_mix alone. Each mask sums to 1, so a hard L_dec would also fall if
+    # M_l and M^_l became flat: no gradient into them   --labeled-stop-gradient
     if args.labeled_stop_gradient:
         M_l, M_partner = M_l.detach(), M_partner.detach()
-    # Open: whether L_dec is soft as L_usup is; hard, as Eq. 12 is printed   --labeled-decoupling
+    # Open: whether L_dec is soft, as L_usup is; hard, as above Eq. 12   --labeled-decoupling
     M_dec = decouple(M_mix, M_l, lam, args.labeled_decoupling)
     valid = labeled["valid"] & guides["valid"][partner]
     return mask_error(M_dec, M_partner, valid, args.masks)  # Eq. 12
@@ -380,16 +384,15 @@ def decoupling_loss(args, learner, labeled, M_l, features, guides, iteration):
 
 def update(args, keep, loss, iteration):
     """A step of the optimizer, with polynomial decay (Sect. 4.2). Returns the learning rate."""
-    optimizer = keep["optimizer"]
-    scaler = keep["scaler"]
-    lr = args.lr * (1 - iteration / args.iterations) ** 0.9
-    optimizer.param_groups[0]["lr"] = lr
+    decay = (1 - iteration / args.iterations) ** 0.9
+    optimizer, scaler = keep["optimizer"], keep["scaler"]
+    common.decay_lr(optimizer, decay)
     optimizer.zero_grad()
     scaler.scale(loss).backward()
     scaler.step(optimizer)
     scaler.update()
     common.average_buffers([keep["student"]])
-    return lr
+    return args.lr * decay
 
 
 def train_supervised(args, run, learner, keep, stream, begin, stop):
@@ -404,7 +407,7 @@ def train_supervised(args, run, learner, keep, stream, begin, stop):
 
         # 2 pseudo-labels: none
         # 3 losses
-        # Open: the losses of the baseline; L_ce alone, without the classifier   --supervised
+        # Open: the baseline's losses; L_ce alone (L_cla belongs to the warm-up)   --supervised
         with autocast(args, run.device):
             logits, v, present = learner(to_float(labeled["image"]), aux=True)
         losses = {"loss_labeled": cross_entropy(logits, label)}  # Eq. 1
@@ -432,13 +435,13 @@ def train(args, run, learner, keep, streams, warmup, begin):
     stop = args.iterations
     batches = [common.batches(stream, args, run.device, begin, stop) for stream in streams]
     for iteration, (labeled, unlabeled) in enumerate(zip(*batches), begin):
-        # 1 batch: labeled and unlabeled pictures in one pass (blends need its results, and follow)
+        # 1 batch: x_l and x_u in one pass; blends follow, since pairing needs its results
         image = labeled["image"]  # x_l (B, 3, H, W)
         B = len(image)
         if args.omega:
             image = torch.cat([image, unlabeled["image"]])  # x_l, x_u (2B, 3, H, W)
         with autocast(args, run.device):
-            logits, v, present = learner(to_float(image), aux=True)
+            logits, v, present = learner(to_float(image), aux=True)  # Open: batch norm; joint
         M_l, M_u = to_mask(logits, args.masks).tensor_split([B])  # (B, K, h, w) each
         features_l, features_u = describe(v, args.distance).tensor_split([B])  # (B, C) each
         guides = {"image": labeled["image"], "valid": labeled["valid"]}
@@ -451,7 +454,7 @@ def train(args, run, learner, keep, streams, warmup, begin):
             partner = pair(args, unlabeled["position"], features_u, guides, labeled=False)  # Eq. 3
             guide = guides["image"][partner]  # x_l of each x_u
             M_guide = guides["mask"][partner]  # M_l
-            valid = unlabeled["valid"] & guides["valid"][partner]  # no mask is learned in padding
+            valid = unlabeled["valid"] & guides["valid"][partner]  # padding of either is left out
             # Open: gradient into the pseudo-mask; none, since it is a target   --stop-gradient
             with torch.set_grad_enabled(not args.stop_gradient):
                 lam, x_mix, M_mix = blend(  # Eqs. 2, 6
@@ -459,32 +462,27 @@ def train(args, run, learner, keep, streams, warmup, begin):
                 M_u_dec = decouple(M_mix, M_guide, lam, args.decoupling)  # Eqs. 7, 8
 
         # 3 losses
-        loss_labeled = cross_entropy(logits[:B], labeled["label"])  # Eq. 1
-        loss_cla = loss_dec = loss_usup = 0  # where a flag leaves them out
+        losses = {"loss_labeled": cross_entropy(logits[:B], labeled["label"])}  # Eq. 1
         if args.classifier:
-            loss_cla = classifier_loss(present[:B], labeled["label"], logits.shape[1])
+            losses["loss_cla"] = classifier_loss(present[:B], labeled["label"], logits.shape[1])
         if args.dec_weight:
-            loss_dec = decoupling_loss(args, learner, labeled, M_l, features_l, guides, iteration)
+            losses["loss_dec"] = decoupling_loss(
+                args, learner, labeled, M_l, features_l, guides, iteration)
         if args.omega:
-            loss_usup = mask_error(M_u_dec, M_u, valid, args.masks)  # Eq. 10
-        # Open: w and its ramp-up; w = 30 / K and 10 %, as CCT's of a mean over K   --omega, --ramp
-        t = min(1, (iteration - warmup) / max(1, args.ramp * args.iterations))
+            losses["loss_usup"] = mask_error(M_u_dec, M_u, valid, args.masks)  # Eq. 10
+        # Open: w, ramp-up; CCT's 30 / K (its mean is our sum; 1.4 on VOC), 10 %   --omega, --ramp
+        t = min(1, (iteration - warmup) / max(1, args.ramp * args.iterations))  # after the warm-up
         omega = args.omega * math.exp(-5 * (1 - t) ** 2)
-        loss_sup = loss_labeled + args.dec_weight * loss_dec + loss_cla  # Eq. 11
-        loss = loss_sup + omega * loss_usup  # Eq. 9
+        loss_sup = losses["loss_labeled"]
+        loss_sup = loss_sup + args.dec_weight * losses.get("loss_dec", 0)
+        loss_sup = loss_sup + losses.get("loss_cla", 0)  # Eq. 11
+        loss = loss_sup + omega * losses.get("loss_usup", 0)  # Eq. 9
 
         # 4 backward
         lr = update(args, keep, loss, iteration)
 
         # 5 EMA: none
         # 6 log, evaluate, save
-        losses = {
-            "loss_labeled": loss_labeled,
-            "loss_cla": loss_cla,
-            "loss_dec": loss_dec,
-            "loss_usup": loss_usup,
-        }
-        losses = {name: term for name, term in losses.items() if torch.is_tensor(term)}
         numbers = {"lr": lr}
         pseudo_labels = {}
         if args.omega:
@@ -510,13 +508,13 @@ def train(args, run, learner, keep, streams, warmup, begin):
 
 
 def draw(run, valid, columns):
-    """pictures/batch_MARK.png: pictures, labels, and the class of masks where valid (B, H, W)."""
+    """pictures/batch_MARK.png: pictures, labels, masks' most likely classes where valid."""
     H, W = valid.shape[1:]
     for title, cells in columns.items():
         if cells.is_floating_point():  # masks
             label = cells.max(1).indices.repeat_interleave(2, 1).repeat_interleave(2, 2)
             columns[title] = label[:, :H, :W].masked_fill(~valid, IGNORE)
-    run.panel(f"batch_{run.mark}", {title: cells[:4] for title, cells in columns.items()})
+    run.panel(f"batch_{run.mark}", columns, rows=4)
 
 
 # ---- main ----------------------------------------------------------------------------------------
@@ -562,7 +560,7 @@ def main():
     student = common.build_network(
         args, data, device, make=GuidedMixNet, mitrans=args.mitrans, present=present)
     learner = common.parallel(student.train(), device)  # averages gradients over processes
-    optimizer = common.make_optimizer(args, args.lr, student.parameters())
+    optimizer = common.make_optimizer(args, args.lr, student)
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
     method = "guidedmix-supervised" if args.supervised else "guidedmix"
     stages = {1: args.iterations}

@@ -14,7 +14,7 @@ paper -> code
     Fig. 1, Algorithm 1   train(); pictures of a batch: draw()
     Eq. 1, Table 4        mean teachers: update_teachers(), --gamma
     Eq. 2, Sect. 3.1      L_st, teacher to the other student; L_ss, between students: train()
-    Sect. 3.2             strong augmentation (SDA): strong_view(), cutmix_mask(), cutmix()
+    Sect. 3.2             weak views (WDA): common.Stream; strong (SDA): strong_view(), cutmix()
     Eq. 3                 feature augmentation (FD, FDA): augment_features(), ClassStatistics
     Eqs. 4, 5, Table 5    L, and its part L_s on labeled pictures: train(), --alpha, --beta
     Tables 1 to 5         PAPER_MIOU has the flags of each row
@@ -34,9 +34,9 @@ from common import IGNORE, need, numbered
 
 # ---- arguments -----------------------------------------------------------------------------------
 
-# The paper's numbers (Sect. 4.1) by dataset, under the arguments' names.
-# Open: a batch of 16; 16 labeled and 16 unlabeled pictures, as in the code   --batch-size
-# Open: scale and iterations; the code's for VOC, 40,000 on Cityscapes   --scale --iterations
+# Numbers of Sects. 4.1 and 4.3 by dataset. "The code" is github.com/jianlong-yuan/semi-mmseg.
+# Open: what a batch of 16 is; 16 labeled and 16 unlabeled pictures, as in the code   --batch-size
+# Open: scale, iterations; the code's for VOC; Cityscapes: 40,000, our choice   --scale --iterations
 PAPER = {
     "vocaug": dict(
         labels="662", size=None, crop=(512, 512), scale=(0.5, 2.0), batch_size=16,
@@ -49,7 +49,7 @@ PAPER = {
         features_of_teachers=False, labeled_consistency=False, weak_photometric=False,
         workers=4, log_every=50, eval_every=5000, save_every=1000),
 }  # fmt: skip
-# Small networks from scratch need slower teachers and weaker perturbations (tests/RESULTS.md).
+# Our rows: small networks from scratch need slower teachers, a smaller lambda (tests/RESULTS.md).
 PAPER["streets"] = PAPER["vocaug"] | dict(
     labels="8", size=(64, 128), crop=(64, 64), scale=(0.75, 1.5), batch_size=4,
     backbone="tiny", weights="none", batch_norm="frozen",
@@ -60,29 +60,28 @@ PAPER["voc"] = PAPER["vocaug"] | dict(labels="183")
 PAPER["cityscapes"] = PAPER["vocaug"] | dict(
     labels="372", size=(1024, 2048), crop=(512, 1024),
     lr=0.01, iterations=40_000)
-PAPER["camvid-cpu"] = PAPER["streets"] | dict(
+PAPER["camvid-tiny"] = PAPER["streets"] | dict(
     labels="1/8", size=(180, 240), crop=(96, 128),
     lr=2e-3, iterations=1500, warmup=600, cutmix=True, eval_every=500)
+PAPER["camvid-cpu"] = PAPER["streets"] | common.CPU_PRESET | dict(
+    iterations=1800, warmup=900, cutmix=True, loss_stride=4)
 PAPER["camvid-gpu"] = PAPER["cityscapes"] | dict(
     labels="1/8", size=(360, 480), crop=(256, 352),
     iterations=20_000, eval_every=2000)
-# Your own pictures: the longer side is shrunk to size, and all of images/ is labeled.
-PAPER["folder-cpu"] = PAPER["camvid-cpu"] | dict(
-    labels="1/1", size=(256,), crop=(128, 128),
+PAPER["folder-tiny"] = PAPER["camvid-tiny"] | common.FOLDER["tiny"] | dict(
     iterations=3000, warmup=1500, cutmix=False)
-PAPER["folder-gpu"] = PAPER["camvid-gpu"] | dict(
-    labels="1/1", size=(640,), crop=(320, 320), scale=(0.5, 1.5),
-    iterations=10_000)
-# Code: these five depart from the paper. So do two passes for the two kinds of pictures, teachers
-#   that normalize by their batches, and losses on padding, which we leave out   --preset
+PAPER["folder-cpu"] = PAPER["camvid-cpu"] | common.FOLDER["cpu"]
+PAPER["folder-gpu"] = PAPER["camvid-gpu"] | common.FOLDER["gpu"] | dict(iterations=10_000)
+# Code: these five values are the authors', not the paper's. We leave out two passes for the two
+#   kinds of pictures, teachers that normalize by their batches, and losses on padding   --preset
 for name in ("vocaug", "voc", "streets"):
     PAPER[f"{name}-official"] = PAPER[name] | dict(
         gamma=0.6, weight_gradient=False,
         features_of_teachers=True, labeled_consistency=True, weak_photometric=True)
 
-# Tables of the paper | argument | its values; rows: dataset and flags | ResNet-50 | ResNet-101
-# Open: the rest of Table 4's setting; ours, though its 72.82 for .4 is not Table 3's   --gamma
-# Open: what Table 5 varies; beta, it says, but its 72.52 is Table 3's without teachers   --beta
+# Heads: table | argument | its values. Rows: dataset and flags | mIoU, ResNet-50 | ResNet-101
+# Open: Table 4's setting; our default, for which Table 3 has 74.02, not 72.82   --gamma
+# Open: what Table 5 varies; beta (its text) and alpha (72.52 lacks teachers in Table 3)   --beta
 PAPER_MIOU = """
 Table 1 | labels | 92 183 366 732 1464
 voc | 60.60 66.74 71.01 72.73 | 65.35 70.18 74.44 75.90
@@ -110,17 +109,17 @@ vocaug --features none | 72.52 72.80 73.66 73.43 73.49 | 74.44 75.81 75.44 75.80
 Table 5 | alpha | 0 0.5 1 1.5 2
 vocaug --features none | 72.52 72.80 73.66 73.43 73.49 | 74.44 75.81 75.44 75.80 75.64"""
 
-TEACHERS = {"none": (), "own": (0, 1), "mutual": (1, 0)}  # of students 1 and 2; 0 is teacher 1
+TEACHERS = {"none": (), "own": (0, 1), "mutual": (1, 0)}  # of students 1 and 2; 0 is the first
 
 
 def get_parser():
     parser = argparse.ArgumentParser(
-        allow_abbrev=False, description=__doc__.split("\n\n")[1],
+        allow_abbrev=False, description=common.idea(__doc__),
         epilog="Defaults are in the table PAPER in mkd.py; a run writes all values to args.json.")
     add = parser.add_argument_group("mutual knowledge distillation").add_argument
     number = dict(type=float, metavar="X")
     switch = dict(action=argparse.BooleanOptionalAction)
-    add("--teachers", choices=TEACHERS, help="which mean teacher a student learns from (Table 3)")
+    add("--teachers", choices=TEACHERS, help="a student's mean teacher (Table 3: -, MT, Mutual MT)")
     add("--strong", **switch, help="strong views for the students (Table 3, SDA)")
     add("--cutmix", **switch, help="CutMix as a part of the strong view (Sect. 3.2)")
     add("--features", choices=["none", "diagonal", "full"], help="Sigma of FDA (Eq. 3; Table 3)")
@@ -131,10 +130,10 @@ def get_parser():
     add("--alpha", **number, help="weight of L_st (Eq. 4; Table 5)")
     add("--beta", **number, help="weight of L_ss (Eq. 4; Table 5)")
     add("--warmup", type=int, metavar="N", help="iterations on labels alone at first (paper: 0)")
-    add("--threshold", **number, help="confidence that teachers' labels need (Table 1, *: .95)")
+    add("--threshold", **number, help="confidence that labels of L_st need (Table 1, *: .95)")
     add("--loss-stride", type=int, choices=[1, 2, 4, 8, 16], help="stride of p in L_st and L_ss")
-    add("--features-of-teachers", **switch, help="FDA of the teachers, too (authors' code)")
-    add("--labeled-consistency", **switch, help="L_st, L_ss: labeled pictures, too (authors' code)")
+    add("--features-of-teachers", **switch, help="FDA for teachers as well (authors' code)")
+    add("--labeled-consistency", **switch, help="L_st, L_ss of labeled pictures (authors' code)")
     add("--weak-photometric", **switch, help="photometric distortion of weak views (authors' code)")
     common.add_arguments(parser, networks=["deeplabv2", "deeplabv3plus"])
     return parser  # fmt: skip
@@ -190,7 +189,7 @@ def strong_view(image, r):
 
 
 def views(operation, batch, args, name):
-    """operation(picture, r) of each picture without its padding; r: its generator. (B, 3, H, W)"""
+    """operation(picture, r) on each picture, not on its padding; r: its generator. (B, 3, H, W)"""
     result = batch["image"].clone()
     for image, inside, position in zip(result, batch["inside"], batch["position"]):
         top, bottom, left, right = inside
@@ -201,8 +200,8 @@ def views(operation, batch, args, name):
 
 
 def cutmix_mask(mask, r):
-    """m of CutMix: mask (H, W) bool, all False, with three boxes of u / 3 of the area inverted."""
-    # Open: the shape of m; the code's. Streets have no CutMix: it harms small networks   --cutmix
+    """m of CutMix: inverts three boxes, each u / 3 of the area, in mask (H, W) bool, all False."""
+    # Open: the shape of m; the code's. Off on streets, where it costs mIoU   --cutmix
     height, width = mask.shape
     for _ in range(3):
         u = r.uniform(0.25, 0.5)
@@ -216,9 +215,9 @@ def cutmix_mask(mask, r):
 
 
 def cutmix(x, mask, start=0):
-    """x = (1 - m) x_i + m x_j (Sect. 3.2), where j is the next picture; after the last the first.
+    """x = (1 - m) x_i + m x_j (Sect. 3.2); j is the next picture, for the last one the first.
 
-    x (start + B or one more, .., H, W), m: mask (B, H, W) bool. The first start pictures stay."""
+    m: mask (B, H, W) bool. x (start + B, .., H, W), or one more as last j; keeps x[:start]."""
     if x.ndim == 4:
         mask = mask[:, None]  # for all channels
     x_i = x[start : start + len(mask)]
@@ -227,7 +226,7 @@ def cutmix(x, mask, start=0):
 
 
 def at_stride(maps, stride, args):
-    """Maps (B, C, ..) of this stride at the places of --loss-stride: (B, C, h, w)."""
+    """Maps (B, C, ..) of this stride, thinned out or upsampled to --loss-stride: (B, C, h, w)."""
     size = [math.ceil(side / args.loss_stride) for side in args.crop]
     if stride > args.loss_stride:
         return common.upsample(maps, size, stride // args.loss_stride)
@@ -237,15 +236,15 @@ def at_stride(maps, stride, args):
 
 # Feature augmentation (FD, FDA; Sect. 3.2). Features of one class vary: a car is red or white, near
 # or far. Sigma_y, the covariance of the features of class y, says in which directions. FDA moves
-# each feature f_i, of class y_i, along them by draws from N(0, lambda Sigma_yi). For infinite draws
-# the mean cross entropy of the classifier (w, b) is at most, with v = w_j - w_yi,
+# each feature f_i, of class y_i, along them by draws from N(0, lambda Sigma_yi). With ever more
+# draws the mean cross entropy of the classifier (w, b) is at most, with v = w_j - w_yi,
 #     mean over i of log sum_j exp(v^T f_i + (b_j - b_yi) + lambda / 2 v^T Sigma_yi v)  (Eq. 3):
 # one more term, which raises the logit of each class j != y_i, and depends on (y_i, j) alone.
 class ClassStatistics(nn.Module):
     """Sigma of Eq. 3: the covariance of each class's features (K, C, C), or its diagonal (K, C)."""
 
-    # Open: the pixels that Sigma is taken of, and its form; all so far, as in ISDA and the code,
-    #   and the diagonal, as in the code; ISDA's is full   --features
+    # Open: the pixels of Sigma, and its form; all labeled (y) and unlabeled ones (y_u) so far, and
+    #   the diagonal, both as in the code; ISDA's form is full   --features
     def __init__(self, classes, channels, full=False):
         super().__init__()
         self.register_buffer("count", torch.zeros(classes, dtype=torch.int64))  # exact over 2^24
@@ -284,10 +283,10 @@ class ClassStatistics(nn.Module):
 
 
 def augment_features(features, logits, label, weight, statistics, strength):
-    """FD: p + lambda / 2 v^T Sigma v (Eq. 3), the logits of the augmented features.
+    """FD: p_j + lambda / 2 v^T Sigma_y v, the exponent of Eq. 3 plus p_y, which softmax cancels.
 
-    p: logits (B, K, h, w). y: label (B, h, w), 255 for unknown. features (B, C, h, w) update Sigma:
-    statistics. v = w_j - w_y of w: weight (K, C, 1, 1). lambda: strength."""
+    p: logits (B, K, h, w). y: label (B, h, w), 255 for unknown. Of features (B, C, h, w) statistics
+    (Sigma) is updated first. v = w_j - w_y of w: weight (K, C, 1, 1). lambda: strength."""
     statistics.update(features.detach(), label)
     w = weight.flatten(1)
     v = w - w[:, None]  # v[y, j], (K, K, C); the expanded square would lose digits
@@ -303,8 +302,8 @@ def augment_features(features, logits, label, weight, statistics, strength):
 
 @torch.no_grad()
 def update_teachers(teachers, students, iteration, gamma):
-    """theta_t <- gamma theta_t + (1 - gamma) theta_s (Eq. 1), theta: parameters; copies buffers."""
-    # Open: gamma in the first steps; 1 - 1 / t if that is less, as in the code   --gamma
+    """theta_t <- gamma theta_t + (1 - gamma) theta_s (Eq. 1) of parameters; buffers are copied."""
+    # Open: gamma in the first steps; at most 1 - 1 / t in step t, as in the code   --gamma
     gamma = min(1 - 1 / (iteration + 1), gamma)
     for teacher, student in zip(teachers, students):
         theta_t = list(teacher.parameters())
@@ -324,7 +323,7 @@ def hard_label(logits, valid):
 # ---- losses --------------------------------------------------------------------------------------
 
 class WithFeatures(nn.Sequential):
-    """A network that returns its features (B, C, h, w), too, before its logits (B, K, h, w)."""
+    """A network that returns its features (B, C, h, w) and its logits (B, K, h, w)."""
 
     def forward(self, image):
         features = self[0].features(image)
@@ -339,8 +338,8 @@ class Ensemble(nn.ModuleList):
 
 
 def cross_entropy(logits, label):
-    """l_ce: the mean over known pixels of logits (B, K, H, W), label (B, H, W); 0 without any."""
-    # Open: which pixels count; not padding, and not those below the threshold   --threshold
+    """l_ce of logits (B, K, H, W), label (B, H, W): mean over known pixels; 0 if there are none."""
+    # Open: which pixels count; not padding; in L_st, not those below the threshold   --threshold
     count = common.all_reduce((label != IGNORE).sum())
     total = F.cross_entropy(logits, label, ignore_index=IGNORE, reduction="sum")
     return total * common.world_size() / count.clamp(min=1)  # DDP averages over processes
@@ -351,14 +350,14 @@ def cross_entropy(logits, label):
 def update_students(args, keep, students, loss, iteration):
     """Backward, and a step of the optimizer. Returns the learning rate, "poly" (Sect. 4.1)."""
     scaler = keep["scaler"]
-    lr = args.lr * (1 - iteration / args.iterations) ** 0.9
-    keep["optimizer"].param_groups[0]["lr"] = lr
+    decay = (1 - iteration / args.iterations) ** 0.9
+    common.decay_lr(keep["optimizer"], decay)
     keep["optimizer"].zero_grad()
     scaler.scale(loss).backward()
     scaler.step(keep["optimizer"])
     scaler.update()
     common.average_buffers(students)
-    return lr
+    return args.lr * decay
 
 
 def train_supervised(args, run, stream, students, learners, teachers, keep, begin, stop):
@@ -367,7 +366,7 @@ def train_supervised(args, run, stream, students, learners, teachers, keep, begi
     run.images = args.batch_size
     batches = common.batches(stream, args, run.device, begin, stop)
     for iteration, labeled in enumerate(batches, begin):
-        # 5 EMA: first (line 6)
+        # 5 EMA: Algorithm 1 has it first (line 6)
         update_teachers(teachers, students, iteration, args.gamma)
 
         # 1 batch: weak views (lines 7, 9)
@@ -409,13 +408,13 @@ def train(args, run, streams, students, learners, teachers, keep, begin):
         common.batches(streams[0], args, run.device, begin, args.iterations),
         common.batches(streams[1], args, run.device, begin, args.iterations, overlap=mixed)]
     for iteration, (labeled, unlabeled) in enumerate(zip(*batches), begin):  # line 5
-        # 5 EMA: first (line 6)
+        # 5 EMA: Algorithm 1 has it first (line 6)
         update_teachers(teachers, students, iteration, args.gamma)
 
         # 1 batch (lines 7, 8): weak and strong views (line 9), the same for both students
         image = labeled["image"]  # (B, 3, H, W)
         label = labeled["label"]  # (B, H, W)
-        weak = unlabeled["image"]  # (B, 3, H, W); B + 1 with several processes, see cutmix()
+        weak = unlabeled["image"]  # (B, 3, H, W); with several processes B + 1: common.batches()
         strong = views(strong_view, unlabeled, args, "strong") if args.strong else weak
         if args.weak_photometric:
             image = views(common.distort, labeled, args, "distort labeled")
@@ -431,9 +430,9 @@ def train(args, run, streams, students, learners, teachers, keep, begin):
         small_label = label[:, ::step, ::step]
         valid = torch.cat([labeled["valid"][:L], unlabeled["valid"]])[:, ::step, ::step]
         valid = cutmix(valid, small_mask, L)  # (L + B, h, w), False on padding
-        # Open: the course of lambda; half a cosine, as in the code, after the warm-up   --lambda0
+        # Open: lambda; half a cosine up to 1.5 after the warm-up, as in the code   --lambda0
         progress = (iteration + 1 - args.warmup) / (args.iterations - args.warmup)
-        strength = args.lambda0 * (1 - math.cos(math.pi * progress)) / 2
+        strength = args.lambda0 * (1 - math.cos(math.pi * progress)) / 2 if statistics else 0.0
 
         # 2 pseudo-labels: of both teachers on weak views; their logits are mixed like the pictures
         pseudo_labels = []
@@ -451,7 +450,7 @@ def train(args, run, streams, students, learners, teachers, keep, begin):
             pseudo_labels.append(hard_label(p, valid & (confidence >= args.threshold)))  # y_t
 
         # 3 losses
-        # Open: one pass of both kinds of pictures, or two; one, for joint batch norm   --batch-norm
+        # Open: a pass for each kind of picture, or one; one, for joint batch norm   --batch-norm
         student_input = common.to_float(torch.cat([image, strong]))  # (2B, 3, H, W)
         loss_labeled = []
         student_logits = []
@@ -462,17 +461,16 @@ def train(args, run, streams, students, learners, teachers, keep, begin):
             loss_labeled.append(cross_entropy(p_labeled, label))  # Eq. 5, line 13
             p = at_stride(p, stride, args)  # (2B, K, h, w)
             if statistics:
-                # Open: y of unlabeled pixels, "pseudo-labels"; arg max of p, as in the code: FD
-                #   gets nothing else in line 12, and Fig. 1 makes y^u of p^u   --unlabeled-class
+                # Open: whose "pseudo-labels" y of unlabeled pixels are; the student's own arg max,
+                #   as in the code: line 12 has no other label to give FD   --unlabeled-class
                 y_u = hard_label(p[B:], valid[L:])
                 if args.unlabeled_class == "teacher":
                     y_u = pseudo_labels[TEACHERS[args.teachers][i]][L:]
-                # Open: gradient through w; as printed, since of L(theta | Sigma) only Sigma is
-                #   given, and as in ISDA; without it nothing limits |w|   --weight-gradient
+                # Open: gradient through w; yes, as in ISDA; else |w| diverges   --weight-gradient
                 w = students[i].last.weight
                 w = w if args.weight_gradient else w.detach()
                 features = at_stride(features.detach(), stride, args)
-                y = torch.cat([small_label, y_u])
+                y = torch.cat([small_label, y_u])  # the labeled half only updates Sigma if L = 0
                 p = augment_features(features, p, y, w, statistics[i], strength)  # line 12
             student_logits.append(p[B - L :])  # p_s^u, (L + B, K, h, w)
         loss_st = []
@@ -532,7 +530,7 @@ def main():
          "--unlabeled-class teacher: there is no teacher; leave out --teachers none")
     data = common.open_dataset(args)
     labeled, unlabeled = common.split(args, data)
-    # Open: the differences of the students; the initialization (of heads on a pretrained backbone)
+    # Open: in what the students differ; initial weights only (with a pretrained backbone, the head)
     # Open: the baseline; one student on the same weak views, for as many steps   --supervised
     members = range(1 if args.supervised else 2)
     students = Ensemble(common.build_network(args, data, device, i) for i in members)  # line 3
@@ -545,25 +543,27 @@ def main():
         need(not same, f"--weights {args.weights}: both students would begin with the same "
              "weights; use those of a backbone, not those of a whole network")
         if args.teachers != "none":
+            # Open: how teachers normalize; by the students' statistics (the code: by their batches)
             teachers = copy.deepcopy(students).requires_grad_(False).eval()  # line 4
         if args.features != "none":
             augmented = students + teachers if args.features_of_teachers else students
             sizes = (len(data.names), students[0].feature_channels, args.features == "full")
             statistics = nn.ModuleList(ClassStatistics(*sizes) for _ in augmented).to(device)
     learners = [common.parallel(WithFeatures(student), device) for student in students]
-    optimizer = common.make_optimizer(args, args.lr, students.parameters())
+    optimizer = common.make_optimizer(args, args.lr, students)
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
-    # Open: the network that is reported; student 1. The last table has all of them, and their mean.
+    # Open: which network is reported; student 1. The last table has all, and the students' mean.
     method = "mkd-supervised" if args.supervised else "mkd"
     run = common.Run(method, args, data, labeled, unlabeled, device, {1: args.iterations},
                      "student_1")
-    networks = numbered("student", students) | numbered("teacher", teachers)
+    networks = numbered("student", students)
+    networks |= numbered("teacher", teachers)
     keep = networks | {"statistics": statistics, "optimizer": optimizer, "scaler": scaler}
     begin = run.restore(keep)
     streams = [
         common.Stream(data, labeled, "labeled", args),
         common.Stream(data, unlabeled, "unlabeled", args, labeled=False)]
-    # Open: how students from scratch begin; with labels alone, since else they collapse   --warmup
+    # Open: how students from scratch begin; on labels alone, else they collapse   --warmup
     stop = args.iterations if args.supervised else min(args.warmup, args.iterations)
     if begin < stop:
         train_supervised(args, run, streams[0], students, learners, teachers, keep, begin, stop)

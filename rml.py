@@ -37,6 +37,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torchvision.models.efficientnet import MBConv
 from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.models.vision_transformer import EncoderBlock
 from torchvision.ops import StochasticDepth
@@ -70,17 +71,17 @@ PAPER["streets"] = PAPER["cityscapes"] | dict(
     stage0_iterations=400, stage0_lr=3e-3, stage0_head_lr=1.0,
     iterations=900, ema_decay=0.99, dropout=0.1, drop_path=0.05,
     prototype_decay=0.999, prototype_min_cells=1, eval_every=300, save_every=100)
-PAPER["camvid-cpu"] = PAPER["streets"] | dict(
+PAPER["camvid-tiny"] = PAPER["streets"] | dict(
     labels="1/8", size=(180, 240), crop=(96, 128),
     lr=2e-3, stage0_iterations=2000, iterations=2000, eval_every=500)
+PAPER["camvid-cpu"] = PAPER["streets"] | common.CPU_PRESET | dict(
+    stage0_iterations=900, stage0_lr=2e-4, stage0_head_lr=10.0, iterations=450)
 PAPER["camvid-gpu"] = PAPER["cityscapes"] | dict(
     labels="1/8", size=(360, 480), crop=(256, 352),
     stage0_iterations=10_000, iterations=20_000, eval_every=2000)
-# Your own pictures: the longer side is at most --size, and all of images/ is labeled.
-PAPER["folder-cpu"] = PAPER["camvid-cpu"] | dict(
-    labels="1/1", size=(256,), crop=(128, 128), scale=(0.75, 1.5))
-PAPER["folder-gpu"] = PAPER["camvid-gpu"] | dict(
-    labels="1/1", size=(640,), crop=(320, 320), scale=(0.5, 1.5),
+PAPER["folder-tiny"] = PAPER["camvid-tiny"] | common.FOLDER["tiny"]
+PAPER["folder-cpu"] = PAPER["camvid-cpu"] | common.FOLDER["cpu"]
+PAPER["folder-gpu"] = PAPER["camvid-gpu"] | common.FOLDER["gpu"] | dict(
     stage0_iterations=5000, iterations=10_000)
 PAPER["vocaug"] = PAPER["cityscapes"] | dict(
     labels="1/8", size=None, crop=(321, 321), scale=(0.5, 1.5), batch_size=10, iterations=60_000)
@@ -123,7 +124,7 @@ MUTUAL = {
 
 def get_parser():
     parser = argparse.ArgumentParser(
-        allow_abbrev=False, description=__doc__.split("\n\n")[1],
+        allow_abbrev=False, description=common.idea(__doc__),
         epilog="Defaults are in the table PAPER in rml.py; a run writes all values to args.json.")
     switch = argparse.BooleanOptionalAction
     add = parser.add_argument_group("robust mutual learning").add_argument
@@ -258,15 +259,17 @@ def strong_view(unlabeled, targets, args, stage, student):
 def add_model_noise(network, dropout, drop_path, linear=False):
     """Add dropout before the last classifier, stochastic depth to residual branches. Call once."""
     network.dropout = torch.nn.Dropout(dropout)
-    kinds = BasicBlock, Bottleneck, EncoderBlock
+    kinds = BasicBlock, Bottleneck, EncoderBlock, MBConv
     blocks = [module for module in network.modules() if isinstance(module, kinds)]
     for depth, block in enumerate(blocks, 1):
         # Open: whether .8 (Sect. 5.2) holds for every block; yes   --linear-drop-path
         probability = drop_path * depth / len(blocks) if linear else drop_path
         # Registered on the block: a frozen norm is always in eval mode, which is without noise.
         block.stochastic_depth = StochasticDepth(probability, mode="row")
-        transformer = isinstance(block, EncoderBlock)
-        last = [block.dropout, block.mlp] if transformer else [getattr(block, "bn3", block.bn2)]
+        if isinstance(block, EncoderBlock):
+            last = [block.dropout, block.mlp]
+        else:  # MBConv drops its branch itself
+            last = [] if isinstance(block, MBConv) else [getattr(block, "bn3", block.bn2)]
         for module in last:  # of a residual branch
             module.register_forward_hook(
                 lambda module, inputs, output, drop=block.stochastic_depth: drop(output))
@@ -410,19 +413,14 @@ def make_optimizers(students, lr, head_lr, args):
     for student in students:
         # Open: SETR's optimizer and rate; we use the others' rate times a factor   --setr-lr
         factor = args.setr_lr if student.spec["network"] in common.TRANSFORMERS else 1.0
-        parameters = student.backbone.parameters(), student.head_parameters()
-        optimizer = common.make_optimizer(args, lr * factor, *parameters)
-        for group, multiple in zip(optimizer.param_groups, (1.0, head_lr)):
-            group["initial_lr"] = lr * factor * multiple
-        optimizers.append(optimizer)
+        optimizers.append(common.make_optimizer(args, lr * factor, student, head_lr=head_lr))
     return optimizers
 
 
 def update_students(students, optimizers, scaler, progress):
     """Step with polynomial decay (Sect. 5.2); progress: 0 to 1. Returns the rates for the log."""
     for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * (1 - progress) ** 0.9  # Open: the power; DeepLab's
+        common.decay_lr(optimizer, (1 - progress) ** 0.9)  # Open: the power; DeepLab's
         scaler.step(optimizer)
     scaler.update()
     common.average_buffers(students)
@@ -483,7 +481,7 @@ def train(run, stage, students, learners, teachers, data, labeled_ids, unlabeled
     kind, learns_from = MUTUAL[args.mutual]
     predictors = teachers if kind == "teacher" else students
     networks = numbered("student", students) | numbered("teacher", teachers)
-    optimizers = make_optimizers(students, args.lr, 1.0, args)
+    optimizers = make_optimizers(students, args.lr, args.head_lr, args)
     scaler = torch.amp.GradScaler(run.device.type, enabled=args.precision == "fp16")
     prototypes = {}  # of both models
     keep = networks | numbered("optimizer", optimizers)
@@ -590,7 +588,8 @@ def main():
         return common.check_data(args)
     if args.evaluate or args.predict:
         return common.use_checkpoint(args, device)
-    common.check_range(args, 0, math.inf, "stages", "stage0_iterations")
+    common.check_range(args, 0, 1000, "stages")
+    common.check_range(args, 0, math.inf, "stage0_iterations")
     common.check_range(args, 1e-12, math.inf, "stage0_lr", "stage0_head_lr", "setr_lr")
     common.check_range(args, 1, math.inf, "prototype_min_cells")
     common.check_range(args, 0, 1, "dropout", "drop_path", "threshold", "ema_decay")
@@ -599,10 +598,12 @@ def main():
         args.rectify = args.mutual in ("peer", "indirect")
     choices = arguments_of_students(args)
     args.backbone = ",".join(dict.fromkeys(choice.backbone for choice in choices))
-    args.cell = 4 if args.backbone == "tiny" else 8  # stride of p^0: DeepLabv2's
     data = common.open_dataset(args)
     labeled, unlabeled = common.split(args, data)
     students = [common.build_network(choice, data, device, j) for j, choice in enumerate(choices)]
+    light = args.backbone in ("tiny", "efficientnet_lite0")
+    strides = [student.stride for student in students]
+    args.cell = max(4 if light else 8, *strides)  # of p^0: DeepLabv2's, or that of coarser features
     for student in students:
         student.cell = args.cell if args.rectify else student.stride  # of Eqs. 4, 6
     teachers = [copy.deepcopy(student).requires_grad_(False).eval() for student in students]

@@ -84,10 +84,12 @@ def count(script, row, precision, batch_size=None):
         "backbone": values["backbone"],
         "head": values["head"],
         "aspp_branches": 4,
+        "output_stride": 16 if values["network"] == "guidedmix" else 32,
         "batch_norm": "train" if batch_norm == "sync" else batch_norm,
         "style": "torchvision",
         "classes": classes,
         "deep_stem": False,
+        "output_stride": 32 if "plus" in values["network"] else 16,
         "mitrans": True,
         "present": 0,
     }

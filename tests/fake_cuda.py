@@ -193,6 +193,8 @@ def fake_gpus(patch, count):
     patch.setattr(torch.cuda, "set_device", lambda device: None)
     patch.setattr(torch.cuda, "get_device_name", lambda device: "fake")
     patch.setattr(torch.cuda, "max_memory_allocated", lambda: 0)
+    card = SimpleNamespace(total_memory=80 * 2**30)
+    patch.setattr(torch.cuda, "get_device_properties", lambda device: card)
     patch.setattr(torch.cuda, "Event", Event)
     patch.setattr(torch.backends.cudnn, "benchmark", False)  # setup() sets it
     patch.setattr(torch.Tensor, "backward", lambda loss: None)
@@ -206,9 +208,9 @@ def fake_gpus(patch, count):
     def ones(tensor):  # a single number in the file
         return torch.ones((), dtype=tensor.dtype).expand(tensor.shape)
 
-    def load_real(path):
+    def load_real(path, *advice):
         with unset_fake_temporarily():
-            return load(path)
+            return load(path, *advice)
 
     def write_and_touch(run, iteration, keep):
         write(run, iteration, keep)

@@ -152,3 +152,8 @@ def at_pixels(maps, size, stride):
         below = maps.index_select(dim, before) * (1 - weight)
         maps = below + maps.index_select(dim, after) * weight
     return maps
+
+
+def head_parameters(network):
+    """All parameters but the backbone's."""
+    return [p for name, p in network.named_parameters() if not name.startswith("backbone.")]

@@ -6,6 +6,7 @@ baselines it is the one that shares most of the run's changed arguments and has 
 """
 
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -101,7 +102,8 @@ def read_results(folder):
                     f"{run}: is another run of {result['method']} with seed {result['seed']}; "
                     "the newest counts"
                 )
-            seeds[result["seed"]] = result["miou"][result["headline"]], result["paper"]
+            miou = result["miou"][result["headline"]]
+            seeds[result["seed"]] = math.nan if miou is None else miou, result["paper"]
         except FileNotFoundError:
             unfinished.append(str(run))
         except (OSError, ValueError, KeyError, TypeError) as error:

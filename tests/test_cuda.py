@@ -248,7 +248,7 @@ def test_predict_on_a_gpu(tmp_path):
 def test_processes_with_gpus_meet_over_nccl(monkeypatch):
     called = []
     store = torch.distributed.HashStore()
-    monkeypatch.setattr(torch.distributed, "rendezvous", lambda url: iter([(store, 1, 4)]))
+    monkeypatch.setattr(torch.distributed, "rendezvous", lambda url, **_: iter([(store, 1, 4)]))
     monkeypatch.setattr(
         torch.distributed, "init_process_group", lambda *args, **kw: called.append((args, kw)))
     monkeypatch.setenv("WORLD_SIZE", "4")

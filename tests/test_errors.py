@@ -127,7 +127,7 @@ def on_camvid(root, *argv):
         "--dataset",
         "camvid",
         "--preset",
-        "cpu",
+        "tiny",
         "--data-root",
         root,
         "--size",

@@ -18,6 +18,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common  # noqa: E402
 import rml  # noqa: E402
+from helpers import head_parameters  # noqa: E402
 
 CPU = torch.device("cpu")
 
@@ -33,6 +34,7 @@ def arguments(**changes):
         backbone="resnet50",
         head="bottleneck",
         aspp_branches=4,
+        output_stride=None,
         batch_norm="frozen",
         weights="none",
         input_style=None,
@@ -263,7 +265,7 @@ def test_maps_of_a_decoder_meet_at_the_same_pixels(size):
     network = common.make_network(spec | {"network": "deeplabv3plus", "aspp_branches": 4})
     pixels = [stride * torch.arange(math.ceil(size / stride)).float() for stride in (4, 16)]
     layer1, layer4 = (row.expand(1, 1, len(row), -1) for row in pixels)
-    network.backbone.layers = lambda x: (layer1, None, None, layer4)
+    network.backbone.layers = lambda x: (None, layer1, None, None, layer4)
     for name in ("bottleneck", "low", "decoder"):
         setattr(network, name, nn.Identity())
     network.branches = nn.ModuleList([nn.Identity()])
@@ -351,6 +353,7 @@ def spec(**changes):
             backbone="tiny",
             head="bottleneck",
             aspp_branches=4,
+        output_stride=None,
             batch_norm="frozen",
             style="torchvision",
             classes=10,
@@ -513,6 +516,19 @@ def test_frozen_batch_norm_never_changes_and_gets_no_gradient(monkeypatch):
     )
 
 
+def test_batch_norm_whose_affine_part_is_frozen_moves_its_statistics(monkeypatch):
+    slim_resnets(monkeypatch)
+    network = common.make_network(spec(backbone="resnet50", batch_norm="affine-frozen"))
+    network.train()(torch.rand(2, 3, 32, 32) + 3).square().mean().backward()
+    norms = [m for m in network.backbone.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert len(norms) == 53
+    for norm in norms:
+        assert norm.weight.grad is None and norm.bias.grad is None
+        assert norm.training and norm.running_mean.abs().sum() > 0
+        assert torch.equal(norm.weight, torch.ones_like(norm.weight)) or norm.weight.eq(0).all()
+    assert network.backbone.conv1.weight.grad is not None
+
+
 def test_a_new_frozen_batch_norm_is_frozen_before_any_call_of_train_or_eval():
     norm = common.FrozenBatchNorm(3)
     norm(torch.randn(2, 3, 4, 4) + 5)
@@ -523,20 +539,35 @@ def test_a_new_frozen_batch_norm_is_frozen_before_any_call_of_train_or_eval():
     )
 
 
-def test_every_parameter_is_the_backbones_or_the_heads():
-    network = common.make_network(spec())
-    groups = [id(p) for p in [*network.backbone.parameters(), *network.head_parameters()]]
-    assert sorted(groups) == sorted(id(p) for p in network.parameters())
-    assert len(set(groups)) == len(groups)
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_backbones_and_heads_learn_at_their_rates(optimizer):
+    """Every trained parameter once; frozen batch norm not at all; of an ensemble, and a branch."""
+    ensemble = nn.ModuleList(common.make_network(spec(backbone="tiny")) for _ in range(2))
+    branch = nn.Conv2d(3, 3, 1)
+    branch.bias.requires_grad_(False)
+    ensemble[0].backbone.conv1.requires_grad_(False)
+    args = SimpleNamespace(optimizer=optimizer, weight_decay=0.1, head_lr=10.0)
+    made = common.make_optimizer(args, 0.5, ensemble, branch)
+    backbone, heads = ([id(p) for p in group["params"]] for group in made.param_groups)
+    expected = [p for network in ensemble for p in network.backbone.parameters()]
+    assert backbone == [id(p) for p in expected if p.requires_grad]
+    expected = [p for network in ensemble for p in head_parameters(network)]
+    assert heads == [id(p) for p in [*expected, branch.weight]]
+    assert [group["lr"] for group in made.param_groups] == [0.5, 5.0]
+    for factor in (0.5, 0.1):
+        common.decay_lr(made, factor)
+        assert [group["lr"] for group in made.param_groups] == [0.5 * factor, 5.0 * factor]
+    made = common.make_optimizer(args, 0.5, ensemble, head_lr=2.0)
+    assert [group["lr"] for group in made.param_groups] == [0.5, 1.0]
 
 
 class Seen(nn.Module):
     """A backbone that returns its input."""
 
-    channels, stride = 3, 8
+    widths, stride = [3], 8
 
-    def forward(self, x):
-        return x
+    def layers(self, x):
+        return [x]
 
 
 @pytest.mark.parametrize(
@@ -600,7 +631,8 @@ def slim_resnets(monkeypatch):
     def slim(name, batch_norm="frozen", caffe=False, deep_stem=False, output_stride=8):
         if name == "tiny":
             return full(name)
-        norm = common.FrozenBatchNorm if batch_norm == "frozen" else nn.BatchNorm2d
+        norms = {"frozen": common.FrozenBatchNorm, "affine-frozen": common.affine_frozen}
+        norm = norms.get(batch_norm, nn.BatchNorm2d)
         return common.ResNet(
             torchvision.models.resnet.Bottleneck,
             {"resnet50": [3, 4, 6, 3], "resnet101": [3, 4, 23, 3]}[name],
@@ -730,7 +762,7 @@ def test_fewer_branches_and_the_other_head_take_what_they_have(slim, tmp_path, c
         tmp_path / "weights.pth", 21, capsys, head="bottleneck"
     )
     assert (loaded, skipped) == (len(hung_layout()) - 8, 8) and missing == len(
-        list(network.head_parameters())
+        list(head_parameters(network))
     )
 
 
@@ -819,7 +851,7 @@ def bad_file(path, kind):
     elif kind == "empty":
         path.write_bytes(b"")
     elif kind == "an unknown layout":
-        torch.save({"encoder.stem.weight": torch.zeros(3), "decoder.bias": torch.zeros(3)}, path)
+        torch.save({"blocks.0.weight": torch.zeros(3), "decoder.bias": torch.zeros(3)}, path)
     elif kind == "MS-DeepLab's layout":
         torch.save(with_prefix("Scale.", hung_layout()), path)
     elif kind == "kazuto1011's layout":
@@ -870,7 +902,7 @@ def test_a_bad_weights_file_is_named(kind, slim, tmp_path):
     if "backbone" in kind:
         assert "--backbone resnet50" in str(error.value)
     if kind == "an unknown layout":
-        assert "encoder.stem.weight" in str(error.value)
+        assert "blocks.0.weight" in str(error.value)
 
 
 @pytest.mark.parametrize("zipped", [True, False])

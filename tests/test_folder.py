@@ -72,6 +72,8 @@ def main(tmp_path, monkeypatch):
                 "folder",
                 "--data-root",
                 str(tmp_path / "own"),
+                "--preset",
+                "tiny",
                 *map(str, argv),
             ],
         )
@@ -372,7 +374,7 @@ def test_each_kind_of_bad_file_stops_a_run_before_it_begins(own, main):
             lambda own: (own / "classes.txt").write_text("road 300 0 0\nb\nc\n"),
             ("classes.txt", "'road 300 0 0'", "up to 255"),
         ),
-        (lambda own: (own / "classes.txt").write_bytes(b"\xff\xfe\x00r"), ("classes.txt", "text")),
+        (lambda own: (own / "classes.txt").write_bytes(b"stra\xdfe"), ("classes.txt", "UTF-8")),
         (
             lambda own: (own / "classes.txt").write_text("road\n"),
             ("masks/photo", "[1, 2]", "1 classes"),
@@ -649,8 +651,6 @@ def test_from_photos_to_overlays(own, main, script, tmp_path, capsys):
     (own / "classes.txt").write_text("road 1 2 3\nsky 4 5 6\ntree 7 8 9\n")
     main(
         *SHORT[script],
-        "--preset",
-        "cpu",
         "--batch-size",
         "2",
         "--size",

@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import common
 import guidedmix
+from helpers import head_parameters
 from test_data import arguments as dataset_arguments
 
 K = 5
@@ -354,7 +355,7 @@ def test_every_part_of_the_network_takes_part():
     torch.testing.assert_close(present, network.presence(v.mean((2, 3))))
     (logits.sum() + present.sum()).backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in network.parameters())
-    heads = sum(p.numel() for p in network.head_parameters())
+    heads = sum(p.numel() for p in head_parameters(network))
     assert heads + count(network.backbone) == count(network) and network.stride == 2
     assert guidedmix.GuidedMixNet(spec())(image, aux=True)[2] is None
 

@@ -985,7 +985,7 @@ def test_settings_of_sect_4_1(dataset, lr, crop):
     )  # whole pictures at one scale
     (momentum,) = {
         group["momentum"]
-        for group in common.make_optimizer(args, args.lr, small_network().parameters()).param_groups
+        for group in common.make_optimizer(args, args.lr, small_network()).param_groups
     }
     assert momentum == 0.9
 
@@ -1229,7 +1229,7 @@ def test_deeplabv3plus_of_odd_and_even_sizes(deeplab, size, low, high):
         and deeplab.feature_channels == 256
         and deeplab.stride == 4
     )
-    assert layers[0].shape[2:] == low and layers[3].shape[2:] == high
+    assert layers[1].shape[2:] == low and layers[4].shape[2:] == high
 
 
 def test_the_backbone_of_deeplabv3plus_halves_four_times_and_dilates_its_last_layer(deeplab):
@@ -1321,7 +1321,8 @@ def test_weights_of_mmsegmentations_v1c_load_whole(wrapped, tmp_path, monkeypatc
     torch.save(
         {"meta": {"epoch": 1}, "state_dict": state} if wrapped else state, tmp_path / "v1c.pth"
     )
-    args = SimpleNamespace(**spec(), weights=str(tmp_path / "v1c.pth"), input_style=None, seed=0)
+    more = dict(output_stride=None, input_style=None, seed=0)
+    args = SimpleNamespace(**spec(), **more, weights=str(tmp_path / "v1c.pth"))
     network = common.build_network(args, SimpleNamespace(names=range(21)), CPU)
     loaded = network.backbone.state_dict()
     assert (

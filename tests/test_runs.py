@@ -21,7 +21,7 @@ import rml
 from helpers import losses, records, same_checkpoint
 
 ROOT = Path(__file__).parent.parent
-SHORT = "--dataset camvid --labels 4 --size 64 96 --crop 48 64 --preset cpu --iterations 9 "
+SHORT = "--dataset camvid --labels 4 --size 64 96 --crop 48 64 --preset tiny --iterations 9 "
 SHORT += "--stage0-iterations 7 --log-every 1 --eval-every 100 --save-every 2 --batch-size 2"
 SHORT = SHORT.split()
 KEYS = ("models", "optimizer_1", "optimizer_2", "prototypes", "step", "stage", "iteration")
@@ -106,7 +106,7 @@ def test_the_work_happened(whole, camvid):
         assert all(np.isfinite(values))
         assert max(values) > 0
     rates = [record["lr"] for record in log if record["stage"] == 1 and "lr" in record]
-    lr = rml.PAPER["camvid-cpu"]["lr"]
+    lr = rml.PAPER["camvid-tiny"]["lr"]
     assert rates == pytest.approx([lr * (1 - t / 9) ** 0.9 for t in range(9)])
     for record in log:
         if "pseudo_miou_1" in record:

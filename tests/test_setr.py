@@ -17,6 +17,7 @@ sys.path.insert(0, str(ROOT))
 import common  # noqa: E402
 import rml  # noqa: E402
 from helpers import (
+    head_parameters,
     last,
     losses,
     records,
@@ -135,7 +136,7 @@ def test_an_answer_stays_where_its_patch_is(name, side):
     """Tokens that say where they are, upsampled to the picture: right to a pixel at any side."""
 
     class Where(nn.Module):
-        channels, stride = 1, 16
+        widths, stride = [1], 16
 
         def forward(self, x):
             count = math.ceil(x.shape[3] / 16)
@@ -168,7 +169,7 @@ def test_parameter_counts(name, backbone, encoder, width):
         else width * 256 * 9 + 3 * 256 * 256 * 9 + 4 * 2 * 256
     )
     assert sum(p.numel() for p in network.parameters()) == encoder + decoder + last
-    assert sum(p.numel() for p in network.head_parameters()) == decoder + last
+    assert sum(p.numel() for p in head_parameters(network)) == decoder + last
     counted = torchvision.models.get_model_weights(backbone).IMAGENET1K_V1.meta["num_params"]
     assert encoder == counted - 1000 * width - 1000
 
@@ -199,7 +200,7 @@ def test_features_and_classifier_are_the_network(seeded):
     assert features.shape == (1, network.feature_channels, 32, 64)
     assert torch.equal(network.classifier(features), network(image))
     assert {id(p) for p in network.parameters()} == {
-        id(p) for p in [*network.backbone.parameters(), *network.head_parameters()]
+        id(p) for p in [*network.backbone.parameters(), *head_parameters(network)]
     }
 
 
@@ -213,6 +214,7 @@ def arguments(**changes):
             backbone="vit_b_16",
             head="bottleneck",
             aspp_branches=4,
+            output_stride=None,
             batch_norm="frozen",
             weights="none",
             input_style=None,

@@ -626,7 +626,7 @@ def test_the_mean_of_the_processes_losses_is_the_loss_of_the_whole_batch(monkeyp
         255  # the processes have different numbers of valid pixels, and the last has no picture
     )
     whole, valid = three_stage.cross_entropy(logits, label), (label != 255).sum()
-    monkeypatch.setattr(common, "all_reduce", lambda n: valid)
+    monkeypatch.setattr(three_stage, "all_reduce", lambda n: valid)
     monkeypatch.setattr(common, "world_size", lambda: 3)
     parts = [
         three_stage.cross_entropy(logits[share], label[share])
@@ -899,7 +899,7 @@ def test_the_papers_settings(dataset, labels, n_labeled, n_all, weight):
         )
         assert (
             a.lr,
-            a.backbone_lr_mult,
+            a.head_lr,
             a.weight_decay,
             a.optimizer,
             a.batch_norm,
@@ -1016,7 +1016,7 @@ def test_tables_v_and_vi_and_the_fourth_stage(flags, cityscapes, voc):
         "--branch g-hat",
         "--no-strong",
         "--ema-decay .9 .9 .9 .9",
-        "--backbone-lr-mult .3",
+        "--head-lr .3",
         "--cutout 16",
     ],
 )

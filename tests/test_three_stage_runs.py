@@ -468,13 +468,12 @@ def test_pseudo_masks_of_the_student(main, tmp_path):
         ).any()
 
 
-def test_a_backbone_with_learning_rate_0_stays(main, tmp_path):
-    saved = recorded(tmp_path / "run", "--backbone-lr-mult", "0")
+def test_a_backbone_with_hardly_any_learning_rate_stays(main, tmp_path):
+    saved = recorded(tmp_path / "run", "--lr", "1e-11", "--head-lr", "2e8")
     for stage in (1, 2, 3):
         for key, value in saved[stage, 4]["student"].items():
-            assert torch.equal(value, saved[stage, 0]["student"][key]) == key.startswith(
-                "backbone."
-            )
+            moved = (value - saved[stage, 0]["student"][key]).abs().max()
+            assert (moved < 1e-8) == key.startswith("backbone.")
         assert not any(
             torch.equal(value, saved[stage, 0]["branch"][key])
             for key, value in saved[stage, 4]["branch"].items()
@@ -762,7 +761,7 @@ def test_two_processes_give_one_processs_losses(main, tmp_path):
         "--stage1-iterations 0",
         "--lambda1 -1",
         "--lambda2 nan",
-        "--backbone-lr-mult -1",
+        "--head-lr 0",
         "--cutout 0",
     ],
 )
