@@ -221,6 +221,7 @@ def fake_gpus(patch, count):
     patch.setattr(common, "load_torch", load_real)
     patch.setattr(common.Run, "_write_checkpoint", write_and_touch)
     patch.setattr(common.Run, "_check_weights", lambda run, networks: None)
+    patch.setattr(common.Run, "_draw_predictions", lambda run, networks: None)  # as evaluations
 
 
 def watch_steps(patch, seen):
@@ -326,7 +327,7 @@ def fake_processes(patch, seen, processes, rank):
     patch.setattr(torch.nn.SyncBatchNorm, "forward", batch_norm)
 
 
-def run(script, folder, *argv, size=(512, 1024)):
+def run(script, folder, *argv, size=(128, 256)):
     """The script's main() on few black pictures of this size, within gpus()."""
     data = Pictures(size)
     with pytest.MonkeyPatch.context() as patch:

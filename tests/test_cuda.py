@@ -177,7 +177,7 @@ VARIANTS = [
 @pytest.mark.parametrize("script, argv", VARIANTS, ids=lambda value: str(value)[-30:])
 def test_other_settings_on_a_gpu(script, argv, tmp_path):
     with gpus() as seen:
-        run(script, tmp_path, *argv.split(), size=(256, 512))
+        run(script, tmp_path, *argv.split())
     assert seen.quiet >= 1
     assert seen.losses == {torch.float32} and not seen.rough
 
@@ -195,11 +195,11 @@ def test_rml_resumes_on_a_gpu(tmp_path, monkeypatch):
     with gpus() as seen:
         monkeypatch.setattr(common.Run, "save", killed)
         with pytest.raises(KeyboardInterrupt):
-            run(rml, tmp_path, *argv.split(), size=(256, 512))
+            run(rml, tmp_path, *argv.split())
         assert seen.steps == {1: 1}
     monkeypatch.setattr(common.Run, "save", save)
     with gpus() as seen:
-        run(rml, tmp_path, *argv.split(), size=(256, 512))
+        run(rml, tmp_path, *argv.split())
         assert seen.steps == {1: 2}
 
 
@@ -238,8 +238,7 @@ def test_predict_on_a_gpu(tmp_path):
     picture = tmp_path / "picture.png"
     Image.fromarray(np.zeros((200, 300, 3), np.uint8)).save(picture)
     with gpus():
-        argv = "--stage0-iterations 1 --iterations 0 --supervised".split()
-        run(rml, folder, *argv, size=(256, 512))
+        run(rml, folder, *"--stage0-iterations 1 --iterations 0 --supervised".split())
         use = f"--checkpoint {folder} --predict {picture}"
         for flags in ("", "--flip --scales .5 1", "--base-size 300 --crop 96 128"):
             run(rml, out, *use.split(), *flags.split())

@@ -100,7 +100,7 @@ def test_the_day_on_a_cpu(tmp_path):
     script = Path(__file__).parent / "gpu_day.sh"
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHON": sys.executable}
     command = [script, "--cpu", "--scripts", "guidedmix", "--out", tmp_path]
-    done = subprocess.run(command, env=env, text=True, capture_output=True, timeout=240)
+    done = subprocess.run(command, env=env, text=True, capture_output=True, timeout=500)
     assert done.returncode == 0, done.stderr
     report = (tmp_path / "report.md").read_text()
     assert "FAILED" not in report

@@ -158,7 +158,7 @@ def test_fp16_on_a_gpu(tmp_path, monkeypatch, recorded):
         monkeypatch.setattr(torch.amp.GradScaler.__base__, name, lambda *args: None)
     argv = "--stage0-iterations 0 --iterations 2 --stages 1 --precision fp16"
     with gpus() as seen:
-        run(rml, tmp_path, *argv.split(), size=(256, 512))
+        run(rml, tmp_path, *argv.split())
     assert seen.losses == {torch.float32} and not seen.rough
     assert ("made", "cuda", True) in asked and asked.count("update") == 2
 
@@ -172,5 +172,5 @@ def test_bf16_outside_of_networks_is_seen(tmp_path, monkeypatch):
     monkeypatch.setattr(dars, "cross_entropy", cross_entropy)
     argv = "--supervised --rounds 0 --round0-iterations 1 --round0-batch-size 2 --base-size 0"
     with gpus() as seen:
-        run(dars, tmp_path, *argv.split(), size=(361, 400))
+        run(dars, tmp_path, *argv.split())
     assert any("log_softmax" in name for name in seen.rough)
