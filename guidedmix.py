@@ -61,7 +61,9 @@ for count in ("500", "1000", "1464"):  # Tables 1 to 4
 PAPER["cityscapes"] = PAPER["vocaug"] | dict(
     size=(1024, 2048), crop=(513, 513), batch_size=8,
     lambda_cap=0.3, pairs="random", classifier=False)
-PAPER["context"] = PAPER["vocaug"] | dict(crop=(480, 480), batch_size=8, lambda_cap=0.4, omega=0.5)
+PAPER["context"] = PAPER["vocaug"] | dict(
+    crop=(480, 480), batch_size=8,
+    lambda_cap=0.4, omega=0.5)
 # Drawn scenes, a small network from scratch, no classifier (our choice): minutes on a CPU.
 PAPER["streets"] = PAPER["vocaug"] | dict(
     labels="8", size=(64, 128), crop=(64, 64), scale=(0.75, 1.5), rotation=0.0, batch_size=4,

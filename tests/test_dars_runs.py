@@ -674,7 +674,7 @@ def test_two_processes_make_the_pseudo_labels_of_one_and_give_its_losses(
     ]
     assert losses[0].keys() == losses[1].keys() and len(losses[0]) == 20 * 2 + 2 * 4 * 4
     for key, value in losses[0].items():
-        assert value == pytest.approx(losses[1][key], abs=1e-5 if key[0] == 0 else 0.02), key
+        assert value == pytest.approx(losses[1][key], abs=5e-5 if key[0] == 0 else 0.02), key
     for a, b in zip(one["rounds"], two["rounds"]):
         assert (
             a["pixels"] == b["pixels"]
