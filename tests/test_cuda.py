@@ -238,7 +238,8 @@ def test_predict_on_a_gpu(tmp_path):
     picture = tmp_path / "picture.png"
     Image.fromarray(np.zeros((200, 300, 3), np.uint8)).save(picture)
     with gpus():
-        run(rml, folder, *"--stage0-iterations 1 --iterations 0 --supervised".split())
+        argv = "--stage0-iterations 1 --iterations 0 --supervised".split()
+        run(rml, folder, *argv)
         use = f"--checkpoint {folder} --predict {picture}"
         for flags in ("", "--flip --scales .5 1", "--base-size 300 --crop 96 128"):
             run(rml, out, *use.split(), *flags.split())
