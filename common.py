@@ -2184,7 +2184,9 @@ def load_torch(path, advice="download or copy it again"):
     need_file(path)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # it raises ten kinds of them, as a truncated file happens to end
+    except MemoryError:  # run_main() says what to do
+        raise
+    except Exception as error:  # unpickling a broken file raises any kind, by where it is broken
         code = re.search(r"GLOBAL ([\w.]+)|(TorchScript) archive", str(error))
         need(not code, f"{path}: holds {code and (code[1] or code[2])}, not only tensors, and "
              "loading that could run any code; if you trust the file, save its weights again: "

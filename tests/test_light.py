@@ -15,6 +15,7 @@ import dars
 import guidedmix
 import mkd
 import rml
+import test_evaluation_and_networks
 import three_stage
 from helpers import losses, result_of, run_on_few_streets
 
@@ -25,18 +26,8 @@ pytestmark = pytest.mark.usefixtures("one_thread", "seeded")
 
 
 def arguments(**changes):
-    values = dict(
-        network="deeplabv3plus",
-        backbone=LITE,
-        head="plain",
-        aspp_branches=4,
-        output_stride=None,
-        batch_norm="frozen",
-        weights="none",
-        input_style=None,
-        seed=0,
-    )
-    return SimpleNamespace(**values | changes)
+    light = dict(network="deeplabv3plus", backbone=LITE, head="plain")
+    return test_evaluation_and_networks.arguments(**light | changes)
 
 
 def build(classes=5, member=0, **changes):
