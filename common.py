@@ -2512,6 +2512,9 @@ def check_shared_arguments(args):
          f"--size {size}: expected height and width, or the longer side alone")
     low, high = args.scale
     need(low <= high, f"--scale {low} {high}: expected LOW HIGH")
+    for name in ("head", "aspp_branches"):
+        need(name not in args.changed or "deeplabv2" in args.network, f"--{name.replace('_', '-')} "
+             f"{vars(args)[name]}: only --network deeplabv2 has it; leave it out")
     use = args.evaluate or args.predict
     need(args.checkpoint or not use,
          "--evaluate and --predict need --checkpoint FILE, the last.pt of a run")

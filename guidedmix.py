@@ -45,7 +45,7 @@ PAPER = {}
 # Open: how long labels train alone (Sect. 3.2); the first 5 %, in small presets 20 %   --warmup
 PAPER["vocaug"] = dict(
     labels="1/8", size=None, crop=(321, 321), scale=(0.5, 2.0), rotation=10.0, batch_size=12,
-    network="guidedmix", head="plain", backbone="resnet101", weights="imagenet", batch_norm="sync",
+    network="guidedmix", backbone="resnet101", weights="imagenet", batch_norm="sync",
     optimizer="sgd", lr=1e-3, weight_decay=1e-4, iterations=40_000, warmup=2000,
     lambda_cap=0.5, alpha=1.0, pairs="similar", distance="pooled", classifier=True, mitrans=True,
     masks="probabilities", decoupling="soft", labeled_decoupling="hard",
@@ -264,15 +264,15 @@ class NonLocal(nn.Module):
         self.value = nn.Conv2d(channels, channels, 1)  # V
 
     def forward(self, v):
-        B, C, h, w = v.shape
         # Attention without a (hw, hw) map needs V as wide as Q: two heads halve V, and share Q, K.
         maps = self.query(v), self.key(v)  # (B, C/2, h, w) each
-        maps = [x.flatten(2).mT.contiguous() for x in maps]  # (B, hw, C/2) each
-        query, key = [x[:, None].expand(-1, 2, -1, -1) for x in maps]  # (B, 2, hw, C/2) each
-        value = self.value(v).view(B, 2, C // 2, h * w).mT.contiguous()
+        maps = [x.flatten(2).mT for x in maps]  # (B, hw, C/2) each
+        query, key = [torch.stack([x, x], 1) for x in maps]  # (B, 2, hw, C/2) each
+        value = self.value(v).flatten(2).mT.chunk(2, 2)  # its halves, (B, hw, C/2) each
+        value = torch.stack(value, 1)  # (B, 2, hw, C/2)
         # Open: the softmax "over the channel dimension"; over positions m, as the sum of Eq. 5
         context = F.scaled_dot_product_attention(query, key, value, scale=1.0)
-        return v + context.mT.reshape(B, C, h, w)  # Eq. 5
+        return v + context.mT.reshape(v.shape)  # Eq. 5
 
 
 class MITrans(nn.Module):
@@ -361,7 +361,8 @@ def mask_error(M_dec, M, valid, masks="logits"):
         M = M.softmax(1)
     valid = valid[:, ::2, ::2]  # Open: what sums and H W cover; all classes, valid cells of M
     count = all_reduce(valid.sum())
-    total = ((M_dec - M).square() * valid[:, None]).sum()
+    error = (M_dec - M).square()  # (B, K, h, w)
+    total = (error * valid[:, None]).sum()
     return total * world_size() / count.clamp(min=1)  # Eqs. 10, 12
 
 
@@ -446,8 +447,8 @@ def train(args, run, learner, keep, streams, warmup, begin):
             logits, v, present = learner(to_float(image), aux=True)  # Open: batch norm; joint
         M_l, M_u = to_mask(logits, args.masks).tensor_split([B])  # (B, K, h, w) each
         features_l, features_u = describe(v, args.distance).tensor_split([B])  # (B, C) each
-        guides = {"image": labeled["image"], "valid": labeled["valid"]}
-        guides |= {"mask": M_l, "features": features_l}
+        guides = {"image": labeled["image"], "valid": labeled["valid"],
+                  "mask": M_l, "features": features_l}
         if world_size() > 1:  # the n labeled pictures of all processes
             guides = {name: Gather.apply(x.contiguous()) for name, x in guides.items()}
 
@@ -473,7 +474,8 @@ def train(args, run, learner, keep, streams, warmup, begin):
         if args.omega:
             losses["loss_usup"] = mask_error(M_u_dec, M_u, valid, args.masks)  # Eq. 10
         # Open: w, ramp-up; CCT's 30 / K (its mean is our sum; 1.4 on VOC), 10 %   --omega, --ramp
-        t = min(1, (iteration - warmup) / max(1, args.ramp * args.iterations))  # after the warm-up
+        ramp = max(1, args.ramp * args.iterations)
+        t = min(1, (iteration - warmup) / ramp)  # after the warm-up
         omega = args.omega * math.exp(-5 * (1 - t) ** 2)
         loss_sup = losses["loss_labeled"]
         loss_sup = loss_sup + args.dec_weight * losses.get("loss_dec", 0)
@@ -529,8 +531,6 @@ def check(args, labeled):
     check_range(args, 0, 1, "ramp")
     check_range(args, 0, 180, "rotation")
     sample_lambda(args.alpha, args.lambda_cap, rng(args.seed, "check"))
-    need(args.head == "plain" and args.aspp_branches == 4, f"--head {args.head} --aspp-branches "
-         f"{args.aspp_branches}: are for DeepLab, not for this paper's network; leave them out")
     if args.supervised:
         return
     need(args.warmup < args.iterations or args.iterations == 0, f"--warmup {args.warmup}: leaves "

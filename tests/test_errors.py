@@ -513,6 +513,9 @@ def test_a_batch_that_processes_cannot_share(error, monkeypatch):
         "--dropout 1.5",
         "--drop-path 2",
         "--precision fp16",
+        "--head plain --network pspnet",
+        "--aspp-branches 2 --network deeplabv3plus",
+        "--head plain --network pspnet,setr",
     ],
 )
 def test_a_value_out_of_range_is_told_before_the_training(error, argv):
