@@ -37,6 +37,9 @@ from functools import lru_cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 
+# Threads wait for each other in a loop. A long one (300,000) stops a run beside other processes.
+os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # read when torch is loaded
+
 import numpy as np
 import PIL
 import torch

@@ -33,12 +33,12 @@ import shutil
 from fractions import Fraction
 from functools import partial
 
+import common  # before torch: it sets how torch's threads wait
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageFilter
 
-import common
 from common import IGNORE, all_reduce, check_range, is_main, need, rank, to_tensor, world_size
 
 # ---- arguments -----------------------------------------------------------------------------------

@@ -28,13 +28,13 @@ import argparse
 import math
 from functools import partial
 
+import common  # before torch: it sets how torch's threads wait
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torchvision.transforms.v2 import InterpolationMode, functional as V
 
-import common
 from common import IGNORE, all_reduce, autocast, check_range, need, rank, rng, to_float, world_size
 
 # ---- arguments -----------------------------------------------------------------------------------

@@ -24,12 +24,12 @@ import argparse
 import copy
 import math
 
+import common  # before torch: it sets how torch's threads wait
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torchvision.transforms.v2 import functional as V
 
-import common
 from common import IGNORE, need, numbered
 
 # ---- arguments -----------------------------------------------------------------------------------

@@ -35,6 +35,7 @@ import math
 import re
 from pathlib import Path
 
+import common  # before torch: it sets how torch's threads wait
 import torch
 import torch.nn.functional as F
 from torchvision.models.efficientnet import MBConv
@@ -43,7 +44,6 @@ from torchvision.models.vision_transformer import EncoderBlock
 from torchvision.ops import StochasticDepth
 from torchvision.transforms.v2 import functional as V
 
-import common
 from common import numbered
 
 # ---- arguments -----------------------------------------------------------------------------------

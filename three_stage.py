@@ -29,13 +29,13 @@ import argparse
 import copy
 import math
 
+import common  # before torch: it sets how torch's threads wait
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torchvision.transforms.v2 import functional as V
 
-import common
 from common import IGNORE, Stream, all_reduce, autocast, build_network, check_range
 from common import rng, to_float, to_tensor, truth_for_the_log, upsample
 

@@ -635,3 +635,26 @@ def test_no_command_ends_in_a_traceback(main, shallow, monkeypatch, number):
 
 def no_network(*_, **__):
     raise OSError("no route to host")
+
+
+# ---- beside other processes ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
+def test_threads_do_not_wait_for_each_other_in_a_long_loop(script):
+    """libgomp reads GOMP_SPINCOUNT when torch is loaded: common must be imported before it."""
+    source = Path(script.__file__).read_text()
+    assert 0 < source.index("\nimport common") < source.index("\nimport torch")
+    assert source.index("import torch") < source.index("\nfrom common import")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have another OpenMP")
+@pytest.mark.parametrize("given, expected", [(None, 3000), ("7", 7)])
+def test_libgomp_is_told_how_long_threads_wait(given, expected):
+    env = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"}
+    env["OMP_DISPLAY_ENV"] = "verbose"
+    if given:
+        env["GOMP_SPINCOUNT"] = given
+    command = [sys.executable, rml.__file__, "--help"]
+    result = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert f"GOMP_SPINCOUNT = '{expected}'" in result.stderr
