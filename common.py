@@ -972,7 +972,9 @@ def split(args, data, read=True):
     unlabeled = unlabeled + [id for id in data.extra if id not in named]
     args.labels = len(labeled)
     largest = max(64, len(labeled) + len(unlabeled))
-    check_range(args, 1, largest, *(name for name in vars(args) if name.endswith("batch_size")))
+    for name in [name for name in vars(args) if name.endswith("batch_size")]:
+        need((vars(args)[name] or 1) <= largest,
+             f"{flag(name)} {vars(args)[name]}: must be from 1 to {largest}, as there are pictures")
     need(unlabeled or args.supervised, f"all {len(labeled)} training pictures are labeled, so no "
          "unlabeled ones are left; use fewer --labels, or --supervised, or add unlabeled ones "
          "(--extra on cityscapes and voc; the folder unlabeled/ of your own pictures)")
@@ -2312,6 +2314,42 @@ HARMLESS = {"out", "overwrite", "workers", "cache", "data_root", "download",
             "log_every", "eval_every", "save_every"}
 
 
+ABOVE_0 = 1e-12  # as the lowest value of an argument: 0 is too low
+
+
+def integer(low, high=10**9):
+    """Options of an argument whose values are integers from low to high."""
+    return {"type": in_range(int, low, high), "metavar": "N"}
+
+
+def number(low, high=1e30):
+    """Options of an argument whose values are numbers from low to high."""
+    return {"type": in_range(float, low, high), "metavar": "X"}
+
+
+def in_range(kind, low, high):
+    """An argparse type: an int or a float from low to high."""
+    def convert(text):
+        value = kind(text)
+        if not low <= value <= high:
+            begin = "above 0 and at most" if low == ABOVE_0 else f"from {low} to"
+            raise argparse.ArgumentTypeError(f"{text}: must be {begin} {high}")
+        return value
+    convert.__name__ = kind.__name__  # argparse says "invalid int value"
+    return convert
+
+
+def complain(message):
+    """What a parser does instead of error(): a UserError."""
+    message = re.sub(r"^argument (-\S+): (?!\w+ )", r"\1 ", message)  # "argument --lr: 0: must .."
+    raise UserError(f"{message}; --help lists the arguments")
+
+
+def flag(name):
+    """The flag of an argument: --batch-size for batch_size."""
+    return f"--{name.replace('_', '-')}"
+
+
 def add_arguments(parser, networks=NETWORKS, several=False):
     """Add the arguments that all methods share. The method's table PAPER fills those left out.
 
@@ -2329,16 +2367,17 @@ def add_arguments(parser, networks=NETWORKS, several=False):
     add("--labels", metavar="N", help="labeled pictures: a number, or a share such as 1/8")
     add("--split", nargs="+", metavar="FILE", help="lists: labeled pictures, unlabeled "
         "(optional); or an order of all as a .pkl, of which the first --labels are labeled")
-    add("--split-seed", type=int, metavar="N", help="selects the labeled pictures (default: "
+    add("--split-seed", **integer(0, 2**32 - 1), help="selects the labeled pictures (default: "
         "--seed; on Cityscapes one of the five splits of French et al.)")
-    add("--size", type=int, nargs="+", metavar="N",
+    add("--size", **integer(1, 2**16), nargs="+",
         help="resize pictures to this height and width; one number: shrink the longer side to it")
-    add("--crop", type=int, nargs=2, metavar=("H", "W"),
+    add("--crop", **integer(1, 2**16) | {"metavar": ("H", "W")}, nargs=2,
         help="size of a training crop, and of a window (--base-size)")
-    add("--scale", type=float, nargs=2, metavar=("LOW", "HIGH"), help="random scale of weak views")
+    add("--scale", **number(0.05, 8) | {"metavar": ("LOW", "HIGH")}, nargs=2,
+        help="random scale of weak views")
     add("--cache", metavar="DIR", default="runs/cache",
         help="folder for resized copies of big pictures (default: %(default)s)")
-    add("--workers", type=int, metavar="N", help="loader processes for each stream")
+    add("--workers", **integer(0, 1000), help="loader processes for each stream")
     add_network_arguments(parser, networks, several)
     add_run_arguments(parser)
 
@@ -2391,28 +2430,28 @@ def add_run_arguments(parser):
     add = parser.add_argument_group("training").add_argument
     add("--supervised", action="store_true",
         help="the baseline: labeled pictures only, the same number of steps")
-    add("--iterations", type=int, metavar="N", help="for each stage or round")
-    add("--batch-size", type=int, metavar="N",
+    add("--iterations", **integer(0), help="for each stage or round")
+    add("--batch-size", **integer(1),
         help="labeled (and as many unlabeled) pictures in a step; the sum over all processes")
     add("--optimizer", choices=["sgd", "adamw"], help="sgd with momentum .9, or adamw")
-    add("--lr", type=float, metavar="X", help="learning rate at the start")
-    add("--head-lr", type=float, metavar="X", help="learning rate of the head, in units of --lr")
-    add("--weight-decay", type=float, metavar="X", help="weight decay of the optimizer")
-    add("--seed", type=int, default=0, metavar="N", help="seed of weights, order, views and noise, "
+    add("--lr", **number(ABOVE_0), help="learning rate at the start")
+    add("--head-lr", **number(ABOVE_0), help="learning rate of the head, in units of --lr")
+    add("--weight-decay", **number(0), help="weight decay of the optimizer")
+    add("--seed", **integer(0, 2**32 - 1), default=0, help="seed of weights, order, views, noise, "
         "and of the choice of labeled pictures (default: %(default)s)")
     add("--precision", choices=["fp32", "bf16", "fp16"], help="default: bf16 on a GPU, else fp32")
     add = parser.add_argument_group("run").add_argument
     add("--out", metavar="DIR", help="run folder (default: runs/METHOD-DATASET-LABELS-sSEED), or "
         "the folder for predictions (default: predictions)")
     add("--overwrite", action="store_true", help="begin a finished or different run anew")
-    add("--log-every", type=int, metavar="N", help="iterations between records in log.jsonl")
-    add("--eval-every", type=int, metavar="N",
+    add("--log-every", **integer(1), help="iterations between records in log.jsonl")
+    add("--eval-every", **integer(1),
         help="iterations between evaluations on val; the last iteration is always evaluated")
-    add("--save-every", type=int, metavar="N", help="iterations between checkpoints (last.pt)")
-    add("--scales", type=float, nargs="+", default=[1.0], metavar="X",
+    add("--save-every", **integer(1), help="iterations between checkpoints (last.pt)")
+    add("--scales", **number(0.05, 8), nargs="+", default=[1.0],
         help="evaluate at these scales and average the probabilities")
     add("--flip", action=argparse.BooleanOptionalAction, help="evaluate the mirrored picture too")
-    add("--base-size", type=int, metavar="N", help="evaluate with windows of the crop's size on "
+    add("--base-size", **integer(0, 2**16), help="evaluate with windows of the crop's size on "
         "pictures whose longer side is N (0: whole pictures)")
     add("--full-size-labels", action="store_true",
         help="evaluate against masks at their size on disk, not at --size")
@@ -2440,9 +2479,6 @@ def parse_args(parser, paper, argv=None):
     Adds to the arguments: given, the names on the command line; changed, the names whose values
     make another setting than the row's; table_preset, the row's preset or None.
     Raises a UserError for a value out of range."""
-    def complain(message):
-        raise UserError(f"{message}; --help lists the arguments")
-
     parser.error = complain
     args = parser.parse_args(argv, Arguments())
     given = {name: value for name, value in vars(args).items() if value is not None}
@@ -2501,41 +2537,20 @@ def find_row(args, paper):
 
 
 def check_shared_arguments(args):
-    """Raise a UserError for a value out of range, or arguments that exclude each other."""
-    check_range(args, 1, math.inf, "batch_size", "log_every", "eval_every", "save_every")
-    check_range(args, 1, 2**16, "size", "crop")
-    check_range(args, 0, 2**16, "base_size")
-    check_range(args, 0, math.inf, "iterations", "weight_decay")
-    check_range(args, 0, 1000, "workers")
-    check_range(args, 0, 2**32 - 1, "seed", "split_seed")
-    check_range(args, 0.05, 8, "scale", "scales")
-    check_range(args, 1e-12, math.inf, "lr", "head_lr")
+    """Raise a UserError for arguments that exclude each other."""
     size = " ".join(map(str, args.size or ()))
     need(args.size is None or len(args.size) <= 2,
          f"--size {size}: expected height and width, or the longer side alone")
     low, high = args.scale
     need(low <= high, f"--scale {low} {high}: expected LOW HIGH")
     for name in ("head", "aspp_branches"):
-        need(name not in args.changed or "deeplabv2" in args.network, f"--{name.replace('_', '-')} "
-             f"{vars(args)[name]}: only --network deeplabv2 has it; leave it out")
+        need(name not in args.changed or "deeplabv2" in args.network,
+             f"{flag(name)} {vars(args)[name]}: only --network deeplabv2 has it; leave it out")
     use = args.evaluate or args.predict
     need(args.checkpoint or not use,
          "--evaluate and --predict need --checkpoint FILE, the last.pt of a run")
     need(use or not args.checkpoint, f"--checkpoint {args.checkpoint}: is for --evaluate or "
          f"--predict; to train from these weights use --weights {args.checkpoint}")
-
-
-def check_range(args, low, high, *names):
-    """Raise a UserError for the first of these arguments that lies outside low..high.
-
-    Infinity as high stands for a billion, or for a number with a fraction for 1e30."""
-    begin = "above 0 and at most" if low == 1e-12 else f"from {low} to"
-    for name in names:
-        values = vars(args)[name]
-        for value in values if isinstance(values, (list, tuple)) else [values]:
-            top = min(high, 10**9 if isinstance(value, int) else 1e30)
-            need(value is None or low <= value <= top,
-                 f"--{name.replace('_', '-')} {value}: must be {begin} {top}")
 
 
 def check_memory(args, device):
@@ -2554,7 +2569,7 @@ def check_memory(args, device):
             ("size scale", area * args.scale[1] ** 2, 20),
             ("size base_size scales", windows * max(args.scales) ** 2, 200)):
         given = [(name, getattr(args, name)) for name in names.split()]
-        text = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in given if value)
+        text = " ".join(f"{flag(name)} {value}" for name, value in given if value)
         text = re.sub(r"[\[\](),]", "", text)
         need(pixels * of_pixel < memory, f"{text}: {pixels / 1e6:,.0f} million pixels at once do "
              f"not fit into a memory of {memory / 2**30:.0f} GB; use smaller numbers")
@@ -3221,7 +3236,7 @@ class Run:
         Returns {name: confusion matrix (K, K)}."""
         self.tables = evaluate(networks, self.data, self.args, self.device)
         if self.steps == self.total and Arguments.unread:
-            flags = [f"--{name.replace('_', '-')}" for name in sorted(Arguments.unread)]
+            flags = map(flag, sorted(Arguments.unread))
             warn(f"{', '.join(flags)}: had no effect in this setting")
         self._watch_health(self.tables)
         record = {"val": {name: mean_iou(table) for name, table in self.tables.items()}}

@@ -39,7 +39,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageFilter
 
-from common import IGNORE, all_reduce, check_range, is_main, need, rank, to_tensor, world_size
+from common import ABOVE_0, IGNORE, all_reduce, integer, is_main, need, number, rank, to_tensor
+from common import world_size
 
 # ---- arguments -----------------------------------------------------------------------------------
 
@@ -140,23 +141,23 @@ def get_parser():
     switch = dict(action=argparse.BooleanOptionalAction)
     add("--pseudo", choices=METHODS, help="st: one threshold; cbst: the same share "
         "of each predicted class; da: aligned; dars: aligned, then sampled (Table 4)")
-    add("--temperature", type=float, metavar="T",
+    add("--temperature", **number(ABOVE_0),
         help="temperature of the softmax that gives the confidence (TS in Tables 4, 5: 1.27)")
     add("--confidence", choices=["fp16", "fine"],
         help="fp16, or fine: 1 - confidence as fp16, with hardly any ties (Fig. 3)")
-    add("--rounds", type=int, metavar="N",
+    add("--rounds", **integer(0, 1000),
         help="rounds of self-training after round 0 (Table 4: 1; with iterative training 2)")
-    add("--alpha", type=float, metavar="A", nargs="+",
+    add("--alpha", **number(ABOVE_0, 1), nargs="+",
         help="labeling ratio, in (0, 1], one for each round (Sect. 3.3, Table 6)")
-    add("--beta-min", type=float, metavar="B", nargs="+",
+    add("--beta-min", **number(0, 0.99), nargs="+",
         help="how far the lower end of --scale falls, one for each round (Sect. 3.3)")
-    add("--beta-max", type=float, metavar="B", nargs="+",
+    add("--beta-max", **number(0, 4), nargs="+",
         help="how far the upper end of --scale rises, one for each round (Sect. 3.3)")
-    add("--epochs", type=int, metavar="N", help="instead of --iterations: passes over the "
+    add("--epochs", **integer(1), help="instead of --iterations: passes over the "
         "unlabeled pictures, in round 0 over the labeled ones (Sect. 4.1)")
-    add("--round0-iterations", type=int, metavar="N",
+    add("--round0-iterations", **integer(0),
         help="iterations of round 0 (default: from the table, or from --iterations or --epochs)")
-    add("--round0-batch-size", type=int, metavar="N", help="labeled pictures a step in round 0")
+    add("--round0-batch-size", **integer(1), help="labeled pictures a step in round 0")
     add("--restart-schedule", **switch, help="each round starts at the full --lr")
     add("--fresh-optimizer", **switch, help="each round starts without momentum")
     add("--two-passes", **switch, help="labeled and unlabeled pictures pass the network apart")
@@ -542,18 +543,11 @@ def tail_miou(table, tail):
 # ---- main ----------------------------------------------------------------------------------------
 
 def check(args):
-    """A UserError for values out of range, and for values that do not fit each other."""
-    check_range(args, 1e-12, 1, "alpha")
-    check_range(args, 0, 0.99, "beta_min")
-    check_range(args, 0, 4, "beta_max")
-    check_range(args, 0, 1000, "rounds")
-    check_range(args, 0, math.inf, "round0_iterations")
-    check_range(args, 1, math.inf, "epochs", "round0_batch_size")
-    check_range(args, 1e-12, math.inf, "temperature")
+    """A UserError for values that do not fit each other."""
     for name in ("alpha", "beta_min", "beta_max"):
         count = len(getattr(args, name))
         enough = count == args.rounds or (count > args.rounds and name not in args.given)
-        need(enough, f"--{name.replace('_', '-')} has {count} values, but there are --rounds "
+        need(enough, f"{common.flag(name)} has {count} values, but there are --rounds "
              f"{args.rounds}: give one for each")
     need(args.round0_batch_size % world_size() == 0, f"--round0-batch-size "
          f"{args.round0_batch_size} is not divisible by the {world_size()} processes")
@@ -578,8 +572,9 @@ def make_rounds(args, labeled, unlabeled):
         return [(0, round0_iterations + args.rounds * iterations, 0.0, (low, high))]
     rounds = [(0, round0_iterations, 0.0, (low, high))]
     for k in range(args.rounds):
-        scale = (1 - args.beta_min[k]) * low, (1 + args.beta_max[k]) * high  # Sect. 3.3
-        rounds.append((k + 1, iterations, args.alpha[k], scale))
+        lower = (1 - args.beta_min[k]) * low  # Sect. 3.3
+        upper = (1 + args.beta_max[k]) * high
+        rounds.append((k + 1, iterations, args.alpha[k], (lower, upper)))
     return rounds
 
 

@@ -35,7 +35,8 @@ import torch.nn.functional as F
 from torch import nn
 from torchvision.transforms.v2 import InterpolationMode, functional as V
 
-from common import IGNORE, all_reduce, autocast, check_range, need, rank, rng, to_float, world_size
+from common import ABOVE_0, IGNORE, all_reduce, autocast, integer, need, number, rank, rng
+from common import to_float, world_size
 
 # ---- arguments -----------------------------------------------------------------------------------
 
@@ -120,10 +121,10 @@ def get_parser():
         allow_abbrev=False, description=common.idea(__doc__),
         epilog="Arguments that are not given have the values of the table PAPER in guidedmix.py.")
     add = parser.add_argument_group("GuidedMix-Net").add_argument
-    number = dict(type=float, metavar="X")
     switch = dict(action=argparse.BooleanOptionalAction)
-    add("--lambda-cap", **number, help="upper limit of lambda, at most 0.5 (Tables 1, 6, 8)")
-    add("--alpha", **number, help="lambda is drawn from Beta(X, X)")
+    add("--lambda-cap", **number(ABOVE_0, 0.5),
+        help="upper limit of lambda, at most 0.5 (Tables 1, 6, 8)")
+    add("--alpha", **number(ABOVE_0), help="lambda is drawn from Beta(X, X)")
     add("--pairs", choices=["similar", "random"], help="labeled pictures to blend with (Table 2)")
     add("--distance", choices=["pooled", "places"], help="Eq. 3 on means over positions, or on all")
     add("--classifier", **switch, help="image-level classifier on the encoder's features (L_cla)")
@@ -134,11 +135,11 @@ def get_parser():
         help="what M holds; softmax: decouple logits, then compare the softmax of both sides")
     add("--stop-gradient", **switch, help="no gradient into the pseudo-mask of L_usup")
     add("--labeled-stop-gradient", **switch, help="no gradient into M_l and M^_l of L_dec")
-    add("--omega", **number, help="weight of L_usup after its ramp-up (Eq. 9)")
-    add("--dec-weight", **number, help="weight of L_dec (Eq. 11)")
-    add("--warmup", type=int, metavar="N", help="iterations with L_ce and L_cla alone (Sect. 3.2)")
-    add("--ramp", **number, help="share of the iterations in which omega rises")
-    add("--rotation", **number, help="rotate pictures by up to X degrees (Sect. 4.1)")
+    add("--omega", **number(0), help="weight of L_usup after its ramp-up (Eq. 9)")
+    add("--dec-weight", **number(0), help="weight of L_dec (Eq. 11)")
+    add("--warmup", **integer(0), help="iterations with L_ce and L_cla alone (Sect. 3.2)")
+    add("--ramp", **number(0, 1), help="share of the iterations in which omega rises")
+    add("--rotation", **number(0, 180), help="rotate pictures by up to X degrees (Sect. 4.1)")
     common.add_arguments(parser, ["guidedmix"])
     return parser
 
@@ -524,12 +525,7 @@ def draw(run, valid, columns):
 # ---- main ----------------------------------------------------------------------------------------
 
 def check(args, labeled):
-    """A UserError for values out of range, and for values that do not fit each other."""
-    check_range(args, 1e-12, 0.5, "lambda_cap")
-    check_range(args, 1e-12, math.inf, "alpha")
-    check_range(args, 0, math.inf, "omega", "dec_weight", "warmup")
-    check_range(args, 0, 1, "ramp")
-    check_range(args, 0, 180, "rotation")
+    """A UserError for values that do not fit each other."""
     sample_lambda(args.alpha, args.lambda_cap, rng(args.seed, "check"))
     if args.supervised:
         return

@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import nn
 from torchvision.transforms.v2 import functional as V
 
-from common import IGNORE, need, numbered
+from common import IGNORE, integer, need, number, numbered
 
 # ---- arguments -----------------------------------------------------------------------------------
 
@@ -117,7 +117,6 @@ def get_parser():
         allow_abbrev=False, description=common.idea(__doc__),
         epilog="Defaults are in the table PAPER in mkd.py; a run writes all values to args.json.")
     add = parser.add_argument_group("mutual knowledge distillation").add_argument
-    number = dict(type=float, metavar="X")
     switch = dict(action=argparse.BooleanOptionalAction)
     add("--teachers", choices=TEACHERS, help="a student's mean teacher (Table 3: -, MT, Mutual MT)")
     add("--strong", **switch, help="strong views for the students (Table 3, SDA)")
@@ -125,12 +124,12 @@ def get_parser():
     add("--features", choices=["none", "diagonal", "full"], help="Sigma of FDA (Eq. 3; Table 3)")
     add("--weight-gradient", **switch, help="gradient through w in the term of Eq. 3")
     add("--unlabeled-class", choices=["student", "teacher"], help="whose label is y of Eq. 3")
-    add("--lambda0", **number, help="lambda of Eq. 3 at the last iteration")
-    add("--gamma", **number, help="decay of the mean teachers (Eq. 1; Table 4)")
-    add("--alpha", **number, help="weight of L_st (Eq. 4; Table 5)")
-    add("--beta", **number, help="weight of L_ss (Eq. 4; Table 5)")
-    add("--warmup", type=int, metavar="N", help="iterations on labels alone at first (paper: 0)")
-    add("--threshold", **number, help="confidence that labels of L_st need (Table 1, *: .95)")
+    add("--lambda0", **number(0), help="lambda of Eq. 3 at the last iteration")
+    add("--gamma", **number(0, 1), help="decay of the mean teachers (Eq. 1; Table 4)")
+    add("--alpha", **number(0), help="weight of L_st (Eq. 4; Table 5)")
+    add("--beta", **number(0), help="weight of L_ss (Eq. 4; Table 5)")
+    add("--warmup", **integer(0), help="iterations on labels alone at first (paper: 0)")
+    add("--threshold", **number(0, 1), help="confidence that labels of L_st need (Table 1, *: .95)")
     add("--loss-stride", type=int, choices=[1, 2, 4, 8, 16], help="stride of p in L_st and L_ss")
     add("--features-of-teachers", **switch, help="FDA for teachers as well (authors' code)")
     add("--labeled-consistency", **switch, help="L_st, L_ss of labeled pictures (authors' code)")
@@ -428,7 +427,8 @@ def train(args, run, streams, students, learners, teachers, keep, begin):
         L = B if args.labeled_consistency else 0  # labeled pictures in L_st and L_ss
         small_mask = mask[:, ::step, ::step]  # (B, h, w)
         small_label = label[:, ::step, ::step]
-        valid = torch.cat([labeled["valid"][:L], unlabeled["valid"]])[:, ::step, ::step]
+        valid = torch.cat([labeled["valid"][:L], unlabeled["valid"]])  # (L + B, H, W)
+        valid = valid[:, ::step, ::step]
         valid = cutmix(valid, small_mask, L)  # (L + B, h, w), False on padding
         # Open: lambda; half a cosine up to 1.5 after the warm-up, as in the code   --lambda0
         progress = (iteration + 1 - args.warmup) / (args.iterations - args.warmup)
@@ -504,7 +504,8 @@ def draw(run, weak, strong, truth, pseudo_labels, predictions):
     columns = {"weak view": weak, "strong view": strong, "truth (not used)": truth}
     labels = numbered("teacher", pseudo_labels) | numbered("student", predictions)
     for title, label in labels.items():
-        columns[title] = F.interpolate(label[:, None].float(), truth.shape[1:])[:, 0].long()
+        label = F.interpolate(label[:, None].float(), truth.shape[1:])  # (B, 1, H, W)
+        columns[title] = label[:, 0].long()
     run.panel(f"batch_{run.mark}", {title: cells[:4] for title, cells in columns.items()})
 
 
@@ -517,8 +518,6 @@ def main():
         return common.check_data(args)
     if args.evaluate or args.predict:
         return common.use_checkpoint(args, device)
-    common.check_range(args, 0, 1, "gamma", "threshold")
-    common.check_range(args, 0, math.inf, "alpha", "beta", "lambda0", "warmup")
     need(args.network == "deeplabv3plus" or args.head == "bottleneck",
          "--network deeplabv2 --head plain: Eq. 3 needs one linear classifier; --head bottleneck")
     mixed = args.cutmix and args.strong and not args.supervised

@@ -44,7 +44,7 @@ from torchvision.models.vision_transformer import EncoderBlock
 from torchvision.ops import StochasticDepth
 from torchvision.transforms.v2 import functional as V
 
-from common import numbered
+from common import ABOVE_0, integer, number, numbered
 
 # ---- arguments -----------------------------------------------------------------------------------
 
@@ -130,22 +130,24 @@ def get_parser():
     add = parser.add_argument_group("robust mutual learning").add_argument
     add("--mutual", choices=MUTUAL, help="whose pseudo-labels teach (Sect. 3, 4.1; Fig. 4)")
     add("--rectify", action=switch, help="rectify labels (Sect. 4.2); default: peer, indirect")
-    add("--stages", type=int, help="stages after stage 0 (Table 4)")
-    add("--threshold", type=float, help="tau of Eq. 2; labels below it are ignored")
+    add("--stages", **integer(0, 1000), help="stages after stage 0 (Table 4)")
+    add("--threshold", **number(0, 1), help="tau of Eq. 2; labels below it are ignored")
     add("--soft", action=switch, help="learn probabilities, not hard labels (footnote 2)")
     add("--interpolate", choices=["prob", "logits"], help="what is upsampled for pseudo-labels")
     add("--photometric", action=switch, help="photometric RandAugment (Sect. 4.1)")
     add("--cutmix", action=switch, help="CutMix (Sect. 4.1)")
-    add("--dropout", type=float, help="dropout before the last classifier (Sect. 5.2)")
-    add("--drop-path", type=float, help="probability to drop a residual branch (Sect. 5.2)")
+    add("--dropout", **number(0, 1), help="dropout before the last classifier (Sect. 5.2)")
+    add("--drop-path", **number(0, 1), help="probability to drop a residual branch (Sect. 5.2)")
     add("--linear-drop-path", action=switch, help="probability grows linearly with depth")
-    add("--ema-decay", type=float, help="decay of the mean teachers (Sect. 4.1)")
-    add("--prototype-decay", type=float, help="lambda of Eq. 11")
-    add("--prototype-min-cells", type=int, help="cells of a class that a picture needs (Eq. 10)")
-    add("--stage0-iterations", type=int, help="iterations on labels alone, before stage 1")
-    add("--stage0-lr", type=float, help="learning rate at the start of stage 0")
-    add("--stage0-head-lr", type=float, help="learning rate of the head, in units of --stage0-lr")
-    add("--setr-lr", type=float, help="learning rate of SETR, in units of the others")
+    add("--ema-decay", **number(0, 1), help="decay of the mean teachers (Sect. 4.1)")
+    add("--prototype-decay", **number(0, 1), help="lambda of Eq. 11")
+    add("--prototype-min-cells", **integer(1),
+        help="cells of a class that a picture needs (Eq. 10)")
+    add("--stage0-iterations", **integer(0), help="iterations on labels alone, before stage 1")
+    add("--stage0-lr", **number(ABOVE_0), help="learning rate at the start of stage 0")
+    add("--stage0-head-lr", **number(ABOVE_0),
+        help="learning rate of the head, in units of --stage0-lr")
+    add("--setr-lr", **number(ABOVE_0), help="learning rate of SETR, in units of the others")
     common.add_arguments(parser, common.NETWORKS + common.TRANSFORMERS, several=True)
     return parser
 
@@ -588,12 +590,6 @@ def main():
         return common.check_data(args)
     if args.evaluate or args.predict:
         return common.use_checkpoint(args, device)
-    common.check_range(args, 0, 1000, "stages")
-    common.check_range(args, 0, math.inf, "stage0_iterations")
-    common.check_range(args, 1e-12, math.inf, "stage0_lr", "stage0_head_lr", "setr_lr")
-    common.check_range(args, 1, math.inf, "prototype_min_cells")
-    common.check_range(args, 0, 1, "dropout", "drop_path", "threshold", "ema_decay")
-    common.check_range(args, 0, 1, "prototype_decay")
     if args.rectify is None:
         args.rectify = args.mutual in ("peer", "indirect")
     choices = arguments_of_students(args)

@@ -36,8 +36,8 @@ import torch.nn.functional as F
 from torch import nn
 from torchvision.transforms.v2 import functional as V
 
-from common import IGNORE, Stream, all_reduce, autocast, build_network, check_range
-from common import rng, to_float, to_tensor, truth_for_the_log, upsample
+from common import IGNORE, Stream, all_reduce, autocast, build_network, integer
+from common import number, rng, to_float, to_tensor, truth_for_the_log, upsample
 
 # ---- arguments -----------------------------------------------------------------------------------
 
@@ -122,23 +122,24 @@ def get_parser():
         allow_abbrev=False, description=common.idea(__doc__),
         epilog="Defaults: the table PAPER in three_stage.py; a run writes all values to args.json.")
     switch = dict(action=argparse.BooleanOptionalAction)
-    count = dict(type=int, metavar="N")
-    number = dict(type=float, metavar="X")
     add = parser.add_argument_group("three-stage self-training").add_argument
-    add("--stages", **count, help="number of stages (Table V, Sect. IV-C)")
+    add("--stages", **integer(1, 1000), help="number of stages (Table V, Sect. IV-C)")
     add("--consistency", **switch, help="the consistency loss, Eq. 1 (Table V, CR)")
     add("--pseudo-masks", **switch, help="Task 2, Eq. 3, in all stages (Table V, T2)")
     add("--strong", **switch, help="RandAugment and Cutout (Table V, SA)")
     add("--branch", choices=["g-hat", "g-tilde"], help="default: g-hat, from stage 3 g-tilde (N2)")
     add("--ema", **switch, help="a mean teacher; without, the teacher is the student (Table VI)")
-    add("--ema-decay", **number, nargs=4, help="of the teacher from 0, 1/3, 2/3, 5/6 of a stage on")
-    add("--lambda1", **number, help="weight of the consistency loss (Eqs. 4, 5; Fig. 3)")
-    add("--lambda2", **number, help="weight of the pseudo-mask loss (Eqs. 4, 5; Fig. 3)")
+    add("--ema-decay", **number(0, 1), nargs=4,
+        help="of the teacher from 0, 1/3, 2/3, 5/6 of a stage on")
+    add("--lambda1", **number(0), help="weight of the consistency loss (Eqs. 4, 5; Fig. 3)")
+    add("--lambda2", **number(0), help="weight of the pseudo-mask loss (Eqs. 4, 5; Fig. 3)")
     add("--pseudo-masks-of", choices=["teacher", "student"], help="network that predicts the masks")
-    add("--labeled-batch-size", **count, help="pictures from L in a step; --batch-size: from L u U")
-    add("--stage1-batch-size", **count, help="labeled pictures in a step of stage 1")
-    add("--stage1-iterations", **count, help="iterations of stage 1 (default: PAPER, --iterations)")
-    add("--cutout", **count, help="side of Cutout's squares in pixels")
+    add("--labeled-batch-size", **integer(1),
+        help="pictures from L in a step; --batch-size: from L u U")
+    add("--stage1-batch-size", **integer(1), help="labeled pictures in a step of stage 1")
+    add("--stage1-iterations", **integer(1),
+        help="iterations of stage 1 (default: PAPER, --iterations)")
+    add("--cutout", **integer(1), help="side of Cutout's squares in pixels")
     common.add_arguments(parser, ["deeplabv2", "deeplabv3plus"])
     return parser
 
@@ -535,11 +536,7 @@ def main():
         return common.check_data(args)
     if args.evaluate or args.predict:
         return common.use_checkpoint(args, device)
-    check_range(args, 1, 1000, "stages")
-    check_range(args, 1, math.inf, "iterations", "stage1_iterations", "cutout",
-                "labeled_batch_size", "stage1_batch_size")
-    check_range(args, 0, math.inf, "lambda1", "lambda2")
-    check_range(args, 0, 1, "ema_decay")
+    common.need(args.iterations > 0, "--iterations 0: a stage needs 1 or more")
     common.need(args.head == "plain", "--head bottleneck: the paper's branches need --head plain")
     if not args.ema:
         args.ema_decay = [0.0] * 4  # theta' = theta: the Gamma model of Sect. III-A

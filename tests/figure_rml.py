@@ -49,19 +49,22 @@ def get_parser():
     )
     commands = parser.add_subparsers(dest="command", required=True)
     coupling = commands.add_parser("coupling", help="Fig. 2")
+    coupling.error = common.complain
     add = coupling.add_argument
     add("--data-root", metavar="DIR", help="folder of MNIST; without it digits are drawn")
     add("--download", action="store_true", help="download MNIST with torchvision")
     add("--labels", default="1/60", help="labeled digits: a number or a share")
-    add("--seeds", type=int, default=5, metavar="N", help="--seed and the ones after it")
-    add("--seed", type=int, default=0, help="the first seed")
-    add("--stage0-iterations", type=int, default=500, help="iterations on labels alone")
-    add("--iterations", type=int, default=400, help="iterations with pseudo-labels")
-    add("--batch-size", type=int, default=128, help="labeled, and as many unlabeled digits")
-    add("--lr", type=float, default=0.004, help="learning rate")
-    add("--dropout", type=float, default=0.5, help="model noise of the third mode")
-    add("--ema-decay", type=float, default=0.999, help="decay of the mean teachers")
-    add("--log-every", type=int, default=10, help="iterations between points of the curves")
+    add("--seeds", **common.integer(1), default=5, help="--seed and the ones after it")
+    add("--seed", **common.integer(0), default=0, help="the first seed")
+    add("--stage0-iterations", **common.integer(0), default=500, help="iterations on labels alone")
+    add("--iterations", **common.integer(0), default=400, help="iterations with pseudo-labels")
+    add("--batch-size", **common.integer(1), default=128,
+        help="labeled, and as many unlabeled digits")
+    add("--lr", **common.number(common.ABOVE_0), default=0.004, help="learning rate")
+    add("--dropout", **common.number(0, 1), default=0.5, help="model noise of the third mode")
+    add("--ema-decay", **common.number(0, 1), default=0.999, help="decay of the mean teachers")
+    add("--log-every", **common.integer(1), default=10,
+        help="iterations between points of the curves")
     add("--out", metavar="DIR", help="default: runs/rml-mnist-sSEED")
     add("--overwrite", action="store_true", help="replace the result in this folder")
     comparison = commands.add_parser("compare", help="Fig. 4")
@@ -258,10 +261,6 @@ def prepare_folder(args):
 
 def couple(args):
     """Fig. 2: curves, result.json and log.jsonl in the folder --out."""
-    common.check_range(args, 1, math.inf, "seeds", "batch_size", "log_every")
-    common.check_range(args, 0, math.inf, "iterations", "stage0_iterations")
-    common.check_range(args, 0, 1, "dropout", "ema_decay")
-    common.check_range(args, 1e-12, math.inf, "lr")
     began = time.time()
     folder = prepare_folder(args)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -160,9 +160,9 @@ def test_mnist_is_read_as_torchvision_has_it(main, tmp_path):
         (["--labels", "0"], ["--labels 0"]),
         (["--download"], ["--download", "--data-root DIR"]),
         (["--labels", "1/1"], ["--labels 1/1", "all 120 digits"]),
-        (["--dropout", "2"], ["--dropout 2.0"]),
-        (["--ema-decay", "-1"], ["--ema-decay -1.0"]),
-        (["--lr", "0"], ["--lr 0.0"]),
+        (["--dropout", "2"], ["--dropout 2:"]),
+        (["--ema-decay", "-1"], ["--ema-decay -1:"]),
+        (["--lr", "0"], ["--lr 0: must be above 0"]),
         (["--iterations", "-1"], ["--iterations -1"]),
     ],
 )

@@ -58,7 +58,7 @@ def test_every_flag_of_a_method_is_set_by_a_row_and_the_command_line_goes_first(
     for flag in flags:
         words = [flag.option_strings[0]]
         if flag.nargs != 0:
-            choice = next(iter(flag.choices or ["1"]))
+            choice = next(iter(flag.choices or ["1" if flag.metavar == "N" else "0.5"]))
             words += [str(choice)] * (flag.nargs if isinstance(flag.nargs, int) else 1)
         argv = ["--dataset", dataset, *words]
         args = common.parse_args(script.get_parser(), script.PAPER, argv)
