@@ -2322,8 +2322,8 @@ def integer(low, high=10**9):
     return {"type": in_range(int, low, high), "metavar": "N"}
 
 
-def number(low, high=1e30):
-    """Options of an argument whose values are numbers from low to high."""
+def real(low, high=1e30):
+    """Options of an argument whose values are real numbers from low to high."""
     return {"type": in_range(float, low, high), "metavar": "X"}
 
 
@@ -2373,7 +2373,7 @@ def add_arguments(parser, networks=NETWORKS, several=False):
         help="resize pictures to this height and width; one number: shrink the longer side to it")
     add("--crop", **integer(1, 2**16) | {"metavar": ("H", "W")}, nargs=2,
         help="size of a training crop, and of a window (--base-size)")
-    add("--scale", **number(0.05, 8) | {"metavar": ("LOW", "HIGH")}, nargs=2,
+    add("--scale", **real(0.05, 8) | {"metavar": ("LOW", "HIGH")}, nargs=2,
         help="random scale of weak views")
     add("--cache", metavar="DIR", default="runs/cache",
         help="folder for resized copies of big pictures (default: %(default)s)")
@@ -2434,9 +2434,9 @@ def add_run_arguments(parser):
     add("--batch-size", **integer(1),
         help="labeled (and as many unlabeled) pictures in a step; the sum over all processes")
     add("--optimizer", choices=["sgd", "adamw"], help="sgd with momentum .9, or adamw")
-    add("--lr", **number(ABOVE_0), help="learning rate at the start")
-    add("--head-lr", **number(ABOVE_0), help="learning rate of the head, in units of --lr")
-    add("--weight-decay", **number(0), help="weight decay of the optimizer")
+    add("--lr", **real(ABOVE_0), help="learning rate at the start")
+    add("--head-lr", **real(ABOVE_0), help="learning rate of the head, in units of --lr")
+    add("--weight-decay", **real(0), help="weight decay of the optimizer")
     add("--seed", **integer(0, 2**32 - 1), default=0, help="seed of weights, order, views, noise, "
         "and of the choice of labeled pictures (default: %(default)s)")
     add("--precision", choices=["fp32", "bf16", "fp16"], help="default: bf16 on a GPU, else fp32")
@@ -2448,7 +2448,7 @@ def add_run_arguments(parser):
     add("--eval-every", **integer(1),
         help="iterations between evaluations on val; the last iteration is always evaluated")
     add("--save-every", **integer(1), help="iterations between checkpoints (last.pt)")
-    add("--scales", **number(0.05, 8), nargs="+", default=[1.0],
+    add("--scales", **real(0.05, 8), nargs="+", default=[1.0],
         help="evaluate at these scales and average the probabilities")
     add("--flip", action=argparse.BooleanOptionalAction, help="evaluate the mirrored picture too")
     add("--base-size", **integer(0, 2**16), help="evaluate with windows of the crop's size on "

@@ -39,7 +39,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageFilter
 
-from common import ABOVE_0, IGNORE, all_reduce, integer, is_main, need, number, rank, to_tensor
+from common import ABOVE_0, IGNORE, all_reduce, integer, is_main, need, rank, real, to_tensor
 from common import world_size
 
 # ---- arguments -----------------------------------------------------------------------------------
@@ -141,17 +141,17 @@ def get_parser():
     switch = dict(action=argparse.BooleanOptionalAction)
     add("--pseudo", choices=METHODS, help="st: one threshold; cbst: the same share "
         "of each predicted class; da: aligned; dars: aligned, then sampled (Table 4)")
-    add("--temperature", **number(ABOVE_0),
+    add("--temperature", **real(ABOVE_0),
         help="temperature of the softmax that gives the confidence (TS in Tables 4, 5: 1.27)")
     add("--confidence", choices=["fp16", "fine"],
         help="fp16, or fine: 1 - confidence as fp16, with hardly any ties (Fig. 3)")
     add("--rounds", **integer(0, 1000),
         help="rounds of self-training after round 0 (Table 4: 1; with iterative training 2)")
-    add("--alpha", **number(ABOVE_0, 1), nargs="+",
+    add("--alpha", **real(ABOVE_0, 1), nargs="+",
         help="labeling ratio, in (0, 1], one for each round (Sect. 3.3, Table 6)")
-    add("--beta-min", **number(0, 0.99), nargs="+",
+    add("--beta-min", **real(0, 0.99), nargs="+",
         help="how far the lower end of --scale falls, one for each round (Sect. 3.3)")
-    add("--beta-max", **number(0, 4), nargs="+",
+    add("--beta-max", **real(0, 4), nargs="+",
         help="how far the upper end of --scale rises, one for each round (Sect. 3.3)")
     add("--epochs", **integer(1), help="instead of --iterations: passes over the "
         "unlabeled pictures, in round 0 over the labeled ones (Sect. 4.1)")

@@ -35,7 +35,7 @@ import torch.nn.functional as F
 from torch import nn
 from torchvision.transforms.v2 import InterpolationMode, functional as V
 
-from common import ABOVE_0, IGNORE, all_reduce, autocast, integer, need, number, rank, rng
+from common import ABOVE_0, IGNORE, all_reduce, autocast, integer, need, rank, real, rng
 from common import to_float, world_size
 
 # ---- arguments -----------------------------------------------------------------------------------
@@ -122,9 +122,9 @@ def get_parser():
         epilog="Arguments that are not given have the values of the table PAPER in guidedmix.py.")
     add = parser.add_argument_group("GuidedMix-Net").add_argument
     switch = dict(action=argparse.BooleanOptionalAction)
-    add("--lambda-cap", **number(ABOVE_0, 0.5),
+    add("--lambda-cap", **real(ABOVE_0, 0.5),
         help="upper limit of lambda, at most 0.5 (Tables 1, 6, 8)")
-    add("--alpha", **number(ABOVE_0), help="lambda is drawn from Beta(X, X)")
+    add("--alpha", **real(ABOVE_0), help="lambda is drawn from Beta(X, X)")
     add("--pairs", choices=["similar", "random"], help="labeled pictures to blend with (Table 2)")
     add("--distance", choices=["pooled", "places"], help="Eq. 3 on means over positions, or on all")
     add("--classifier", **switch, help="image-level classifier on the encoder's features (L_cla)")
@@ -135,11 +135,11 @@ def get_parser():
         help="what M holds; softmax: decouple logits, then compare the softmax of both sides")
     add("--stop-gradient", **switch, help="no gradient into the pseudo-mask of L_usup")
     add("--labeled-stop-gradient", **switch, help="no gradient into M_l and M^_l of L_dec")
-    add("--omega", **number(0), help="weight of L_usup after its ramp-up (Eq. 9)")
-    add("--dec-weight", **number(0), help="weight of L_dec (Eq. 11)")
+    add("--omega", **real(0), help="weight of L_usup after its ramp-up (Eq. 9)")
+    add("--dec-weight", **real(0), help="weight of L_dec (Eq. 11)")
     add("--warmup", **integer(0), help="iterations with L_ce and L_cla alone (Sect. 3.2)")
-    add("--ramp", **number(0, 1), help="share of the iterations in which omega rises")
-    add("--rotation", **number(0, 180), help="rotate pictures by up to X degrees (Sect. 4.1)")
+    add("--ramp", **real(0, 1), help="share of the iterations in which omega rises")
+    add("--rotation", **real(0, 180), help="rotate pictures by up to X degrees (Sect. 4.1)")
     common.add_arguments(parser, ["guidedmix"])
     return parser
 

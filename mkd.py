@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import nn
 from torchvision.transforms.v2 import functional as V
 
-from common import IGNORE, integer, need, number, numbered
+from common import IGNORE, integer, need, numbered, real
 
 # ---- arguments -----------------------------------------------------------------------------------
 
@@ -124,12 +124,12 @@ def get_parser():
     add("--features", choices=["none", "diagonal", "full"], help="Sigma of FDA (Eq. 3; Table 3)")
     add("--weight-gradient", **switch, help="gradient through w in the term of Eq. 3")
     add("--unlabeled-class", choices=["student", "teacher"], help="whose label is y of Eq. 3")
-    add("--lambda0", **number(0), help="lambda of Eq. 3 at the last iteration")
-    add("--gamma", **number(0, 1), help="decay of the mean teachers (Eq. 1; Table 4)")
-    add("--alpha", **number(0), help="weight of L_st (Eq. 4; Table 5)")
-    add("--beta", **number(0), help="weight of L_ss (Eq. 4; Table 5)")
+    add("--lambda0", **real(0), help="lambda of Eq. 3 at the last iteration")
+    add("--gamma", **real(0, 1), help="decay of the mean teachers (Eq. 1; Table 4)")
+    add("--alpha", **real(0), help="weight of L_st (Eq. 4; Table 5)")
+    add("--beta", **real(0), help="weight of L_ss (Eq. 4; Table 5)")
     add("--warmup", **integer(0), help="iterations on labels alone at first (paper: 0)")
-    add("--threshold", **number(0, 1), help="confidence that labels of L_st need (Table 1, *: .95)")
+    add("--threshold", **real(0, 1), help="confidence that labels of L_st need (Table 1, *: .95)")
     add("--loss-stride", type=int, choices=[1, 2, 4, 8, 16], help="stride of p in L_st and L_ss")
     add("--features-of-teachers", **switch, help="FDA for teachers as well (authors' code)")
     add("--labeled-consistency", **switch, help="L_st, L_ss of labeled pictures (authors' code)")

@@ -44,7 +44,7 @@ from torchvision.models.vision_transformer import EncoderBlock
 from torchvision.ops import StochasticDepth
 from torchvision.transforms.v2 import functional as V
 
-from common import ABOVE_0, integer, number, numbered
+from common import ABOVE_0, integer, numbered, real
 
 # ---- arguments -----------------------------------------------------------------------------------
 
@@ -131,23 +131,23 @@ def get_parser():
     add("--mutual", choices=MUTUAL, help="whose pseudo-labels teach (Sect. 3, 4.1; Fig. 4)")
     add("--rectify", action=switch, help="rectify labels (Sect. 4.2); default: peer, indirect")
     add("--stages", **integer(0, 1000), help="stages after stage 0 (Table 4)")
-    add("--threshold", **number(0, 1), help="tau of Eq. 2; labels below it are ignored")
+    add("--threshold", **real(0, 1), help="tau of Eq. 2; labels below it are ignored")
     add("--soft", action=switch, help="learn probabilities, not hard labels (footnote 2)")
     add("--interpolate", choices=["prob", "logits"], help="what is upsampled for pseudo-labels")
     add("--photometric", action=switch, help="photometric RandAugment (Sect. 4.1)")
     add("--cutmix", action=switch, help="CutMix (Sect. 4.1)")
-    add("--dropout", **number(0, 1), help="dropout before the last classifier (Sect. 5.2)")
-    add("--drop-path", **number(0, 1), help="probability to drop a residual branch (Sect. 5.2)")
+    add("--dropout", **real(0, 1), help="dropout before the last classifier (Sect. 5.2)")
+    add("--drop-path", **real(0, 1), help="probability to drop a residual branch (Sect. 5.2)")
     add("--linear-drop-path", action=switch, help="probability grows linearly with depth")
-    add("--ema-decay", **number(0, 1), help="decay of the mean teachers (Sect. 4.1)")
-    add("--prototype-decay", **number(0, 1), help="lambda of Eq. 11")
+    add("--ema-decay", **real(0, 1), help="decay of the mean teachers (Sect. 4.1)")
+    add("--prototype-decay", **real(0, 1), help="lambda of Eq. 11")
     add("--prototype-min-cells", **integer(1),
         help="cells of a class that a picture needs (Eq. 10)")
     add("--stage0-iterations", **integer(0), help="iterations on labels alone, before stage 1")
-    add("--stage0-lr", **number(ABOVE_0), help="learning rate at the start of stage 0")
-    add("--stage0-head-lr", **number(ABOVE_0),
+    add("--stage0-lr", **real(ABOVE_0), help="learning rate at the start of stage 0")
+    add("--stage0-head-lr", **real(ABOVE_0),
         help="learning rate of the head, in units of --stage0-lr")
-    add("--setr-lr", **number(ABOVE_0), help="learning rate of SETR, in units of the others")
+    add("--setr-lr", **real(ABOVE_0), help="learning rate of SETR, in units of the others")
     common.add_arguments(parser, common.NETWORKS + common.TRANSFORMERS, several=True)
     return parser
 

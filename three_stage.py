@@ -37,7 +37,7 @@ from torch import nn
 from torchvision.transforms.v2 import functional as V
 
 from common import IGNORE, Stream, all_reduce, autocast, build_network, integer
-from common import number, rng, to_float, to_tensor, truth_for_the_log, upsample
+from common import real, rng, to_float, to_tensor, truth_for_the_log, upsample
 
 # ---- arguments -----------------------------------------------------------------------------------
 
@@ -129,10 +129,10 @@ def get_parser():
     add("--strong", **switch, help="RandAugment and Cutout (Table V, SA)")
     add("--branch", choices=["g-hat", "g-tilde"], help="default: g-hat, from stage 3 g-tilde (N2)")
     add("--ema", **switch, help="a mean teacher; without, the teacher is the student (Table VI)")
-    add("--ema-decay", **number(0, 1), nargs=4,
+    add("--ema-decay", **real(0, 1), nargs=4,
         help="of the teacher from 0, 1/3, 2/3, 5/6 of a stage on")
-    add("--lambda1", **number(0), help="weight of the consistency loss (Eqs. 4, 5; Fig. 3)")
-    add("--lambda2", **number(0), help="weight of the pseudo-mask loss (Eqs. 4, 5; Fig. 3)")
+    add("--lambda1", **real(0), help="weight of the consistency loss (Eqs. 4, 5; Fig. 3)")
+    add("--lambda2", **real(0), help="weight of the pseudo-mask loss (Eqs. 4, 5; Fig. 3)")
     add("--pseudo-masks-of", choices=["teacher", "student"], help="network that predicts the masks")
     add("--labeled-batch-size", **integer(1),
         help="pictures from L in a step; --batch-size: from L u U")

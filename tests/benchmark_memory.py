@@ -82,17 +82,17 @@ def count(script, row, precision, batch_size=None):
     spec = {
         "network": values["network"],
         "backbone": values["backbone"],
-        "head": values["head"],
+        "head": values.get("head"),
         "aspp_branches": 4,
-        "output_stride": 16 if values["network"] == "guidedmix" else 32,
         "batch_norm": "train" if batch_norm == "sync" else batch_norm,
         "style": "torchvision",
         "classes": classes,
         "deep_stem": False,
-        "output_stride": 32 if "plus" in values["network"] else 16,
         "mitrans": True,
         "present": 0,
     }
+    if values["backbone"] == "efficientnet_lite0":
+        spec["output_stride"] = 32 if "plus" in values["network"] else 16
     make_network = getattr(script, "GuidedMixNet", common.make_network)
     with FakeTensorMode():
         network = make_network(spec).train()

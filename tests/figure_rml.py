@@ -60,9 +60,9 @@ def get_parser():
     add("--iterations", **common.integer(0), default=400, help="iterations with pseudo-labels")
     add("--batch-size", **common.integer(1), default=128,
         help="labeled, and as many unlabeled digits")
-    add("--lr", **common.number(common.ABOVE_0), default=0.004, help="learning rate")
-    add("--dropout", **common.number(0, 1), default=0.5, help="model noise of the third mode")
-    add("--ema-decay", **common.number(0, 1), default=0.999, help="decay of the mean teachers")
+    add("--lr", **common.real(common.ABOVE_0), default=0.004, help="learning rate")
+    add("--dropout", **common.real(0, 1), default=0.5, help="model noise of the third mode")
+    add("--ema-decay", **common.real(0, 1), default=0.999, help="decay of the mean teachers")
     add("--log-every", **common.integer(1), default=10,
         help="iterations between points of the curves")
     add("--out", metavar="DIR", help="default: runs/rml-mnist-sSEED")

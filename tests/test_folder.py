@@ -901,3 +901,13 @@ def test_the_memory_of_a_step_grows_with_its_pictures():
 
     two, four, six = (benchmark_memory.count(rml, "folder-cpu", "fp32", n) for n in (2, 4, 6))
     assert 0 < four - two == pytest.approx(six - four)
+
+
+def test_the_memory_of_guidedmix_is_counted_on_either_backbone():
+    import benchmark_memory
+    import guidedmix
+
+    large, light = (
+        benchmark_memory.count(guidedmix, row, "bf16", 2) for row in ("folder-gpu", "folder-cpu")
+    )
+    assert large > 3 * light > 0
