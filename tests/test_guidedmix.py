@@ -651,22 +651,3 @@ def test_each_row_of_each_table_has_the_papers_number(table):
 def test_other_settings_have_no_number_of_the_paper(line):
     for args in arguments(f"--dataset {line}"):
         assert guidedmix.paper_miou(args) is None
-
-
-def test_each_flag_of_the_method_can_be_set_by_a_row():
-    """No flag has a default of its own: a row's value arrives, and the flag beats it."""
-    parser = guidedmix.get_parser()
-    (group,) = [group for group in parser._action_groups if group.title == "GuidedMix-Net"]
-    assert len(group._group_actions) >= 16
-    for action in group._group_actions:
-        usual = guidedmix.PAPER["streets"][action.dest]
-        if isinstance(usual, bool):
-            other, flag = not usual, ["--" + "no-" * usual + action.dest.replace("_", "-")]
-        else:
-            other = next(x for x in action.choices or (7, 8) if x != usual)
-            flag = ["--" + action.dest.replace("_", "-"), str(other)]
-        table = {"streets": guidedmix.PAPER["streets"] | {action.dest: other}}
-        args = common.parse_args(guidedmix.get_parser(), table, [])
-        assert getattr(args, action.dest) == other and not args.changed
-        args = common.parse_args(guidedmix.get_parser(), guidedmix.PAPER, flag)
-        assert getattr(args, action.dest) == other and args.changed == [action.dest]

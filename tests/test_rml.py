@@ -455,23 +455,6 @@ def test_paper_table_fills_the_arguments():
     assert small_args("--dataset", "cityscapes", "--lr", "3").lr == 3
 
 
-def flags_of_the_method():
-    (group,) = [g for g in rml.get_parser()._action_groups if g.title == "robust mutual learning"]
-    return group._group_actions
-
-
-@pytest.mark.parametrize("action", flags_of_the_method(), ids=lambda action: action.dest)
-def test_each_flag_of_the_method_can_be_set_by_a_row(action):
-    value = 0.125 if action.type else list(action.choices)[-1] if action.choices else True
-    table = {"streets": rml.PAPER["streets"] | {action.dest: value}}
-    assert getattr(small_row(table), action.dest) == value
-    assert action.default is None
-
-
-def small_row(table):
-    return common.parse_args(rml.get_parser(), table, [])
-
-
 # ---- the paper's tables --------------------------------------------------------------------------
 
 CITY, VOC = ["--dataset", "cityscapes"], ["--dataset", "voc"]

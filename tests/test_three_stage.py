@@ -1024,24 +1024,3 @@ def test_another_setting_than_the_papers_is_told_apart(flags):
     assert arguments("--dataset", "cityscapes", "--labels", "100", *flags.split()).changed == [
         flags.split()[0].strip("-").removeprefix("no-").replace("-", "_")
     ]
-
-
-def flags_of_the_method():
-    groups = three_stage.get_parser()._action_groups
-    (group,) = [group for group in groups if group.title == "three-stage self-training"]
-    return group._group_actions
-
-
-@pytest.mark.parametrize("action", flags_of_the_method(), ids=lambda action: action.dest)
-def test_each_flag_of_the_method_can_be_set_by_a_row(action):
-    usual = three_stage.PAPER["streets"].get(action.dest)
-    if isinstance(usual, bool):
-        value = not usual
-    elif action.choices:
-        value = next(choice for choice in action.choices if choice != usual)
-    else:
-        value = (0.5,) * action.nargs if action.nargs else action.type(7)
-    table = {"streets": three_stage.PAPER["streets"] | {action.dest: value}}
-    args = common.parse_args(three_stage.get_parser(), table, [])
-    assert getattr(args, action.dest) == value != usual and not args.changed
-    assert action.default is None

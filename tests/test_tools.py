@@ -426,3 +426,22 @@ def test_a_picture_whose_name_is_not_in_utf8_is_predicted(tmp_path, capsys):
     predict_with_pointwise(tmp_path / "photos", tmp_path / "out")
     capsys.readouterr().out.encode()  # can be printed
     assert os.path.exists(os.fsencode(tmp_path / "out") + b"/ph\xf6_overlay.png")
+
+
+# ---- tests/figure_methods.py ---------------------------------------------------------------------
+
+
+def test_a_street_as_each_method_sees_it(tmp_path, monkeypatch):
+    import figure_methods
+
+    columns = figure_methods.views()
+    (image, truth), *methods = columns.values()
+    assert len(methods) == 5
+    for view, label in methods:
+        assert view.shape == image.shape == (3, 64, 128) and view.dtype == torch.uint8
+        assert label.shape == truth.shape
+        assert (view != image).float().mean() > 0.2
+    monkeypatch.setattr(sys, "argv", ["figure_methods.py", "--out", str(tmp_path / "a.png")])
+    figure_methods.main()
+    with Image.open(tmp_path / "a.png") as picture:
+        assert picture.width == 6 * 260
