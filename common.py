@@ -3619,8 +3619,8 @@ def use_checkpoint(args, device, make=make_network):
         for name in ("size", "crop", "base_size", "flip"):
             if name not in args.given:
                 setattr(args, name, state[name])
+        check_memory(args, device)  # fails if the checkpoint's size is no size
         check_shared_arguments(args)
-        check_memory(args, device)
         say(f"checkpoint {path}: {state['method']} on {state['dataset']}, with "
             f"{len(state['classes'].values())} classes, after {state['step']} iterations")
         for name in state["models"] if args.evaluate else [state["headline"]]:
