@@ -37,7 +37,8 @@ from functools import lru_cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 
-# Threads wait for each other in a loop. A long one (300,000) stops a run beside other processes.
+# Threads wait for each other in a loop. A long one (300,000 turns) slows a run down several times
+# where other processes are busy.
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # read when torch is loaded
 
 import numpy as np
@@ -974,7 +975,7 @@ def split(args, data, read=True):
     largest = max(64, len(labeled) + len(unlabeled))
     for name in [name for name in vars(args) if name.endswith("batch_size")]:
         need((vars(args)[name] or 1) <= largest,
-             f"{flag(name)} {vars(args)[name]}: must be from 1 to {largest}, as there are pictures")
+             f"{flag(name)} {vars(args)[name]}: must be from 1 to {largest}")
     need(unlabeled or args.supervised, f"all {len(labeled)} training pictures are labeled, so no "
          "unlabeled ones are left; use fewer --labels, or --supervised, or add unlabeled ones "
          "(--extra on cityscapes and voc; the folder unlabeled/ of your own pictures)")
@@ -2191,7 +2192,8 @@ def load_torch(path, advice="download or copy it again"):
         state = torch.load(path, map_location="cpu", weights_only=True)
     except MemoryError:  # run_main() says what to do
         raise
-    except Exception as error:  # unpickling a broken file raises any kind, by where it is broken
+    # Any kind is meant: unpickling raises what the broken bytes happen to ask for (KeyError, ..).
+    except Exception as error:
         code = re.search(r"GLOBAL ([\w.]+)|(TorchScript) archive", str(error))
         need(not code, f"{path}: holds {code and (code[1] or code[2])}, not only tensors, and "
              "loading that could run any code; if you trust the file, save its weights again: "

@@ -2,7 +2,8 @@
 
     python tests/figure_methods.py --out methods.png
 
-The views are those of the scripts' defaults on streets. The truth stands for the teacher's label,
+The strong views are those of the scripts' defaults on streets, here of the whole street, while some
+scripts train on crops. The truth stands for the teacher's label,
 so only what a method changes is seen. DARS also leaves out pixels that its teacher is unsure of,
 and MKD also moves the features, which no picture shows.
 """
