@@ -88,7 +88,7 @@ PAPER["camvid-tiny"] = PAPER["streets"] | dict(
     labels="1/8", size=(180, 240), crop=(96, 128), base_size=240,
     lr=2e-3, iterations=1000, round0_iterations=2000)
 PAPER["camvid-cpu"] = PAPER["streets"] | common.CPU_PRESET | dict(
-    base_size=0, flip=False, round0_batch_size=4, iterations=600, round0_iterations=900)
+    base_size=0, flip=False, round0_batch_size=4, iterations=1200, round0_iterations=900)
 PAPER["camvid-gpu"] = PAPER["cityscapes"] | dict(
     labels="1/8", size=(360, 480), crop=(241, 321), base_size=480, scale=(0.5, 2.0))
 PAPER["folder-tiny"] = PAPER["camvid-tiny"] | common.FOLDER["tiny"] | dict(base_size=256)

@@ -75,7 +75,7 @@ PAPER["streets"] = PAPER["vocaug"] | dict(
 PAPER["camvid-tiny"] = PAPER["streets"] | dict(
     labels="1/8", size=(180, 240), crop=(96, 128), lr=2e-3, iterations=4000, warmup=800)
 PAPER["camvid-cpu"] = PAPER["streets"] | common.CPU_PRESET | dict(
-    network="guidedmix", iterations=1800, warmup=900)
+    network="guidedmix", iterations=2400, warmup=1200)
 PAPER["camvid-gpu"] = PAPER["cityscapes"] | dict(
     size=(360, 480), crop=(257, 353), iterations=20_000, warmup=1000, eval_every=2000)
 PAPER["folder-tiny"] = PAPER["camvid-tiny"] | common.FOLDER["tiny"]

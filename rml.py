@@ -75,7 +75,7 @@ PAPER["camvid-tiny"] = PAPER["streets"] | dict(
     labels="1/8", size=(180, 240), crop=(96, 128),
     lr=2e-3, stage0_iterations=2000, iterations=2000, eval_every=500)
 PAPER["camvid-cpu"] = PAPER["streets"] | common.CPU_PRESET | dict(
-    stage0_iterations=900, stage0_lr=2e-4, stage0_head_lr=10.0, iterations=450)
+    stage0_iterations=1200, stage0_lr=2e-4, stage0_head_lr=10.0, iterations=600)
 PAPER["camvid-gpu"] = PAPER["cityscapes"] | dict(
     labels="1/8", size=(360, 480), crop=(256, 352),
     stage0_iterations=10_000, iterations=20_000, eval_every=2000)
