@@ -13,10 +13,11 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import common  # noqa: E402
 
 
-# `python -m pytest` without arguments runs in two processes with one thread each: less than half of
-# the minutes. One takes the files from the first on, the other from the last. Whoever comes to a
+# `python -m pytest` without arguments runs in two processes with one thread each, for about half
+# of the minutes. One takes the files from the first on, the other from the last. Whoever comes to a
 # file first makes an empty file of its name in CLAIMS, and the other one leaves it out.
-CLAIMS = os.environ.get("PYTEST_CLAIMS")  # set for the second process
+# Set for the second process, but not for what its tests start.
+CLAIMS = os.environ.pop("PYTEST_CLAIMS", None)
 
 
 def pytest_configure(config):
