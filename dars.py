@@ -53,7 +53,7 @@ PAPER["cityscapes"] = dict(
     optimizer="sgd", lr=0.01, head_lr=10.0, weight_decay=1e-4,
     rounds=2, pseudo="dars", temperature=1.0, confidence="fp16",
     alpha=(0.2, 0.5), beta_min=(0.0, 0.2), beta_max=(0.0, 0.5),
-    fresh_optimizer=False, restart_schedule=False, two_passes=False,
+    fresh_optimizer=False, restart_schedule=False, two_passes=False, photometric=False,
     batch_size=8, round0_batch_size=16, epochs=200,
     flip=True, workers=4, log_every=50, eval_every=20_000, save_every=1000)
 # Drawn scenes and a small network from scratch: minutes on a CPU.
@@ -161,6 +161,7 @@ def get_parser():
     add("--restart-schedule", **switch, help="each round starts at the full --lr")
     add("--fresh-optimizer", **switch, help="each round starts without momentum")
     add("--two-passes", **switch, help="labeled and unlabeled pictures pass the network apart")
+    add("--photometric", **switch, help="colors of all pictures change at random (not the paper's)")
     common.add_arguments(parser)
     return parser
 
@@ -172,7 +173,7 @@ BINOMIAL = [1, 4, 6, 4, 1]
 BLUR = ImageFilter.Kernel((5, 5), np.outer(BINOMIAL, BINOMIAL).flatten().tolist())
 
 
-def rotate_and_blur(image, label, top, left, crop, generator):
+def rotate_and_blur(image, label, top, left, crop, generator, photometric=False):
     """Rotation by up to 10 degrees, the crop, and Gaussian blur of a scaled picture (Sect. 4.1).
 
     image (3, H, W) uint8, label (H, W) uint8 -> image (3, h, w), label (h, w); beyond the picture
@@ -189,6 +190,8 @@ def rotate_and_blur(image, label, top, left, crop, generator):
     offset = (rotation * corner).sum(1) + center
     matrix = np.column_stack([rotation, offset]).flatten().tolist()  # from the crop to the picture
     transform = tuple(crop[::-1]), Image.AFFINE, matrix
+    if photometric:  # our addition: self-training repeats itself where both views look the same
+        image = common.distort(image, generator)
     picture = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
     if blur:
         picture = picture.filter(BLUR)
@@ -410,16 +413,15 @@ def set_learning_rate(optimizer, progress, number, args):
     common.decay_lr(optimizer, decay**0.9)
 
 
-def train_supervised(args, iterations, scale, data, labeled_ids, keep, learner, run, note):
+def train_supervised(args, iterations, views, data, labeled_ids, keep, learner, run, note):
     """Round 0, and the baseline: learn from the labels alone.
 
-    scale: range of random scales; keep: what last.pt holds; learner: the student, over all
+    views: scale and cut of a Stream; keep: what last.pt holds; learner: the student, over all
     processes; note(tables): more numbers for the log of an evaluation."""
     student = keep["student"]
     optimizer, scaler = keep["optimizer"], keep["scaler"]
     begin = run.restore(keep)
-    stream = common.Stream(data, labeled_ids, "labeled, round 0", args, scale=scale,
-                           cut=rotate_and_blur)
+    stream = common.Stream(data, labeled_ids, "labeled, round 0", args, **views)
     run.images = args.round0_batch_size
     batches = common.batches(stream, args, run.device, begin, iterations, run.images)
     for iteration, labeled in enumerate(batches, begin):
@@ -456,7 +458,7 @@ def train_supervised(args, iterations, scale, data, labeled_ids, keep, learner, 
         run.save(iteration, keep)
 
 
-def train(args, number, iterations, alpha, scale, data, labeled_ids, unlabeled_ids, labels,
+def train(args, number, iterations, alpha, views, data, labeled_ids, unlabeled_ids, labels,
           keep, learner, run, note):
     """Round k = number: make pseudo-labels, then learn from labels and pseudo-labels.
 
@@ -471,7 +473,6 @@ def train(args, number, iterations, alpha, scale, data, labeled_ids, unlabeled_i
     shutil.rmtree(run.folder / "predictions", ignore_errors=True)
     report = json.loads((folder / "report.json").read_text())
     keep["reports"][folder.name] = report
-    views = {"scale": scale, "cut": rotate_and_blur}
     streams = [common.Stream(data, labeled_ids, f"labeled, round {number}", args, **views),
                common.Stream(data, unlabeled_ids, f"unlabeled, round {number}", args,
                              pseudo_labels=folder, **views)]
@@ -616,10 +617,12 @@ def main():
         scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
         keep = {"student": student, "teacher": teacher, "optimizer": optimizer, "scaler": scaler}
         keep |= {"results": results, "reports": reports}
+        cut = partial(rotate_and_blur, photometric=args.photometric)
+        views = {"scale": scale, "cut": cut}
         if number == 0:
-            train_supervised(args, iterations, scale, data, labeled, keep, learner, run, note)
+            train_supervised(args, iterations, views, data, labeled, keep, learner, run, note)
         else:
-            train(args, number, iterations, alpha, scale, data, labeled, unlabeled, labels,
+            train(args, number, iterations, alpha, views, data, labeled, unlabeled, labels,
                   keep, learner, run, note)
         if iterations == 0:
             tables = common.evaluate({"student": student}, data, args, device)

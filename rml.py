@@ -59,7 +59,7 @@ PAPER["cityscapes"] = dict(
     batch_norm="frozen",
     optimizer="sgd", lr=1e-4, weight_decay=2e-4, setr_lr=1.0,
     stage0_iterations=40_000, stage0_lr=2.5e-4, stage0_head_lr=10.0,
-    iterations=90_000, stages=2, mutual="indirect", threshold=0.0, soft=False,
+    iterations=90_000, stages=2, mutual="indirect", threshold=0.0, soft=False, pseudo_weight=1.0,
     photometric=True, cutmix=True, dropout=0.5, drop_path=0.2, linear_drop_path=False,
     ema_decay=0.999, prototype_decay=0.9999, prototype_min_cells=10, interpolate="prob",
     log_every=50, eval_every=5000, save_every=1000)
@@ -133,6 +133,7 @@ def get_parser():
     add("--stages", **integer(0, 1000), help="stages after stage 0 (Table 4)")
     add("--threshold", **real(0, 1), help="tau of Eq. 2; labels below it are ignored")
     add("--soft", action=switch, help="learn probabilities, not hard labels (footnote 2)")
+    add("--pseudo-weight", **real(0), help="weight of each loss on pseudo-labels (Eq. 5: 1)")
     add("--interpolate", choices=["prob", "logits"], help="what is upsampled for pseudo-labels")
     add("--photometric", action=switch, help="photometric RandAugment (Sect. 4.1)")
     add("--cutmix", action=switch, help="CutMix (Sect. 4.1)")
@@ -543,7 +544,7 @@ def train(run, stage, students, learners, teachers, data, labeled_ids, unlabeled
             for i in learns_from[j]:
                 loss_pseudo = cross_entropy(log_prob_strong, target[i])  # Eq. 5; Eqs. 2, 3
                 losses[f"loss_pseudo_{j + 1}_from_{i + 1}"] = loss_pseudo
-                loss = loss + loss_pseudo
+                loss = loss + args.pseudo_weight * loss_pseudo
             # 4 backward: at once, so that one student's activations are gone before the next one
             optimizers[j].zero_grad()
             scaler.scale(loss).backward()

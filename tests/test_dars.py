@@ -1146,6 +1146,26 @@ def test_the_crop_is_that_of_the_whole_picture_rotated_and_blurred():
     assert len(seen) == 4
 
 
+def test_photometric_changes_colors_and_nothing_else():
+    """The draws of rotation and blur, and the label, are those without the flag."""
+    image, label = coded_picture()
+    changed = 0
+    for seed in range(20):
+        plain, with_colors = (
+            dars.rotate_and_blur(
+                image, label, 3, 5, (24, 30), common.rng("colors", seed), photometric=on)
+            for on in (False, True))  # fmt: skip
+        generator = common.rng("colors", seed)
+        for bounds in ((), (-10, 10), ()):
+            generator.uniform(*bounds)  # rotate, angle, blur
+        distorted = common.distort(image, generator)
+        naive = dars.rotate_and_blur(distorted, label, 3, 5, (24, 30), common.rng("colors", seed))
+        assert torch.equal(with_colors[0], naive[0])
+        assert torch.equal(with_colors[1], plain[1])
+        changed += not torch.equal(with_colors[0], plain[0])
+    assert changed > 10
+
+
 def test_the_cut_of_a_method_draws_after_the_weak_view():
     """Scale, place and flip are those of the view without it, however many numbers it draws."""
     image, label = coded_picture()

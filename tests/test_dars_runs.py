@@ -857,3 +857,21 @@ def test_a_pass_for_each_half_gives_the_losses_of_one_where_nothing_depends_on_t
         losses[name] = [v for r in log if r["stage"] for k, v in r.items() if "loss" in k]
     assert len(losses["one"]) == 2 * 4
     assert losses["one"] == pytest.approx(losses["two"], rel=1e-3, abs=1e-4)
+
+
+def test_photometric_reaches_both_streams_and_the_baseline(monkeypatch, tmp_path):
+    """Each picture of a step goes through distort() with the flag, and none without it."""
+    count = [0]
+
+    def counted(image, generator):
+        count[0] += 1
+        return image
+
+    monkeypatch.setattr(common, "distort", counted)
+    short = "--labels 4 --round0-iterations 2 --iterations 3 --rounds 1 --alpha .5 --beta-min 0"
+    words = f"{short} --beta-max 0 --batch-size 2 --round0-batch-size 3 --workers 0".split()
+    cases = {"": 0, "--photometric": 2 * 3 + 3 * 4, "--photometric --supervised": 5 * 3}
+    for flags, pictures in cases.items():
+        count[0] = 0
+        run_on_few_streets(dars, *words, *flags.split(), "--out", tmp_path / f"run{flags}")
+        assert count[0] == pictures, flags

@@ -626,6 +626,21 @@ def test_soft_labels_are_learned(tmp_path, monkeypatch):
         assert ((target > 0) & (target < 1)).any()
 
 
+def test_the_weight_of_pseudo_labels(tmp_path):
+    """With weight 0 the students are those of a run whose pseudo-labels are all ignored."""
+    length = "--stage0-iterations 1 --iterations 3 --stages 1 --labels 4 --batch-size 2".split()
+    weights = {}
+    for flags in ("--pseudo-weight 0", "--threshold 1", "--pseudo-weight 0.2", "--pseudo-weight 1"):
+        folder = tmp_path / flags
+        run_on_few_streets(rml, *length, *flags.split(), "--out", folder)
+        state = torch.load(folder / "last.pt")["models"]["student_1"]
+        weights[flags] = torch.cat([x.flatten().float() for x in state.values()])
+    vectors = list(weights.values())
+    assert torch.equal(vectors[0], vectors[1])
+    far = [(vector - vectors[0]).norm() for vector in vectors]
+    assert far[2] > 0 and far[3] > 0 and not torch.equal(vectors[2], vectors[3])
+
+
 @pytest.mark.parametrize("what", ["prob", "logits"])
 def test_what_is_upsampled_for_pseudo_labels(what):
     args = small_args("--interpolate", what, "--crop", "24", "32")
