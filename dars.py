@@ -177,7 +177,7 @@ def rotate_and_blur(image, label, top, left, crop, generator, photometric=False)
     """Rotation by up to 10 degrees, the crop, and Gaussian blur of a scaled picture (Sect. 4.1).
 
     image (3, H, W) uint8, label (H, W) uint8 -> image (3, h, w), label (h, w); beyond the picture
-    the mean color and 255, which the blur does not mix in."""
+    the mean color and 255, which the blur does not mix in. photometric: new colors, too."""
     # Open: order and strength; scale, then blur and rotation with probability .5 each, crop and
     # flip, for labeled and unlabeled pictures (authors' code, but for the blur's place)   --scale
     rotate = generator.uniform() < 0.5

@@ -74,7 +74,7 @@ PAPER["streets"] = PAPER["cityscapes"] | dict(
 PAPER["camvid-tiny"] = PAPER["streets"] | dict(
     labels="1/8", size=(180, 240), crop=(96, 128),
     lr=2e-3, stage0_iterations=2000, iterations=2000, eval_every=500)
-# With a weight of 1, or in stages of 600 steps, teachers get worse here (tests/RESULTS.md).
+# With a weight of 1 and two stages of 600 steps the teachers get worse (tests/RESULTS.md).
 PAPER["camvid-cpu"] = PAPER["streets"] | common.CPU_PRESET | dict(
     stage0_iterations=1200, stage0_lr=2e-4, stage0_head_lr=10.0,
     stages=1, iterations=1200, lr=1e-4, pseudo_weight=0.2)
