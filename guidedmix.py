@@ -50,7 +50,7 @@ PAPER["vocaug"] = dict(
     optimizer="sgd", lr=1e-3, weight_decay=1e-4, iterations=40_000, warmup=2000,
     lambda_cap=0.5, alpha=1.0, pairs="similar", distance="pooled", classifier=True, mitrans=True,
     masks="probabilities", decoupling="soft", labeled_decoupling="hard",
-    stop_gradient=True, labeled_stop_gradient=True, omega=1.5, ramp=0.1, dec_weight=1.0,
+    usup_target="decoupled", labeled_stop_gradient=True, omega=1.5, ramp=0.1, dec_weight=1.0,
     workers=4, log_every=50, eval_every=5000, save_every=1000,
 )
 PAPER["voc"] = PAPER["vocaug"]
@@ -74,8 +74,10 @@ PAPER["streets"] = PAPER["vocaug"] | dict(
 )
 PAPER["camvid-tiny"] = PAPER["streets"] | dict(
     labels="1/8", size=(180, 240), crop=(96, 128), lr=2e-3, iterations=4000, warmup=800)
+# With the decoupled masks as targets the network gets worse (tests/RESULTS.md).
 PAPER["camvid-cpu"] = PAPER["streets"] | common.CPU_PRESET | dict(
-    network="guidedmix", iterations=2400, warmup=1200)
+    network="guidedmix", iterations=2400, warmup=1200,
+    labeled_decoupling="soft", usup_target="direct", omega=1.0)
 PAPER["camvid-gpu"] = PAPER["cityscapes"] | dict(
     size=(360, 480), crop=(257, 353), iterations=20_000, warmup=1000, eval_every=2000)
 PAPER["folder-tiny"] = PAPER["camvid-tiny"] | common.FOLDER["tiny"]
@@ -133,7 +135,8 @@ def get_parser():
     add("--labeled-decoupling", choices=["soft", "hard"], help="Eq. 8 or Eq. 7 in L_dec")
     add("--masks", choices=["probabilities", "logits", "softmax"],
         help="what M holds; softmax: decouple logits, then compare the softmax of both sides")
-    add("--stop-gradient", **switch, help="no gradient into the pseudo-mask of L_usup")
+    add("--usup-target", choices=["decoupled", "direct", "none"], help="which mask of L_usup is a "
+        "target, without gradient; direct, none: not the paper's")
     add("--labeled-stop-gradient", **switch, help="no gradient into M_l and M^_l of L_dec")
     add("--omega", **real(0), help="weight of L_usup after its ramp-up (Eq. 9)")
     add("--dec-weight", **real(0), help="weight of L_dec (Eq. 11)")
@@ -459,8 +462,10 @@ def train(args, run, learner, keep, streams, warmup, begin):
             guide = guides["image"][partner]  # x_l of each x_u
             M_guide = guides["mask"][partner]  # M_l
             valid = unlabeled["valid"] & guides["valid"][partner]  # padding of either is left out
-            # Open: gradient into the pseudo-mask; none, since it is a target   --stop-gradient
-            with torch.set_grad_enabled(not args.stop_gradient):
+            if args.usup_target == "direct":  # M_mix alone learns: not the paper's
+                M_u, M_guide = M_u.detach(), M_guide.detach()
+            # Open: gradient into the pseudo-mask; none, since it is a target   --usup-target
+            with torch.set_grad_enabled(args.usup_target != "decoupled"):
                 lam, x_mix, M_mix = blend(  # Eqs. 2, 6
                     args, learner, guide, unlabeled["image"], "lambda", iteration)
                 M_u_dec = decouple(M_mix, M_guide, lam, args.decoupling)  # Eqs. 7, 8
@@ -478,8 +483,7 @@ def train(args, run, learner, keep, streams, warmup, begin):
         ramp = max(1, args.ramp * args.iterations)
         t = min(1, (iteration - warmup) / ramp)  # after the warm-up
         omega = args.omega * math.exp(-5 * (1 - t) ** 2)
-        loss_sup = losses["loss_labeled"]
-        loss_sup = loss_sup + args.dec_weight * losses.get("loss_dec", 0)
+        loss_sup = losses["loss_labeled"] + args.dec_weight * losses.get("loss_dec", 0)
         loss_sup = loss_sup + losses.get("loss_cla", 0)  # Eq. 11
         loss = loss_sup + omega * losses.get("loss_usup", 0)  # Eq. 9
 

@@ -66,7 +66,7 @@ SCRIPTS = {
         mkd, "--iterations 40 --warmup 0", 1, students=2,
         seen=[1], seen_by_teachers=[0.5]),
     "guidedmix": Passes(
-        guidedmix, "--iterations 40 --warmup 0 --stop-gradient", 1, students=1,
+        guidedmix, "--iterations 40 --warmup 0 --usup-target decoupled", 1, students=1,
         seen=[1, 0.5], seen_by_teachers=[0.5]),
 }
 

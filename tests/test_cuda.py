@@ -170,7 +170,7 @@ VARIANTS = [
     (dars, "--iterations 2 --round0-iterations 0 --rounds 1 --batch-size 2 --base-size 0 "
      "--confidence fine --network deeplabv2 --batch-norm frozen"),
     (guidedmix, "--iterations 2 --warmup 0 --batch-size 2 --pairs similar --distance places "
-     "--classifier --masks softmax --decoupling hard --no-stop-gradient"),
+     "--classifier --masks softmax --decoupling hard --usup-target none"),
 ]  # fmt: skip
 
 

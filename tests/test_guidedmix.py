@@ -584,7 +584,7 @@ def test_the_papers_settings(dataset, crop, batch, cap, pairs, classifier):
     assert args.backbone == "resnet101" and args.weights == "imagenet"
     assert (args.alpha, args.decoupling, args.warmup, args.ramp) == (1, "soft", 2000, 0.1)
     assert args.masks == "probabilities" and args.labeled_decoupling == "hard"
-    assert args.stop_gradient and args.labeled_stop_gradient and args.mitrans
+    assert args.usup_target == "decoupled" and args.labeled_stop_gradient and args.mitrans
     assert args.scales == [1.0] and not args.flip
 
 
@@ -641,7 +641,7 @@ def test_each_row_of_each_table_has_the_papers_number(table):
         "vocaug --labels 500/10582",
         "vocaug --supervised",
         "vocaug --masks logits",
-        "vocaug --no-stop-gradient",
+        "vocaug --usup-target none",
         "vocaug --warmup 100",
         "cityscapes --crop 512 512",
         "vocaug --labels 1464 --iterations 10 --warmup 0",

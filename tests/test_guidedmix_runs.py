@@ -37,7 +37,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 SHORT = "--labels 4 --iterations 4 --batch-size 2 --crop 33 65".split()
 SHORT += "--log-every 1 --save-every 2 --eval-every 100 --warmup 0 --classifier".split()
 SHORT += "--pairs similar --omega 1.5 --dec-weight 1 --labeled-decoupling hard".split()
-SHORT += "--stop-gradient --labeled-stop-gradient --lambda-cap .5".split()
+SHORT += "--usup-target decoupled --labeled-stop-gradient --lambda-cap .5".split()
 TERMS = {"loss_labeled", "loss_cla", "loss_dec", "loss_usup"}
 
 
@@ -225,7 +225,8 @@ SETTINGS = [
     "--pairs random",
     "--masks logits",
     "--masks softmax",
-    "--no-stop-gradient",
+    "--usup-target none",
+    "--usup-target direct",
     "--no-labeled-stop-gradient",
     "--distance places --scale .4 .6",
     "--pairs random --scale .4 .6 --labeled-decoupling soft",
@@ -288,10 +289,12 @@ def losses_by_hand(args, network, labeled, unlabeled):
             k = (i + common.rng(0, "pair", True, i).randint(1, B)) % B
             assert k != i
         part = lam if args.decoupling == "soft" else 1
-        stop = args.stop_gradient
-        m_dec = target(mask(lam * x_l[j] + (1 - lam) * x_u[i]) - part * m_l[j], stop)
+        blend = mask(lam * x_l[j] + (1 - lam) * x_u[i])
+        direct = args.usup_target == "direct"
+        m_dec = blend - part * target(m_l[j], direct)
+        m_dec = target(m_dec, args.usup_target == "decoupled")
         valid = unlabeled[i]["valid"] & labeled[j]["valid"]
-        error, count = squared_error(m_dec, m_u[i], valid, args.masks)
+        error, count = squared_error(m_dec, target(m_u[i], direct), valid, args.masks)
         found["loss_usup"] = found["loss_usup"] + error
         counts["loss_usup"] += count
         part = lam_l if args.labeled_decoupling == "soft" else 1
@@ -372,7 +375,8 @@ def variant(main, whole, tmp_path):
         ("--labeled-decoupling soft", ["loss_dec"]),
         ("--masks logits", ["loss_dec", "loss_usup"]),
         ("--masks softmax", ["loss_dec", "loss_usup"]),
-        ("--no-stop-gradient", []),
+        ("--usup-target none", []),
+        ("--usup-target direct", []),
         ("--no-labeled-stop-gradient", []),
         ("--dec-weight 5", []),
         ("--omega 50", []),
@@ -410,7 +414,7 @@ def test_a_term_that_is_left_out_costs_no_pass(main, monkeypatch):
         ([], [(4, True), (2, False), (2, True)]),
         (["--omega", 0], [(2, True), (2, True)]),
         (["--dec-weight", 0], [(4, True), (2, False)]),
-        (["--no-stop-gradient"], [(4, True), (2, True), (2, True)]),
+        (["--usup-target", "none"], [(4, True), (2, True), (2, True)]),
         (["--supervised"], [(2, True)]),
     ):
         passes.clear()
@@ -493,7 +497,7 @@ def test_without_the_methods_terms_it_is_the_baseline(main, tmp_path):
     [
         "--precision bf16 --workers 1 --optimizer sgd",
         "--scale .3 .6 --batch-size 3 --rotation 10",
-        "--pairs random --no-stop-gradient --masks logits --lr 1e-4",
+        "--pairs random --usup-target none --masks logits --lr 1e-4",
         "--rotation 10 --workers 1",
         "--crop 32 64",
         "--crop 50 61",
@@ -519,7 +523,7 @@ def at(iteration):
 
 
 @pytest.mark.parametrize(
-    "flags", ["", "--pairs random --no-stop-gradient --warmup 3 --rotation 10"]
+    "flags", ["", "--pairs random --usup-target direct --warmup 3 --rotation 10"]
 )
 def test_interrupted_at_many_points_and_resumed_ends_with_the_same_bits(
     main, kill, whole, tmp_path, capsys, flags
@@ -567,7 +571,7 @@ def test_killed_before_the_report(main, kill, whole, tmp_path):
         ("--decoupling hard", "decoupling"),
         ("--labeled-decoupling soft", "labeled_decoupling"),
         ("--masks logits", "masks"),
-        ("--no-stop-gradient", "stop_gradient"),
+        ("--usup-target none", "usup_target"),
         ("--no-labeled-stop-gradient", "labeled_stop_gradient"),
         ("--omega 3", "omega"),
         ("--dec-weight 2", "dec_weight"),
@@ -593,7 +597,7 @@ def test_an_unfinished_run_of_another_configuration_names_the_argument(
     [
         "--batch-size 4 --pairs random --masks logits",
         "--batch-size 4 --distance places --omega 0",
-        "--batch-size 2 --scale .4 .9 --rotation 10 --no-stop-gradient --no-labeled-stop-gradient "
+        "--batch-size 2 --scale .4 .9 --rotation 10 --usup-target none --no-labeled-stop-gradient "
         "--omega 20 --dec-weight 20 --ramp 0",
     ],
 )
